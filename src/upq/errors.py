@@ -1,0 +1,7 @@
+"""The one error a user is meant to see: a single line that says what is wrong, where, and the remedy."""
+
+from __future__ import annotations
+
+
+class UPQError(Exception):
+    """Bad input or an impossible request. The command line prints the message and exits with code 2."""

@@ -1,0 +1,47 @@
+"""Asymmetric uniform grid: (code - zero)·scale with an integer zero point, min-max start (the field's plain W2/W4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from upq.grids._base import GRIDS, SMALLEST_SCALE, Params, stored_scale
+from upq.scheme import QTensor, QuantScheme, to_groups
+
+
+class Affine:
+    """Parameters `log_scale` and `zero` (O, G), both learnable; gradients through the roundings are straight-through."""
+
+    def init(self, w_OI: Tensor, scheme: QuantScheme) -> Params:
+        low_OG, high_OG = to_groups(w_OI.detach().float(), scheme).aminmax(dim=-1)
+        # The range always holds 0, so that zero stays within the codes.
+        low_OG, high_OG = low_OG.clamp_max(0), high_OG.clamp_min(0)
+        scale_OG = ((high_OG - low_OG) / (scheme.levels - 1)).clamp_min(SMALLEST_SCALE)
+        return {"log_scale": scale_OG.log(), "zero": -low_OG / scale_OG}
+
+    def fake(self, w_OI: Tensor, params: Params, scheme: QuantScheme) -> Tensor:
+        code_OGS, zero_OG, scale_OG = self._code(w_OI, params, scheme)
+        return ((code_OGS - zero_OG[..., None]) * scale_OG[..., None]).view_as(w_OI)
+
+    @torch.no_grad()
+    def freeze(self, w_OI: Tensor, params: Params, scheme: QuantScheme) -> QTensor:
+        code_OGS, zero_OG, scale_OG = self._code(w_OI, params, scheme)
+        codes_OI = code_OGS.to(torch.uint8).view_as(w_OI)
+        return QTensor(codes_OI, scale_OG.to(scheme.scale_torch_dtype), zero_OG, scheme)
+
+    def zero(self, scheme: QuantScheme) -> None:
+        return None
+
+    def _code(self, w_OI: Tensor, params: Params, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
+        scale_OG = stored_scale(params["log_scale"].exp(), scheme)
+        zero_OG = round_ste(params["zero"]).clamp(0, scheme.levels - 1)
+        x_OGS = to_groups(w_OI.float(), scheme) / scale_OG[..., None] + zero_OG[..., None]
+        return round_ste(x_OGS).clamp(0, scheme.levels - 1), zero_OG, scale_OG
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round; the gradient passes straight through. `x - x.detach()` is exactly 0, so the value is exact."""
+    return x.round().detach() + (x - x.detach())
+
+
+GRIDS.register("affine")(Affine())

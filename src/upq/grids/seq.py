@@ -1,0 +1,79 @@
+"""Stretched elastic quantisation (ParetoQ, arXiv 2502.02631): 2^b balanced levels at half integers, no zero level.
+
+    u = W / Δ,   n = 2^(b-1),   q = (floor(n·u) + ½) / n clipped to ±(n-½)/n,   Ŵ = Δ·q
+
+At 2 bits the levels are Δ·{-¾, -¼, ¼, ¾}. `floor(x) + ½` equals the paper's `round(x - ½) + ½` except on ties, where
+half-to-even rounding would break the law that the 2-bit code is the top two bits of the 4-bit code for the same Δ.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upq.grids._base import GRIDS, SMALLEST_SCALE, Params, stored_scale
+from upq.scheme import QTensor, QuantScheme, to_groups
+
+
+class _FakeSeq(torch.autograd.Function):
+    """Ŵ with straight-through gradients; keeps W and Δ only and recomputes u, so no second copy of W is held."""
+
+    @staticmethod
+    def forward(ctx: Any, w_OGS: Tensor, delta_OG: Tensor, n: int) -> Tensor:
+        ctx.save_for_backward(w_OGS, delta_OG)
+        ctx.n = n
+        return delta_OG[..., None] * _q(w_OGS / delta_OG[..., None], n)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (g_OGS,) = grads
+        w_OGS, delta_OG = ctx.saved_tensors
+        u_OGS = w_OGS / delta_OG[..., None]
+        # ParetoQ's clip at 0.99 for 2 bits; scaled with the level spacing so that 8 bits keep their outer levels.
+        inside = u_OGS.abs() < 1 - 0.02 / ctx.n
+        q_OGS = _q(u_OGS, ctx.n)
+        # LSQ's gradient scale over the group (ParetoQ's released code takes the whole matrix instead).
+        scale = 1 / math.sqrt(w_OGS.shape[-1] * max(ctx.n - 1, 1))
+        d_delta_OG = scale * (g_OGS * torch.where(inside, q_OGS - u_OGS, q_OGS)).sum(-1)
+        return g_OGS * inside, d_delta_OG, None
+
+
+class Seq:
+    """Parameter `log_delta` (O, G): Δ stays positive by construction and its learning rate is relative."""
+
+    def init(self, w_OI: Tensor, scheme: QuantScheme) -> Params:
+        delta_OG = to_groups(w_OI.detach().float(), scheme).abs().amax(-1)
+        return {"log_delta": delta_OG.clamp_min(SMALLEST_SCALE * scheme.levels / 2).log()}
+
+    def fake(self, w_OI: Tensor, params: Params, scheme: QuantScheme) -> Tensor:
+        n = scheme.levels // 2
+        delta_OG = self._delta(params, scheme)
+        fake_OGS: Tensor = _FakeSeq.apply(to_groups(w_OI.float(), scheme), delta_OG, n)
+        return fake_OGS.view_as(w_OI)
+
+    @torch.no_grad()
+    def freeze(self, w_OI: Tensor, params: Params, scheme: QuantScheme) -> QTensor:
+        n = scheme.levels // 2
+        delta_OG = self._delta(params, scheme)
+        q_OGS = _q(to_groups(w_OI.float(), scheme) / delta_OG[..., None], n)
+        codes_OI = (q_OGS * n + (n - 0.5)).to(torch.uint8).view_as(w_OI)
+        scale_OG = (delta_OG / n).to(scheme.scale_torch_dtype)
+        return QTensor(codes_OI, scale_OG, torch.full_like(delta_OG, n - 0.5), scheme)
+
+    def zero(self, scheme: QuantScheme) -> float:
+        return (scheme.levels - 1) / 2
+
+    def _delta(self, params: Params, scheme: QuantScheme) -> Tensor:
+        # The scale Δ/n is what is stored; n is a power of two, so Δ = n·scale is exact.
+        n = scheme.levels // 2
+        return stored_scale(params["log_delta"].exp() / n, scheme) * n
+
+
+def _q(u: Tensor, n: int) -> Tensor:
+    return ((u * n).floor().clamp(-n, n - 1) + 0.5) / n
+
+
+GRIDS.register("seq")(Seq())

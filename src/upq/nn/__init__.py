@@ -1,0 +1,1 @@
+"""Linear layers that train on a grid (FakeQuantLinear) and layers that run from codes (PackedLinear, PackedEmbedding)."""

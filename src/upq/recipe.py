@@ -1,0 +1,184 @@
+"""A run, as data: YAML into frozen, strict models. Unknown keys are errors; `--set key=value` overrides win."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from upq.errors import UPQError
+from upq.scheme import PER_CHANNEL, QuantScheme
+
+M = TypeVar("M", bound=BaseModel)
+STAGES = ("int4", "int2", "distill")
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Plugin(BaseModel):
+    """A plug-in by name, with its own options beside it: `gjs` or `{name: gjs, beta: 0.25}`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    def options(self, config: type[M], where: str) -> M:
+        """Decode the options strictly into the plug-in's own configuration class."""
+        return decode(config, self.model_extra or {}, where)
+
+
+class Source(Strict):
+    """One place text comes from: a file, a directory or a hub data set."""
+
+    path: str
+    weight: float = Field(1.0, gt=0)  # share of the tokens, relative to the other sources
+    field: str | None = None  # column that holds the text or the messages; None finds `text` or `messages`
+    separator: Literal["none", "blank_line"] = "none"  # text files: one document a file, or one a paragraph block
+    subset: str | None = None  # hub data sets: configuration name
+    split: str = "train"  # hub data sets
+
+
+class Data(Strict):
+    sources: tuple[Source, ...] = ()
+    seq_len: int = Field(2048, ge=8)
+    loss_on: Literal["all", "assistant"] = "all"
+    validation: int = Field(32, ge=1)  # sequences held out, for the figures in the final table
+
+
+class Blockwise(Strict):
+    """A block-wise stage: the weights it is given become codes on `grid`, one decoder block after the other."""
+
+    bits: int
+    grid: str = "seq"
+    group_size: int = PER_CHANNEL
+    method: Plugin
+    samples: int = Field(128, ge=1)  # calibration sequences of data.seq_len tokens
+
+    def scheme(self) -> QuantScheme:
+        return QuantScheme(bits=self.bits, grid=self.grid, group_size=self.group_size)
+
+
+class Distill(Strict):
+    loss: Plugin
+    tokens: int = Field(ge=0)  # budget; 0 skips the training
+    batch_size: int = Field(16, ge=1)  # sequences an optimiser step, over all processes
+    micro_batch_size: int = Field(4, ge=1)  # sequences a forward pass on one process
+    lr: float = Field(gt=0)
+    scale_lr: float = Field(gt=0)  # for the grid's own parameters; log Δ, so a relative rate
+    warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
+    final_lr: float = Field(0.0, ge=0, le=1)  # where the cosine ends, as a share of lr
+    weight_decay: float = Field(0.0, ge=0)
+    beta2: float = Field(0.95, gt=0, lt=1)
+    clip: float = Field(1.0, gt=0)  # gradient norm
+    train_norms: bool = False
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast on an accelerator, fp32 on CPU
+    chunk_tokens: int = Field(1024, ge=1)  # tokens whose fp32 logits exist at one time
+    checkpoint_every: int = Field(50, ge=1)  # optimiser steps
+
+
+class Embeddings(Strict):
+    """Rows of the embedding and of an untied head: as in the source (None) or 8 or 4 bits with a scale a row."""
+
+    bits: Literal[4, 8] | None = None
+
+
+class Recipe(Strict):
+    name: str = "custom"
+    seed: int = 0
+    data: Data = Data()
+    int4: Blockwise | None = None
+    int2: Blockwise
+    distill: Distill
+    embeddings: Embeddings = Embeddings()
+
+    @classmethod
+    def load(cls, name_or_file: str, overrides: list[str] | None = None) -> Recipe:
+        """A recipe of the package by name, or a YAML file; each override is `dotted.key=yaml value`."""
+        raw = _read(name_or_file)
+        for item in overrides or []:
+            _override(raw, item)
+        return decode(cls, raw, f"recipe {name_or_file}")
+
+    def dump(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files("upq.recipes").iterdir() if p.name[-5:] == ".yaml")
+
+
+def digest(*parts: object) -> str:
+    """Identity of a value made of JSON types and models: same digest, same result."""
+    plain = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def decode(model: type[M], raw: Any, where: str) -> M:
+    """Validate `raw` into `model`; the error names the first wrong key and, for a typo, the keys there are."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(str(part) for part in first["loc"] if part != "function-before")
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(_fields_at(model, first["loc"][:-1]))
+            raise UPQError(f"{where}: unknown key {at!r}; keys here: {known}") from None
+        raise UPQError(f"{where}: {at or 'top level'}: {first['msg'].lower()} (got {first['input']!r})") from None
+
+
+def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    for part in loc:
+        if isinstance(part, int) or part not in model.model_fields:
+            continue
+        hint = model.model_fields[part].annotation
+        found = [a for a in (hint, *getattr(hint, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if found:
+            model = found[0]
+    return list(model.model_fields)
+
+
+def _read(name_or_file: str) -> dict[str, Any]:
+    path = Path(name_or_file)
+    if name_or_file in names():
+        text = resources.files("upq.recipes").joinpath(f"{name_or_file}.yaml").read_text()
+    elif path.is_file():
+        text = path.read_text()
+    else:
+        raise UPQError(f"recipe {name_or_file!r} is neither a file nor one of: {', '.join(names())}")
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UPQError(f"recipe {name_or_file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UPQError(f"recipe {name_or_file}: expected a mapping of sections, got {type(raw).__name__}")
+    return raw
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    key, equals, value = item.partition("=")
+    if not equals or not key:
+        raise UPQError(f"--set {item!r}: expected key=value, for example distill.lr=1e-4")
+    *path, last = key.split(".")
+    here = raw
+    for part in path:
+        if not isinstance(here.get(part), dict):
+            # `method: rtn` is short for `method: {name: rtn}`
+            here[part] = {"name": here[part]} if isinstance(here.get(part), str) else {}
+        here = here[part]
+    try:
+        here[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UPQError(f"--set {item!r}: the value is not valid YAML") from None
+
