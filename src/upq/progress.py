@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Receives the advance of a run. `cost` is proportional to the work of a stage, so that one ETA spans all stages."""
+    """Receives the advance of a run. Costs are proportional to the work of a stage, so one ETA spans all stages."""
 
     def plan(self, stages: dict[str, tuple[int, float]]) -> None:
         """Announce every stage in order: name to (units, cost of the whole stage in any common measure)."""

@@ -42,7 +42,7 @@ class Source(Strict):
     """One place text comes from: a file, a directory or a hub data set."""
 
     path: str
-    weight: float = Field(1.0, gt=0)  # share of the tokens, relative to the other sources
+    weight: float = Field(default=1.0, gt=0)  # share of the tokens, relative to the other sources
     field: str | None = None  # column that holds the text or the messages; None finds `text` or `messages`
     separator: Literal["none", "blank_line"] = "none"  # text files: one document a file, or one a paragraph block
     subset: str | None = None  # hub data sets: configuration name
@@ -74,8 +74,8 @@ class Distill(Strict):
     tokens: int = Field(ge=0)  # budget; 0 skips the training
     batch_size: int = Field(16, ge=1)  # sequences an optimiser step, over all processes
     micro_batch_size: int = Field(4, ge=1)  # sequences a forward pass on one process
-    lr: float = Field(gt=0)
-    scale_lr: float = Field(gt=0)  # for the grid's own parameters; log Δ, so a relative rate
+    lr: float = Field(gt=0)  # of the weights, in units of each matrix's RMS: 5e-3 moves a weight of 0.02 by 1e-4 a step
+    scale_lr: float = Field(gt=0)  # of the grid's own parameters; of log Δ, so relative as well
     warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
     final_lr: float = Field(0.0, ge=0, le=1)  # where the cosine ends, as a share of lr
     weight_decay: float = Field(0.0, ge=0)
@@ -116,7 +116,9 @@ class Recipe(Strict):
 
 def names() -> list[str]:
     """The recipes that come with the package."""
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files("upq.recipes").iterdir() if p.name[-5:] == ".yaml")
+    return sorted(
+        p.name.removesuffix(".yaml") for p in resources.files("upq.recipes").iterdir() if p.name[-5:] == ".yaml"
+    )
 
 
 def digest(*parts: object) -> str:
@@ -181,4 +183,3 @@ def _override(raw: dict[str, Any], item: str) -> None:
         here[last] = yaml.safe_load(value)
     except yaml.YAMLError:
         raise UPQError(f"--set {item!r}: the value is not valid YAML") from None
-

@@ -10,7 +10,7 @@ from upq.scheme import QTensor, QuantScheme, to_groups
 
 
 class Affine:
-    """Parameters `log_scale` and `zero` (O, G), both learnable; gradients through the roundings are straight-through."""
+    """Parameters `log_scale` and `zero` (O, G), both learnable; roundings have straight-through gradients."""
 
     def init(self, w_OI: Tensor, scheme: QuantScheme) -> Params:
         low_OG, high_OG = to_groups(w_OI.detach().float(), scheme).aminmax(dim=-1)

@@ -1,1 +1,1 @@
-"""Linear layers that train on a grid (FakeQuantLinear) and layers that run from codes (PackedLinear, PackedEmbedding)."""
+"""Layers that train on a grid (FakeQuantLinear) and layers that run from codes (PackedLinear, PackedEmbedding)."""

@@ -1,0 +1,204 @@
+"""Files of a run: written whole or not at all, read with errors that say what to do, and named by their digest."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from upq.errors import UPQError
+from upq.recipe import Strict, decode
+
+MANIFEST = "upq.json"
+MANIFEST_VERSION = 1
+_METADATA = "upq"  # one key: safetensors writes several in a random order, and equal content must give equal bytes
+_MODEL_FILES = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+)
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def atomic_write(path: Path, content: bytes | str | Callable[[BinaryIO], object]) -> None:
+    """Write `path` whole: into a neighbour first, then renamed. On any failure `path` is as it was before."""
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with _explained(path):
+            with tmp.open("wb") as file:
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            tmp.replace(path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A scratch directory whose files move into `out` on success, each whole; on failure `out` is as it was before."""
+    with _explained(out):
+        scratch = Path(tempfile.mkdtemp(prefix=".upq-", dir=out))
+    try:
+        with _explained(out):
+            yield scratch
+            umask = os.umask(0)
+            os.umask(umask)
+            for file in sorted(scratch.iterdir()):
+                file.chmod(0o666 & ~umask)  # safetensors creates files that only their owner can read
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+            for file in sorted(scratch.iterdir()):
+                file.replace(out / file.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write into one line with a remedy."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "StorageFull" in str(error)
+        remedy = "free some space and run the same command again" if full else "check the path and its permissions"
+        reason = "no space left on the device" if full else getattr(error, "strerror", None) or str(error)
+        raise UPQError(f"{path}: cannot write: {reason}; {remedy}") from error
+
+
+# --- tensors -------------------------------------------------------------------------------------------------------
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
+    """A safetensors file with JSON metadata; equal content gives equal bytes."""
+    described = {_METADATA: json.dumps(dict(metadata or {}), sort_keys=True)}
+    # Clones of views: safetensors refuses tensors that share storage.
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    atomic_write(path, safetensors.torch.save(plain, described))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_tensors` wrote: tensors on the CPU and the metadata."""
+    with _readable(path), safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        return tensors, json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors of a safetensors file by name, from its header only."""
+    with _readable(path), safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise UPQError(f"{path}: no such file; the stage that writes it has not run here") from None
+    except (SafetensorError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UPQError(
+            f"{path}: damaged or truncated ({reason}); delete it and run the same command again, or copy it again"
+        ) from error
+
+
+# --- manifest ------------------------------------------------------------------------------------------------------
+
+
+class SourceModel(Strict):
+    path: str
+    digest: str  # of the files, see digest_model_dir
+
+
+class Layer(Strict):
+    name: str
+    bits: int
+    group_size: int
+    grid: str
+    weights: int  # number of weights
+    bits_per_weight: float  # stored, scales included
+    error: float | None = None  # relative squared error of the layer's output, where the stage measured it
+
+
+class FileEntry(Strict):
+    bytes: int
+    sha256: str
+
+
+class Manifest(Strict):
+    """`upq.json`: how an artefact came about and what it holds. Written last, so its presence means complete."""
+
+    manifest_version: int = MANIFEST_VERSION
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    model: SourceModel
+    versions: dict[str, str] = Field(default_factory=dict)
+    data: list[dict[str, Any]] = Field(default_factory=list)
+    layers: list[Layer] = Field(default_factory=list)
+    # By model: "source", "int4", "int2"; keys as in `upq eval --json`: ppl, kld, top1, bits_per_weight, bytes, tasks.
+    metrics: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    seconds: dict[str, float] = Field(default_factory=dict)  # by stage
+    peak_memory_bytes: int | None = None
+    files: dict[str, FileEntry] = Field(default_factory=dict)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    path = directory / MANIFEST
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UPQError(f"{directory}: no {MANIFEST} here; is it a finished UPQ artefact?") from None
+    except (OSError, ValueError) as error:
+        raise UPQError(f"{path}: cannot be read ({error}); delete it and run the same command again") from error
+    if isinstance(raw, dict) and isinstance(found := raw.get("manifest_version"), int) and found > MANIFEST_VERSION:
+        raise UPQError(f"{path}: written by a newer upq (manifest {found}); upgrade: pip install -U upq")
+    return decode(Manifest, raw, str(path))
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    atomic_write(directory / MANIFEST, text + "\n")
+
+
+# --- digests -------------------------------------------------------------------------------------------------------
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of the content, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_entry(path: Path) -> FileEntry:
+    return FileEntry(bytes=path.stat().st_size, sha256=digest_file(path))
+
+
+def digest_model_dir(path: Path) -> str:
+    """SHA-256 over configuration, weights and tokenizer files of a model directory, independent of where it lies."""
+    files = sorted({file for pattern in _MODEL_FILES for file in path.glob(pattern) if file.is_file()})
+    if not any(file.name == "config.json" for file in files):
+        raise UPQError(f"{path}: no config.json in this directory; is it a Hugging Face model?")
+    return hashlib.sha256("".join(f"{f.name} {digest_file(f)}\n" for f in files).encode()).hexdigest()

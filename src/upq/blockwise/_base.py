@@ -1,0 +1,148 @@
+"""What a method is given and what it gives back. Shape suffixes: N rows, T tokens, H hidden, O out, I in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from upq.grids import GRIDS, Params, search_scale
+from upq.models import ModelSpec
+from upq.registry import Registry
+from upq.scheme import QTensor, QuantScheme
+from upq.streaming import Context
+
+ScaleStart = Literal["max", "mse", "hessian"]
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """One decoder block to be quantised.
+
+    `block` holds the weights that become codes: the original's, or the INT4 stage's. Inputs and targets are None for
+    methods that need none.
+    """
+
+    index: int
+    block: nn.Module
+    spec: ModelSpec
+    context: Context
+    seed: int
+    fp_inputs_NTH: Tensor | None = None  # what the original block reads
+    inputs_NTH: Tensor | None = None  # what this block will read: the output of the quantised blocks before it
+    targets_NTH: Tensor | None = None  # what the original block writes, given `fp_inputs_NTH`
+
+    def weights(self) -> dict[str, Tensor]:
+        """Linear name to weight (O, I), in the order of the family's groups."""
+        return {name: self.block.get_submodule(name).weight.detach() for name in self.spec.linears}  # type: ignore[union-attr]
+
+    def run(self, weights: dict[str, Tensor], hidden_NTH: Tensor) -> Tensor:
+        """The block's output with `weights` in place of its own; differentiable."""
+        named = {f"{name}.weight": weight for name, weight in weights.items()}
+        out: Tensor = functional_call(self.block, named, (hidden_NTH,), self.context)
+        return out
+
+    @torch.no_grad()
+    def error(self, weights: dict[str, Tensor], *, batch_size: int = 8) -> float:
+        """Mean squared difference between the block's output with `weights` and the original block's."""
+        assert self.inputs_NTH is not None
+        assert self.targets_NTH is not None
+        rows = zip(self.inputs_NTH.split(batch_size), self.targets_NTH.split(batch_size), strict=True)
+        total = sum((self.run(weights, x) - y).square().sum().item() for x, y in rows)
+        return total / self.targets_NTH.numel()
+
+    @torch.no_grad()
+    def second_moments(self, names: tuple[str, ...], *, full: bool, batch_size: int = 8) -> dict[str, Tensor]:
+        """E[x xᵀ] (I, I), or its diagonal E[x²] (I,), of what each linear in `names` reads on the quantised prefix."""
+        assert self.inputs_NTH is not None
+        moments: dict[str, Tensor] = {}
+        with _recorded_inputs(self.block, names) as inputs:
+            for batch in self.inputs_NTH.split(batch_size):
+                self.block(batch, **self.context)
+                for name, x in inputs.items():
+                    x_TI = x.reshape(-1, x.shape[-1]).float()
+                    moment = x_TI.T @ x_TI if full else x_TI.square().sum(0)
+                    moments[name] = moments[name] + moment if name in moments else moment
+        tokens = self.inputs_NTH.shape[0] * self.inputs_NTH.shape[1]
+        return {name: moment / tokens for name, moment in moments.items()}
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A quantised linear. `grid.freeze(latent_OI, params)` is its QTensor; training goes on from the latents."""
+
+    latent_OI: Tensor
+    params: Params
+    scheme: QuantScheme
+
+    def qtensor(self) -> QTensor:
+        return GRIDS.get(self.scheme.grid).freeze(self.latent_OI, self.params, self.scheme)
+
+
+class Method(Protocol):
+    """Law: on its own objective, never worse than nearest rounding from the same scale start."""
+
+    Config: type[BaseModel]
+
+    def __init__(self, config: Any) -> None: ...
+
+    @property
+    def needs_inputs(self) -> bool: ...
+
+    @property
+    def cost(self) -> float:
+        """Forward passes over the calibration set that solving one block is worth, for the estimate of time."""
+        ...
+
+    def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
+        """A solution for each linear of the block."""
+        ...
+
+
+METHODS: Registry[type[Method]] = Registry("upq.blockwise")
+
+
+def start_scales(task: BlockTask, scheme: QuantScheme, start: ScaleStart) -> dict[str, Params]:
+    """Grid parameters for each linear: its range, the search of least weight error, or weighed by E[x²]."""
+    weights, grid = task.weights(), GRIDS.get(scheme.grid)
+    if start == "max":
+        return {name: grid.init(w_OI, scheme) for name, w_OI in weights.items()}
+    moments: dict[str, Tensor] = {}
+    if start == "hessian":
+        moments = task.second_moments(task.spec.linears, full=False)
+    return {name: search_scale(w_OI, scheme, moments.get(name)) for name, w_OI in weights.items()}
+
+
+class _recorded_inputs:
+    """Context manager: a dict that holds the last input of each named submodule."""
+
+    def __init__(self, block: nn.Module, names: tuple[str, ...]) -> None:
+        self._block, self._names = block, names
+        self._inputs: dict[str, Tensor] = {}
+
+    def __enter__(self) -> dict[str, Tensor]:
+        def record(name: str) -> Any:
+            return lambda _module, args: self._inputs.__setitem__(name, args[0])
+
+        self._handles = [self._block.get_submodule(n).register_forward_pre_hook(record(n)) for n in self._names]
+        return self._inputs
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def batches(rows: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """`steps` batches of row indices: shuffled epochs, a pure function of the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(order) < size:
+            order = torch.cat([order, torch.randperm(rows, generator=generator)])
+        yield order[:size]
+        order = order[size:]

@@ -1,0 +1,53 @@
+"""Gradient descent on one block's output error: what flexround and block_ap share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from upq.blockwise._base import BlockTask, batches
+from upq.errors import UPQError
+
+Groups = list[dict[str, object]]  # optimiser groups: {"params": [...], "lr": ...}
+
+
+def reconstruct(
+    task: BlockTask,
+    weights: Callable[[], dict[str, Tensor]],
+    groups: Groups,
+    *,
+    iterations: int,
+    batch_size: int,
+) -> tuple[float, float]:
+    """Adam with cosine decay to 0 on the mean squared error of the block's output.
+
+    `weights` gives the differentiable quantised weights. Leaves the parameters at the better of start and end and
+    returns the errors over all calibration rows before and after.
+    """
+    assert task.inputs_NTH is not None
+    assert task.targets_NTH is not None
+    learned = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+    start = [p.detach().clone() for p in learned]
+    with torch.no_grad():
+        before = task.error(weights())
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / iterations)))
+    rows = len(task.inputs_NTH)
+    for index in batches(rows, min(batch_size, rows), iterations, task.seed):
+        loss = (task.run(weights(), task.inputs_NTH[index]) - task.targets_NTH[index]).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        after = task.error(weights())
+        if not math.isfinite(after) and not math.isfinite(before):
+            raise UPQError(f"block {task.index}: the output is not finite even before training; check the weights")
+        if not after <= before:
+            for p, value in zip(learned, start, strict=True):
+                p.copy_(value)
+            after = before
+    return before, after

@@ -1,0 +1,63 @@
+"""FlexRound (arXiv 2306.00317): learn, for every weight, a divisor before rounding, with the block's output as judge.
+
+    Ŵ = Δ · Q(W / exp(log Δ + S2 + s3)),   S2 (O, I) and s3 (O, 1) zero at the start
+
+A weight's divisor moves it across a rounding boundary in proportion to its size, so large weights travel further.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from upq.blockwise._base import METHODS, BlockTask, ScaleStart, Solution, start_scales
+from upq.blockwise._reconstruct import reconstruct
+from upq.grids import GRIDS
+from upq.recipe import Strict
+from upq.scheme import QuantScheme
+
+
+@METHODS.register("flexround")
+class FlexRound:
+    class Config(Strict):
+        scale: ScaleStart = "mse"
+        iterations: int = Field(400, ge=1)
+        batch_size: int = Field(4, ge=1)
+        lr: float = Field(3e-3, gt=0)
+
+    needs_inputs = True
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @property
+    def cost(self) -> float:
+        return 3.0 * self.config.iterations * self.config.batch_size
+
+    def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
+        grid, weights = GRIDS.get(scheme.grid), task.weights()
+        params = start_scales(task, scheme, self.config.scale)
+        s2 = {name: torch.zeros_like(w_OI) for name, w_OI in weights.items()}
+        s3 = {name: torch.zeros_like(w_OI[:, :1]) for name, w_OI in weights.items()}
+
+        def divided(name: str) -> Tensor:
+            return weights[name] * torch.exp(-(s2[name] + s3[name]))
+
+        def quantised() -> dict[str, Tensor]:
+            return {name: grid.fake(divided(name), params[name], scheme) for name in weights}
+
+        learned = [*s2.values(), *s3.values(), *(p for each in params.values() for p in each.values())]
+        for tensor in learned:
+            tensor.requires_grad_()
+        reconstruct(
+            task,
+            quantised,
+            [{"params": learned, "lr": self.config.lr}],
+            iterations=self.config.iterations,
+            batch_size=self.config.batch_size,
+        )
+        return {
+            name: Solution(divided(name).detach(), {k: v.detach() for k, v in params[name].items()}, scheme)
+            for name in weights
+        }

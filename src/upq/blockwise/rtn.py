@@ -1,0 +1,26 @@
+"""Nearest rounding: every weight to its closest level, the scale by range or by search."""
+
+from __future__ import annotations
+
+from upq.blockwise._base import METHODS, BlockTask, ScaleStart, Solution, start_scales
+from upq.recipe import Strict
+from upq.scheme import QuantScheme
+
+
+@METHODS.register("rtn")
+class Rtn:
+    class Config(Strict):
+        scale: ScaleStart = "max"
+
+    cost = 1.0
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @property
+    def needs_inputs(self) -> bool:
+        return self.config.scale == "hessian"
+
+    def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
+        scales = start_scales(task, scheme, self.config.scale)
+        return {name: Solution(w_OI, scales[name], scheme) for name, w_OI in task.weights().items()}

@@ -1,0 +1,87 @@
+"""Solved blocks on disk: one safetensors file each, written when the block is finished."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from upq.artifact import load_tensors, save_tensors
+from upq.blockwise._base import Solution
+from upq.kernels.reference import pack, unpack
+from upq.scheme import QTensor, QuantScheme
+
+Report = dict[str, dict[str, float]]  # linear name to its figures
+
+
+@dataclass(frozen=True)
+class BlockStore:
+    """The blocks of one stage. Without `latents` a block comes back as its codes say: enough to build upon."""
+
+    folder: Path
+    scheme: QuantScheme
+    latents: bool = True
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"block-{index:04d}.safetensors"
+
+    def done(self, blocks: int) -> int:
+        """How many blocks, from the first on, are on disk."""
+        return next((i for i in range(blocks) if not self.path(i).is_file()), blocks)
+
+    def save(self, index: int, solutions: dict[str, Solution], report: Report) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, solution in solutions.items():
+            if self.latents:
+                tensors[f"{name}:latent"] = solution.latent_OI
+                tensors |= {f"{name}:param:{key}": value for key, value in solution.params.items()}
+            else:
+                q = solution.qtensor()
+                packed = pack(q.codes_OI, self.scheme.bits)
+                columns = torch.tensor(q.codes_OI.shape[1])
+                tensors |= {f"{name}:packed": packed, f"{name}:columns": columns}
+                tensors |= {f"{name}:scale": q.scale_OG, f"{name}:zero": q.zero_OG}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(self.path(index), tensors, {"report": report})
+
+    def solutions(self, index: int) -> dict[str, Solution]:
+        assert self.latents
+        parts = _by_linear(load_tensors(self.path(index))[0])
+        return {
+            name: Solution(
+                part["latent"],
+                {key.removeprefix("param:"): value for key, value in part.items() if key.startswith("param:")},
+                self.scheme,
+            )
+            for name, part in parts.items()
+        }
+
+    def qtensors(self, index: int) -> dict[str, QTensor]:
+        if self.latents:
+            return {name: solution.qtensor() for name, solution in self.solutions(index).items()}
+        parts = _by_linear(load_tensors(self.path(index))[0])
+        return {
+            name: QTensor(
+                unpack(part["packed"], self.scheme.bits, int(part["columns"])), part["scale"], part["zero"], self.scheme
+            )
+            for name, part in parts.items()
+        }
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """Dequantised weights (O, I) of a block's linears, float32."""
+        return {name: q.dequantize() for name, q in self.qtensors(index).items()}
+
+    def report(self, index: int) -> Report:
+        """Linear name to its figures, as measured when the block was solved."""
+        report: Report = load_tensors(self.path(index))[1]["report"]
+        return report
+
+
+def _by_linear(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, part = key.partition(":")
+        parts.setdefault(name, {})[part] = value
+    return parts

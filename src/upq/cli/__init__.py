@@ -1,0 +1,56 @@
+"""The command line: parsing and showing. Each command is one file; the work is done below."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from upq.cli.chat import chat
+from upq.cli.demo import demo
+from upq.cli.doctor import doctor
+from upq.cli.evaluate import evaluate
+from upq.cli.quantize import quantize
+from upq.errors import UPQError
+
+app = typer.Typer(
+    help="Instruction-tuned language models in 2 bits a weight.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("quantize")(quantize)
+app.command("eval")(evaluate)
+app.command("chat")(chat)
+app.command("demo")(demo)
+app.command("doctor")(doctor)
+
+
+@app.callback()
+def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
+    if debug:
+        os.environ["UPQ_DEBUG"] = "1"
+
+
+def main() -> None:
+    """Entry point: an UPQError is one line on stderr and exit code 2, an interruption 130."""
+    try:
+        app()
+    except UPQError as error:
+        if os.environ.get("UPQ_DEBUG"):
+            raise
+        from rich.console import Console
+
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {_escaped(error)}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _escaped(error: UPQError) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(str(error).split()))

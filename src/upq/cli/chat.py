@@ -1,0 +1,98 @@
+"""`upq chat`: talk to a model in the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from upq.errors import UPQError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Message = dict[str, str]
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="An artefact, or any model transformers loads.")],
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Ask this once and exit, instead of a conversation.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus to sample from.")] = 0.95,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Stream answers to your messages; the history is kept. /reset forgets it, /exit or Ctrl-D leaves."""
+    import torch
+    from rich.console import Console
+
+    from upq.loading import load_model, load_tokenizer
+    from upq.quiet import quiet_libraries
+
+    quiet_libraries()
+    console = Console()
+    tokenizer = load_tokenizer(model)
+    if not getattr(tokenizer, "chat_template", None):
+        raise UPQError(
+            f"{model}: no chat template in its tokenizer; name an instruction-tuned model"
+        )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = load_model(model, device=device)
+    options: dict[str, Any] = {"max_new_tokens": max_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        options |= {"temperature": temperature, "top_p": top_p}
+    start: list[Message] = [{"role": "system", "content": system}] if system else []
+    if prompt is not None:
+        answer(loaded, tokenizer, [*start, {"role": "user", "content": prompt}], options)
+        return
+    console.print("[dim]/reset forgets the conversation, /exit leaves[/dim]")
+    history = list(start)
+    while True:
+        try:
+            text = console.input("[bold cyan]you ›[/bold cyan] ").strip()
+        except EOFError:
+            console.print()
+            return
+        if text in ("/exit", "/quit"):
+            return
+        if text == "/reset":
+            history = list(start)
+            continue
+        if not text:
+            continue
+        history.append({"role": "user", "content": text})
+        console.print("[bold green]model ›[/bold green] ", end="")
+        try:
+            reply = answer(loaded, tokenizer, history, options)
+        except KeyboardInterrupt:  # stops the answer, not the conversation
+            console.print(" [dim](stopped)[/dim]")
+            history.pop()
+            continue
+        history.append({"role": "assistant", "content": reply})
+
+
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, history: list[Message], options: dict[str, Any]
+) -> str:
+    """Print the model's answer to `history` as it comes, and return it."""
+    import torch
+    from transformers import TextStreamer
+
+    encoded = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    length = encoded["input_ids"].shape[1]
+    room = model.config.max_position_embeddings - length
+    if room < 1:
+        limit = model.config.max_position_embeddings
+        raise UPQError(f"the conversation is {length} tokens, the model's context {limit}; /reset forgets it")
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
+    with torch.inference_mode():
+        out = model.generate(  # type: ignore[operator]
+            **encoded.to(model.device),
+            streamer=streamer,
+            **{**options, "max_new_tokens": min(options["max_new_tokens"], room)},
+        )
+    text = tokenizer.decode(out[0, length:], skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text.strip()

@@ -1,0 +1,82 @@
+"""`upq doctor`: what this machine has, what is missing, and the remedy."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+
+from upq.errors import UPQError
+
+CORE = ("torch", "transformers", "safetensors", "accelerate", "datasets", "pydantic", "typer", "rich")
+EXTRAS = {
+    "eval": ("lm_eval", "langdetect", "immutabledict", "nltk"),
+    "dev": ("pytest", "hypothesis", "ruff", "mypy"),
+}
+ENOUGH_DISK = 5e9  # bytes; a 1B model's run needs about that
+
+
+def doctor(
+    strict: Annotated[bool, typer.Option(help="Exit with code 2 if anything is missing, extras included.")] = False,
+) -> None:
+    """Show versions, cores, memory, accelerator and optional parts, each with a remedy where it is missing."""
+    import os
+    import platform
+    import shutil
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from upq.console import size
+
+    console = Console()
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    missing: list[str] = []
+
+    def row(name: str, value: str, remedy: str = "") -> None:
+        mark = "[yellow]![/yellow]" if remedy else "[green]✓[/green]"
+        table.add_row(mark, name, value + (f"  [yellow]→ {remedy}[/yellow]" if remedy else ""))
+        if remedy:
+            missing.append(name)
+
+    row("upq", _version("upq") or "?")
+    row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in CORE:
+        found = _version(package)
+        row(package, found or "not installed", "" if found else f"pip install {package}")
+    row("cores", f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads")
+    row("instructions", torch.backends.cpu.get_cpu_capability())
+    total, free = _memory()
+    row("memory", f"{size(total)}, {size(free)} free")
+    disk = shutil.disk_usage(".").free
+    row("disk here", f"{size(disk)} free", "" if disk > ENOUGH_DISK else "free some space, or --out elsewhere")
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        row("GPU", f"{gpu.name}, {size(gpu.total_memory)}")
+    else:
+        row("GPU", "none; everything runs on the CPU")
+    for extra, packages in EXTRAS.items():
+        absent = [name for name in packages if find_spec(name) is None]
+        remedy = f"pip install 'upq[{extra}]'" if absent else ""
+        row(f"extra {extra}", "missing: " + ", ".join(absent) if absent else "installed", remedy)
+    console.print(table)
+    if strict and missing:
+        raise UPQError(f"missing on this machine: {', '.join(missing)}; the table above says how to get each")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _memory() -> tuple[int, int]:
+    """Total and available bytes."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return memory.total, memory.available

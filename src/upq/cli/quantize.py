@@ -1,0 +1,88 @@
+"""`upq quantize`: the whole way from a model to its 2-bit artefact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from upq.errors import UPQError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from upq.artifact import Manifest
+    from upq.recipe import Recipe
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Hugging Face causal LM: directory or hub id.")],
+    out: Annotated[Path, typer.Option(help="Directory of the artefact; the same command again resumes.")],
+    recipe: Annotated[str, typer.Option(help="Recipe of the package (default, paper) or a YAML file.")] = "default",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text, JSON lines, parquet, a directory or a hub data set; repeatable."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    keep_work: Annotated[bool, typer.Option(help="Keep solved blocks and checkpoints after the end.")] = False,
+) -> None:
+    """Quantise MODEL: FP16 to INT4 block by block, to INT2 by distillation from the original, packed into --out."""
+    chosen = load_recipe(recipe, set_ or [], data or [])
+
+    from rich.console import Console
+
+    from upq import pipeline
+    from upq.console import reporter
+    from upq.quiet import quiet_libraries
+
+    quiet_libraries()
+    console = Console()
+    with reporter(console) as progress:
+        manifest = pipeline.quantize(model, chosen, out, device=device, keep_work=keep_work, progress=progress)
+    console.print(result_table(manifest))
+    console.print(f"[bold]{out}[/bold] is ready: upq chat {out}", highlight=False, soft_wrap=True)
+
+
+def load_recipe(name: str, overrides: list[str], data: list[str]) -> Recipe:
+    """The recipe with its overrides; `data` replaces its sources."""
+    from upq.recipe import Recipe, Source
+
+    recipe = Recipe.load(name, overrides)
+    if data:
+        sources = tuple(Source(path=path) for path in data)
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})
+    for source in recipe.data.sources:
+        if source.path.startswith((".", "/", "~")) and not Path(source.path).exists():
+            raise UPQError(f"--data {source.path}: no such file or directory")
+    return recipe
+
+
+def result_table(manifest: Manifest) -> Table:
+    """Before and after: size, perplexity and distance on the held-out rows; then time and memory."""
+    from upq.console import duration, size, table
+
+    names = {"source": "original", "artifact": "2 bits"}
+    rows = []
+    for key, figures in manifest.metrics.items():
+        kld, top1 = figures.get("kld"), figures.get("top1")
+        rows.append(
+            [
+                names.get(key, key),
+                size(figures["bytes"]),
+                f"{figures['bits_per_weight']:.2f}",
+                f"{figures['ppl']:.3f}",
+                "–" if kld is None else f"{kld:.4f}",
+                "–" if top1 is None else f"{top1:.1%}",
+            ]
+        )
+    made = table("", ["model", "size", "bits a weight", "perplexity", "KL to original", "same top-1"], rows)
+    stages = ", ".join(f"{name} {duration(seconds)}" for name, seconds in manifest.seconds.items())
+    total = duration(sum(manifest.seconds.values()))
+    memory = size(manifest.peak_memory_bytes or 0)
+    made.caption = f"time {total} ({stages}); peak memory {memory}"
+    made.caption_justify = "left"
+    return made

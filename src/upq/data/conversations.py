@@ -1,0 +1,149 @@
+"""Conversations as the tokenizer's own chat template writes them, and which characters the assistant wrote.
+
+A template marks the assistant's part itself (`{% generation %}`), or it is found by experiment: each of the assistant's
+messages is replaced by a word that occurs nowhere else, and what the template puts around that word is what it puts
+around the message. Compared with cutting at a generation prompt, this also holds for templates that ignore
+`add_generation_prompt`, that trim or change a message, or that write earlier turns differently from the last.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from upq.data.sources import Message
+from upq.errors import UPQError
+
+Span = tuple[int, int]  # characters, the end excluded
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Private-use characters: no white space for a template to trim, and in no text.
+STAND_IN = "\ue000{}\ue001"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Renders conversations with the template of `tokenizer`; errors start with `where`, the conversation's place."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    @cached_property
+    def source(self) -> str | None:
+        """The template's text, or None for a tokenizer that has none."""
+        if not self.tokenizer.chat_template:
+            return None
+        text: str = self.tokenizer.get_chat_template()
+        return text
+
+    @property
+    def marks_assistant(self) -> bool:
+        return self.source is not None and GENERATION.search(self.source) is not None
+
+    def render(self, messages: tuple[Message, ...], where: str, *, prompt: bool = False) -> str:
+        """The conversation as one text; with `prompt`, up to where the assistant's next answer begins."""
+        self._require(where)
+        with _refusals(where):
+            text = self.tokenizer.apply_chat_template(_plain(messages), tokenize=False, add_generation_prompt=prompt)
+        assert isinstance(text, str)
+        return text
+
+    def encode_marked(self, messages: tuple[Message, ...], where: str) -> tuple[list[int], list[int]]:
+        """Tokens and assistant mask of a template that marks the assistant's part itself."""
+        self._require(where)
+        with _refusals(where):
+            out: Any = self.tokenizer.apply_chat_template(
+                _plain(messages),
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"verbose": False},
+            )
+        return list(out["input_ids"]), list(out["assistant_masks"])
+
+    def assistant_spans(self, messages: tuple[Message, ...], text: str, where: str) -> list[Span]:
+        """Where in `text`, the rendering of `messages`, each of the assistant's messages stands with its end of turn.
+
+        The end of turn is what the template writes after a last assistant message, without the white space after it:
+        `<|im_end|>`, ` </s>`; a template that ends a turn with nothing but white space has that.
+        """
+        turns = [n for n, message in enumerate(messages) if message.role == "assistant"]
+        contents = self._in_one_pass(messages, turns, text, where)
+        if contents is None:
+            contents = [self._one(messages, turn, text, where) for turn in turns]
+        return [(a, b + _in_common(text[b:], self._end_of_turn)) for a, b in contents]
+
+    @cached_property
+    def _end_of_turn(self) -> str:
+        word = STAND_IN.format(0)
+        text = self.render((Message("user", "x"), Message("assistant", word)), "a first question and answer")
+        after = text.rpartition(word)[2]
+        return after.rstrip() or after
+
+    def _in_one_pass(self, messages: tuple[Message, ...], turns: list[int], text: str, where: str) -> list[Span] | None:
+        """The contents by one rendering with every turn replaced; None when `text` does not agree with it."""
+        marked = self.render(_replaced(messages, turns), where)
+        pieces = re.split("|".join(re.escape(STAND_IN.format(n)) for n in turns), marked) if turns else [marked]
+        if len(pieces) != len(turns) + 1 or not text.startswith(pieces[0]):
+            return None
+        spans = []
+        at = len(pieces[0])
+        for turn, piece in zip(turns, pieces[1:], strict=True):
+            content = messages[turn].content
+            written = next((c for c in (content, content.strip()) if text.startswith(c + piece, at)), None)
+            if written is None:
+                return None
+            spans.append((at, at + len(written)))
+            at += len(written) + len(piece)
+        return spans if at == len(text) else None
+
+    def _one(self, messages: tuple[Message, ...], turn: int, text: str, where: str) -> Span:
+        """The content of one turn, by what stands around it; a turn with thoughts, from the generation prompt on."""
+        before, found, after = self.render(_replaced(messages, [turn]), where).partition(STAND_IN.format(turn))
+        end = len(text) - len(after)
+        if found and text.endswith(after):
+            if text.startswith(before) and len(before) <= end:
+                return len(before), end
+            prompt = self.render(messages[:turn], where, prompt=True) if turn else ""
+            if prompt and text.startswith(prompt) and len(prompt) <= end:
+                return len(prompt), end
+        raise UPQError(
+            f"{where}: message {turn + 1}: the chat template hides which tokens are the assistant's;"
+            " set data.loss_on=all, or use a template with {% generation %}"
+        )
+
+    def _require(self, where: str) -> None:
+        if self.source is None:
+            raise UPQError(
+                f"{where}: a conversation, but the model's tokenizer has no chat template;"
+                " quantize an instruction-tuned model, or give rows with plain `text`"
+            )
+
+
+@contextmanager
+def _refusals(where: str) -> Iterator[None]:
+    """Turns what a template raises on a conversation it was not written for into one line."""
+    try:
+        yield
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UPQError(f"{where}: the chat template refuses this conversation ({reason}); mend or remove it") from error
+
+
+def _plain(messages: tuple[Message, ...]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _replaced(messages: tuple[Message, ...], turns: list[int]) -> tuple[Message, ...]:
+    return tuple(Message(m.role, STAND_IN.format(n)) if n in turns else m for n, m in enumerate(messages))
+
+
+def _in_common(one: str, other: str) -> int:
+    """Length of the beginning that both share."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

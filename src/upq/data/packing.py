@@ -1,0 +1,375 @@
+"""Documents to rows of equal length: choose, encode, hold out, pack.
+
+Shape suffixes: D = documents, L = tokens of one document, N = rows, K = rows of a block, T = tokens in a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from upq.data import tokens
+from upq.data.encoding import Encoded, Encoder, tokenizer_identity
+from upq.data.sources import Document, identity, read_documents, sources_of
+from upq.data.tokens import Entry, SourceUse, TokenSet
+from upq.errors import UPQError
+from upq.progress import Progress, Silent
+from upq.recipe import Data, Source, digest
+
+LAYOUT = 1  # part of the key: a change of what `prepare` makes of the same input is a new layout
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20
+
+
+def prepare(
+    section: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    *,
+    sequences: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> TokenSet:
+    """Pack the section's text into `sequences` training rows and `section.validation` held-out rows at `path`.
+
+    A file that is there already and was made from the same section, tokenizer, seed, sequences and content is used as
+    it is. `progress` advances by `sequences + section.validation` units in all.
+
+    Documents are laid end to end, in rows of exactly `seq_len` tokens, without padding. Several sources take turns so
+    that their shares of the tokens follow their weights; one that ends is begun again for as long as another goes on.
+
+    Validation has documents of its own, packed apart: in the order of a hash of their content they are set aside until
+    there are enough, so they come from all over the text, and the same text under two names is never on both sides.
+    Setting a document aside can take more tokens than validation needs. Where that would leave less than nine tenths
+    of the possible training rows (or half of all rows), as with a single long document, rows spread evenly over the
+    text are held out instead, and `progress` is told. At least half of the rows are always left for training.
+
+    Fewer rows than asked for are no error: training then goes through them more than once, and `progress` is told.
+    Raises UPQError where there is less text than one row.
+    """
+    progress = progress or Silent()
+    sources = sources_of(section)
+    identities = [identity(source) for source in sources]
+    key = digest(LAYOUT, section, tokenizer_identity(tokenizer), seed, sequences, identities)
+    if path.exists():
+        stored = tokens.read(path, key, seed)
+        if stored is not None:
+            progress.advance(sequences + section.validation)
+            progress.note(f"data: {path} is up to date")
+            return stored
+        progress.note(f"data: {path} was made from other data or settings and is made anew")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        spool = _Spool(Path(folder), masked=section.loss_on == "assistant")
+        with spool:
+            reading = _Reading(sources, Encoder(tokenizer, section.loss_on), progress)
+            plan = _collect(section, reading, spool, sequences, seed, progress)
+            if not plan.training.count:
+                raise UPQError("data: no sequence holds a token of the assistant; set data.loss_on=all or add text")
+            _report(section, plan, sequences, progress)
+            uses = [
+                SourceUse(source.path, name, documents, size)
+                for source, name, documents, size in zip(
+                    sources, identities, reading.documents, reading.tokens, strict=True
+                )
+            ]
+            metadata = {
+                "key": key,
+                "sources": json.dumps([dataclasses.asdict(use) for use in uses]),
+                "counts": json.dumps({"rows": plan.training.count, "validation": plan.validation.count}),
+            }
+            tokens.write(path, _entries(plan, spool, section.seq_len), metadata)
+    made = tokens.read(path, key, seed)
+    assert made is not None
+    return made
+
+
+def load_eval_text(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    separator: Literal["none", "blank_line"] = "none",
+) -> Tensor:
+    """A text as rows (N, T) int64 for perplexity, packed as for training; the ragged tail is left out.
+
+    A text shorter than `seq_len` is one shorter row. Raises UPQError below two tokens: nothing would be predicted.
+    """
+    source = Source(path=str(path), separator=separator, weight=1.0)
+    reading = _Reading((source,), Encoder(tokenizer), Silent())
+    flat = np.concatenate([encoded.tokens_L for _, encoded in reading])
+    if len(flat) < 2:
+        raise UPQError(f"{path}: {len(flat)} token is too little to measure perplexity on; give a longer text")
+    length = min(seq_len, len(flat))
+    rows = len(flat) // length
+    return torch.from_numpy(flat[: rows * length].astype(np.int64)).view(rows, length)
+
+
+# Reading: sources taking turns
+
+
+class _Reading:
+    """Encoded documents of all sources, each with its source's number, until every source has been read once.
+
+    The next document is always one of the source that is furthest behind its share of the tokens.
+    """
+
+    def __init__(self, sources: tuple[Source, ...], encoder: Encoder, progress: Progress) -> None:
+        self.documents = [0] * len(sources)
+        self.tokens = [0] * len(sources)
+        self.finished = False
+        self._sources = sources
+        self._encoder = encoder
+        self._progress = progress
+        self._ended = [False] * len(sources)
+        self._iterator = self._turns()
+
+    def __iter__(self) -> Iterator[tuple[int, Encoded]]:
+        return self._iterator
+
+    def _turns(self) -> Iterator[tuple[int, Encoded]]:
+        streams = [_encoded(source, self._encoder) for source in self._sources]
+        while True:
+            turn = min(range(len(streams)), key=lambda n: self.tokens[n] / self._sources[n].weight)
+            encoded = next(streams[turn], None)
+            if encoded is None:
+                first_time = not self._ended[turn]
+                self._ended[turn] = True
+                if all(self._ended):
+                    self.finished = True
+                    return
+                if first_time:
+                    self._progress.note(f"data: {self._sources[turn].path} is read again to keep its share of the text")
+                streams[turn] = _encoded(self._sources[turn], self._encoder)
+                continue
+            self.documents[turn] += 1
+            self.tokens[turn] += len(encoded.tokens_L)
+            yield turn, encoded
+
+
+def _encoded(source: Source, encoder: Encoder) -> Iterator[Encoded]:
+    for batch in _batches(read_documents(source)):
+        encoded = deque(encoder.encode(batch))
+        while encoded:
+            yield encoded.popleft()
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        content = document.content
+        size += len(content) if isinstance(content, str) else sum(len(message.content) for message in content)
+        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# Collecting: how much text is enough is known only after the held-out part is chosen
+
+
+class _Spool:
+    """Encoded documents on disk, end to end: what is asked for may be larger than memory."""
+
+    def __init__(self, folder: Path, *, masked: bool) -> None:
+        self._names = {"tokens": folder / "tokens", "mask": folder / "mask"}
+        self._files: dict[str, BinaryIO] = {name: path.open("wb") for name, path in self._names.items()}
+        self.masked = masked
+        self.lengths = array("q")
+        self.keys = array("Q")  # equal for documents of equal tokens
+        self.total = 0
+
+    def __enter__(self) -> _Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def add(self, encoded: Encoded) -> None:
+        self._files["tokens"].write(encoded.tokens_L.data)
+        if self.masked:
+            assert encoded.mask_L is not None
+            assert len(encoded.mask_L) == len(encoded.tokens_L)
+            self._files["mask"].write(encoded.mask_L.data)
+        self.lengths.append(len(encoded.tokens_L))
+        self.keys.append(int.from_bytes(hashlib.blake2b(encoded.tokens_L.data, digest_size=8).digest(), "little"))
+        self.total += len(encoded.tokens_L)
+
+    def view(self, name: Literal["tokens", "mask"]) -> NDArray[Any]:
+        self._files[name].flush()
+        return np.memmap(self._names[name], np.int32 if name == "tokens" else np.uint8, mode="r")
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Documents, as places in the spool, and which of the rows they pack into are used."""
+
+    spans: list[tuple[int, int]]
+    used: NDArray[np.bool_]
+
+    @property
+    def count(self) -> int:
+        return int(self.used.sum())
+
+    def blocks(self, flat: NDArray[Any], t: int) -> Iterator[NDArray[Any]]:
+        at = 0
+        for block_KT in _rows(flat, self.spans, t):
+            yield block_KT[self.used[at : at + len(block_KT)]]
+            at += len(block_KT)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    training: _Part
+    validation: _Part
+    shared: bool  # training and validation have documents in common
+    without_target: int  # rows left out
+
+
+def _collect(section: Data, reading: _Reading, spool: _Spool, sequences: int, seed: int, progress: Progress) -> _Plan:
+    wanted = sequences + section.validation
+    goal, told = wanted, 0
+    while True:
+        for _, encoded in reading:
+            spool.add(encoded)
+            rows = min(spool.total // section.seq_len, wanted)
+            if rows > told:
+                progress.advance(rows - told)
+                told = rows
+            if spool.total >= goal * section.seq_len:
+                break
+        plan = _plan(section, spool, sequences, seed)
+        missing = wanted - plan.training.count - plan.validation.count
+        if reading.finished or not (missing or plan.shared):
+            if wanted > told:
+                progress.advance(wanted - told)
+            return plan
+        goal = spool.total // section.seq_len + missing + 1
+
+
+def _plan(section: Data, spool: _Spool, sequences: int, seed: int) -> _Plan:
+    t = section.seq_len
+    possible = spool.total // t
+    if not possible:
+        raise UPQError(
+            f"data: the sources hold {spool.total} tokens, less than one sequence of {t};"
+            f" give more text, or a data.seq_len of at most {max(spool.total, 8)}"
+        )
+    lengths = np.array(spool.lengths, np.int64)
+    ends = np.cumsum(lengths)
+    # Training has the first claim, up to half of the rows.
+    asked = min(section.validation, max(possible // 2, possible - sequences))
+    aside_D, dropped_D = _set_aside(lengths, np.array(spool.keys, np.uint64), t, sequences, asked, seed)
+    shared = int(lengths[aside_D].sum()) // t * 2 < asked
+    if shared:
+        aside_D, dropped_D = np.zeros_like(aside_D), np.zeros_like(dropped_D)
+
+    def part(chosen_D: NDArray[np.bool_]) -> tuple[list[tuple[int, int]], NDArray[np.bool_]]:
+        spans = list(zip((ends - lengths)[chosen_D].tolist(), ends[chosen_D].tolist(), strict=True))
+        return spans, _with_target(spool, spans, t)
+
+    spans, good = part(~(aside_D | dropped_D))
+    if shared:
+        held = np.zeros_like(good)
+        held[(np.arange(asked) * 2 + 1) * len(good) // (2 * asked)] = True
+        held_spans, held_good, kept = spans, good & held, good & ~held
+    else:
+        held_spans, held_good = part(aside_D)
+        kept = good
+    training = _Part(spans, _first(kept, sequences))
+    limit = asked if training.count == sequences else min(asked, training.count)
+    validation = _Part(held_spans, _first(held_good, limit))
+    without_target = int((~good).sum()) + (0 if shared else int((~held_good).sum()))
+    return _Plan(training, validation, shared, without_target)
+
+
+def _set_aside(
+    lengths_D: NDArray[np.int64], keys_D: NDArray[np.uint64], t: int, sequences: int, asked: int, seed: int
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Documents for validation, and their repetitions, which go nowhere: see `prepare`."""
+    total = int(lengths_D.sum())
+    possible = total // t
+    # Integers, so that every machine decides alike: nine tenths of the rows that could be trained on, and half of all.
+    needed = min(sequences, max(-(-9 * (possible - asked) // 10), -(-possible // 2))) * t
+    unique, first, inverse = np.unique(keys_D, return_index=True, return_inverse=True)
+    cost = np.bincount(inverse, weights=lengths_D).astype(np.int64)  # with all repetitions
+    taken = np.zeros(len(unique), np.bool_)
+    have = 0
+    for n in np.argsort(tokens.scramble(unique, seed), kind="stable"):
+        if have >= asked * t:
+            break
+        if total - cost[n] >= needed:
+            taken[n] = True
+            total -= int(cost[n])
+            have += int(lengths_D[first[n]])
+    aside_D = np.zeros(len(lengths_D), np.bool_)
+    aside_D[first[taken]] = True
+    return aside_D, taken[inverse] & ~aside_D
+
+
+def _with_target(spool: _Spool, spans: list[tuple[int, int]], t: int) -> NDArray[np.bool_]:
+    """Which rows have a target; the first token of a row has nothing before it, so it never is one."""
+    if not spool.masked:
+        return np.ones(sum(b - a for a, b in spans) // t, np.bool_)
+    found = [block_KT[:, 1:].any(1) for block_KT in _rows(spool.view("mask"), spans, t)]
+    return np.concatenate([np.zeros(0, np.bool_), *found])
+
+
+def _first(used: NDArray[np.bool_], limit: int) -> NDArray[np.bool_]:
+    return used & (np.cumsum(used) <= limit)
+
+
+def _rows(flat: NDArray[Any], spans: list[tuple[int, int]], t: int) -> Iterator[NDArray[Any]]:
+    """The spans end to end as blocks of rows (K, T); the ragged tail is left out."""
+    rest = flat[:0]
+    for start, stop in spans:
+        rest = np.concatenate([rest, flat[start:stop]])
+        whole = len(rest) // t
+        if whole:
+            yield rest[: whole * t].reshape(whole, t)
+            rest = rest[whole * t :]
+
+
+def _entries(plan: _Plan, spool: _Spool, t: int) -> dict[str, Entry]:
+    """The tensors of the file, int32 first; a mask that is all ones is left out."""
+
+    def entry(part: _Part, name: Literal["tokens", "mask"]) -> Entry:
+        return Entry("I32" if name == "tokens" else "U8", (part.count, t), lambda: part.blocks(spool.view(name), t))
+
+    parts = {"": plan.training, "validation_": plan.validation}
+    entries = {f"{prefix}tokens": entry(part, "tokens") for prefix, part in parts.items()}
+    for prefix, part in parts.items():
+        if spool.masked and not all(block.all() for block in part.blocks(spool.view("mask"), t)):
+            entries[f"{prefix}mask"] = entry(part, "mask")
+    return entries
+
+
+def _report(section: Data, plan: _Plan, sequences: int, progress: Progress) -> None:
+    rows, held = plan.training.count, plan.validation.count
+    if rows < sequences:
+        progress.note(
+            f"data: the text makes {rows} training sequences of {section.seq_len} tokens, {sequences} are asked for:"
+            " training goes through them more than once"
+        )
+    if held < section.validation:
+        progress.note(f"data: the text allows {held} validation sequences, {section.validation} are asked for")
+    if plan.shared:
+        progress.note("data: too few documents to give validation its own: its sequences are cut from the same ones")
+    if plan.without_target:
+        progress.note(f"data: {plan.without_target} sequences without a token of the assistant are left out")

@@ -1,0 +1,316 @@
+"""Where text comes from: files, directories and hub data sets, as one stream of documents in a fixed order.
+
+What a path may be:
+
+- `.txt`, `.text`, `.md`: UTF-8 text; one document, or with `separator: blank_line` one for each block of lines.
+- `.jsonl`, `.ndjson`, `.json`: one object a line, one document an object (`.json` may also be one array of objects).
+- any of these followed by `.gz`.
+- `.parquet`: one document a row; read by row group, only the column that is needed.
+- a directory: every file below it, sorted by its path. Hidden files are left out, any other file of an unknown kind is
+  an error: to skip it in silence would train on less than what was pointed at.
+- otherwise a hub data set, `owner/name`, read as a stream.
+
+An object or a row becomes a document by one column: `field` if the source names it, else the first of `messages`,
+`conversations`, `text` that is there. A text without any character but white space is no document and is passed over;
+a whole file or data set of nothing else is an error.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from upq.errors import UPQError
+from upq.recipe import Data, Source
+
+DEFAULT_SOURCE = Source(path="HuggingFaceFW/fineweb-edu", subset="sample-10BT", weight=1.0)
+TEXT = (".txt", ".text", ".md")
+LINES = (".jsonl", ".ndjson", ".json")
+KINDS = (*TEXT, *LINES, ".parquet")
+COLUMNS = ("messages", "conversations", "text")
+ROLES = ("system", "user", "assistant", "tool")
+# The other spelling in wide use, {from, value}, with its names for the roles.
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text, or the messages of one conversation; `where` names its place for whoever has to mend it."""
+
+    content: str | tuple[Message, ...]
+    where: str
+
+
+def sources_of(section: Data) -> tuple[Source, ...]:
+    """The sources of a recipe's section; without any, the default open pre-training set."""
+    if not section.sources and section.loss_on == "assistant":
+        raise UPQError(
+            "data.loss_on: assistant needs conversations and the default data set has none;"
+            " name a file of conversations with --data, or set data.loss_on=all"
+        )
+    return section.sources or (DEFAULT_SOURCE,)
+
+
+def read_documents(source: Source) -> Iterator[Document]:
+    """Stream the documents of a source; the order is always the same. Errors name file, line and remedy."""
+    files = _files(source)
+    return _hub(source) if files is None else _local(source, files)
+
+
+def identity(source: Source) -> str:
+    """What the source is made of: a hash over names, sizes and contents of local files, or the hub id."""
+    files = _files(source)
+    if files is None:
+        return "hub:" + "/".join(part for part in (source.path, source.subset, source.split) if part)
+    root = Path(source.path).expanduser()
+    whole = hashlib.sha256()
+    for file in files:
+        with _opened(file, compressed=False) as raw:
+            content = hashlib.file_digest(raw, "sha256").hexdigest()  # type: ignore[arg-type]
+        if file == root:
+            return f"sha256:{content}"
+        whole.update(f"{file.relative_to(root).as_posix()}\0{file.stat().st_size}\0{content}\n".encode())
+    return f"sha256:{whole.hexdigest()}"
+
+
+# Files
+
+
+def _files(source: Source) -> list[Path] | None:
+    """The local files of a source in reading order; None when it is a hub data set."""
+    root = Path(source.path).expanduser()
+    if root.is_dir():
+        return _directory(root)
+    if root.exists():
+        if _kind(root) is None:
+            raise UPQError(f"{root}: cannot read this kind of file; convert it to one of {', '.join(KINDS)}")
+        return [root]
+    if _kind(root) is not None or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) or source.path.startswith("."):
+        raise UPQError(f"{source.path}: no such file or directory; check the path given by --data or data.sources")
+    return None
+
+
+def _directory(root: Path) -> list[Path]:
+    found = []
+    for path in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).as_posix()):
+        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        if hidden or not path.is_file():
+            continue
+        if _kind(path) is None:
+            raise UPQError(
+                f"{path}: cannot read this kind of file; move it out of the directory,"
+                f" or name the files to use ({', '.join(KINDS)})"
+            )
+        found.append(path)
+    if not found:
+        raise UPQError(f"{root}: no text in this directory; it should hold files of the kinds {', '.join(KINDS)}")
+    return found
+
+
+def _kind(path: Path) -> str | None:
+    name = path.name.lower()
+    suffix = Path(name.removesuffix(".gz")).suffix
+    return suffix if suffix in KINDS and not (suffix == ".parquet" and name.endswith(".gz")) else None
+
+
+def _local(source: Source, files: Iterable[Path]) -> Iterator[Document]:
+    for file in files:
+        kind = _kind(file)
+        read: Callable[[Path, Source], Iterator[Document]] = _parquet
+        if kind in TEXT:
+            read = _text_blocks if source.separator == "blank_line" else _text_file
+        elif kind in LINES:
+            read = _json_array if kind == ".json" and _starts_array(file) else _json_lines
+        yield from _never_empty(read(file, source), str(file))
+
+
+def _never_empty(documents: Iterator[Document], where: str) -> Iterator[Document]:
+    some = False
+    for document in documents:
+        if not isinstance(document.content, str) or document.content.strip():
+            some = True
+            yield document
+    if not some:
+        raise UPQError(f"{where}: no text in it; remove it from the data or fill it")
+
+
+def _opened(file: Path, *, compressed: bool = True) -> BinaryIO:
+    try:
+        return gzip.open(file) if compressed and file.name.lower().endswith(".gz") else file.open("rb")  # type: ignore[return-value]
+    except OSError as error:
+        raise UPQError(f"{file}: cannot be opened ({error.strerror}); check its permissions") from error
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines, each with its end; a line that is not text is an error that names the byte."""
+    offset = 0
+    with _opened(file) as raw:
+        try:
+            for number, line in enumerate(raw, start=1):
+                yield number, _decode(line, file, offset)
+                offset += len(line)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UPQError(f"{file}: damaged gzip file ({error}); compress or download it again") from error
+
+
+def _decode(raw: bytes, file: Path, offset: int) -> str:
+    zero = raw.find(b"\0")
+    if zero >= 0:
+        remedy = f"only text files can have this name; other kinds are {', '.join(LINES)}, .parquet"
+        raise UPQError(f"{file}: binary data, a zero byte at byte {offset + zero}; {remedy}")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        at = offset + error.start
+        raise UPQError(f"{file}: not UTF-8 text at byte {at}; convert the file, for example with iconv") from error
+    return text.removeprefix("\ufeff") if offset == 0 else text
+
+
+def _text_file(file: Path, source: Source) -> Iterator[Document]:
+    yield Document("".join(line for _, line in _lines(file)), str(file))
+
+
+def _text_blocks(file: Path, source: Source) -> Iterator[Document]:
+    block: list[str] = []
+    first = 1
+    for number, line in _lines(file):
+        if line.strip():
+            first = first if block else number
+            block.append(line)
+        elif block:
+            yield Document("".join(block).rstrip("\r\n"), f"{file}:{first}")
+            block = []
+    if block:
+        yield Document("".join(block).rstrip("\r\n"), f"{file}:{first}")
+
+
+def _json_lines(file: Path, source: Source) -> Iterator[Document]:
+    for number, line in _lines(file):
+        if line.strip():
+            where = f"{file}:{number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UPQError(f"{where}: invalid JSON ({error}); each line must hold one whole object") from None
+            yield _from_row(row, source, where)
+
+
+def _json_array(file: Path, source: Source) -> Iterator[Document]:
+    try:
+        rows = json.loads("".join(line for _, line in _lines(file)))
+    except json.JSONDecodeError as error:
+        raise UPQError(f"{file}:{error.lineno}: invalid JSON ({error.msg}); mend the file") from None
+    for number, row in enumerate(rows, start=1):
+        yield _from_row(row, source, f"{file}: item {number}")
+
+
+def _starts_array(file: Path) -> bool:
+    return next((line.lstrip().startswith("[") for _, line in _lines(file) if line.strip()), False)
+
+
+def _parquet(file: Path, source: Source) -> Iterator[Document]:
+    import pyarrow as pa  # costs a second: only where a source needs it
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as table:
+            column = _column(table.schema_arrow.names, source, str(file))
+            number = 0
+            for batch in table.iter_batches(batch_size=256, columns=[column]):
+                for value in batch.column(column).to_pylist():
+                    number += 1
+                    yield _document(value, column, f"{file}: row {number}")
+    except (pa.ArrowException, OSError) as error:
+        raise UPQError(f"{file}: not a readable parquet file ({_first_line(error)}); write it again") from error
+
+
+# Hub data sets
+
+
+def _hub(source: Source) -> Iterator[Document]:
+    from datasets import load_dataset  # costs seconds: only where a source needs it
+
+    def rows() -> Iterator[Any]:
+        # Anything may be raised between here and the hub, and every cause has the same remedy.
+        try:
+            yield from load_dataset(source.path, source.subset, split=source.split, streaming=True)
+        except Exception as error:
+            default = source.path == DEFAULT_SOURCE.path
+            what = "the default data set, cannot be read" if default else "neither a local path nor a readable data set"
+            remedy = "name your own text with --data PATH" if default else "check the id, subset and split, or name"
+            remedy += "" if default else " local files with --data PATH"
+            raise UPQError(f"{source.path}: {what} from the hub ({_first_line(error)}); {remedy}") from error
+
+    documents = (_from_row(row, source, f"{source.path}: row {n}") for n, row in enumerate(rows(), start=1))
+    return _never_empty(documents, source.path)
+
+
+# Rows
+
+
+def _from_row(row: Any, source: Source, where: str) -> Document:
+    if not isinstance(row, dict):
+        raise UPQError(f'{where}: expected an object such as {{"text": …}}, got {type(row).__name__}')
+    column = _column(list(row), source, where)
+    return _document(row[column], column, where)
+
+
+def _column(names: list[str], source: Source, where: str) -> str:
+    wanted = COLUMNS if source.field is None else (source.field,)
+    for name in wanted:
+        if name in names:
+            return name
+    found = ", ".join(map(str, names)) or "none"
+    raise UPQError(
+        f"{where}: no column {' or '.join(map(repr, wanted))}; columns here: {found}; set the source's `field`"
+    )
+
+
+def _document(value: Any, column: str, where: str) -> Document:
+    if isinstance(value, str):
+        return Document(_valid(value, where), where)
+    if not isinstance(value, list) or not value:
+        kind = "an empty list" if value == [] else type(value).__name__
+        raise UPQError(f"{where}: column {column!r} must be a text or a list of messages, got {kind}; mend the row")
+    return Document(tuple(_message(item, f"{where}: message {n}") for n, item in enumerate(value, start=1)), where)
+
+
+def _message(item: Any, where: str) -> Message:
+    if isinstance(item, dict) and {"role", "content"} <= item.keys():
+        role, content = item["role"], item["content"]
+    elif isinstance(item, dict) and {"from", "value"} <= item.keys():
+        role, content = SHAREGPT_ROLES.get(str(item["from"]), item["from"]), item["value"]
+    else:
+        got = f"keys {', '.join(map(str, item))}" if isinstance(item, dict) else type(item).__name__
+        raise UPQError(f"{where}: expected {{role, content}}, got {got}; mend the row")
+    if role not in ROLES:
+        raise UPQError(f"{where}: unknown role {role!r}; use one of {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise UPQError(f"{where}: the content must be a text, got {type(content).__name__}; mend the row")
+    return Message(role, _valid(content, where))
+
+
+def _valid(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"\\u{ord(text[error.start]):04x}"
+        raise UPQError(f"{where}: half a character, {code} at character {error.start}; mend the row") from None
+    return text
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,170 @@
+"""Packed token rows: on disk as one safetensors file, in a program as a `TokenSet`.
+
+Shape suffixes: N = rows, T = tokens in a row, B = rows in a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+DTYPES: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "U8": np.dtype("u1")}
+
+
+@dataclass(frozen=True, slots=True)
+class SourceUse:
+    """What was read of one source; `identity` is a hash of local content, or the hub id."""
+
+    path: str
+    identity: str
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Rows to train on and rows held out. A mask is True where a token counts as a target; None means everywhere.
+
+    Rows are memory-mapped. The order of training is a function of the seed alone: no state has to be saved to resume.
+    """
+
+    tokens_NT: Tensor  # int32
+    mask_NT: Tensor | None  # uint8
+    validation_tokens_NT: Tensor  # int32; no rows when the text was too short to hold any out
+    validation_mask_NT: Tensor | None  # uint8
+    digest: str  # sha256 over the rows and masks
+    sources: tuple[SourceUse, ...]
+    seed: int
+
+    def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
+        """Rows `step * size` and on of the endless sequence of epochs: (tokens int64, mask bool), each (B, T).
+
+        Each epoch is a permutation of all rows of its own; a batch may begin in one epoch and end in the next.
+        """
+        n = len(self.tokens_NT)
+        places = range(step * size, (step + 1) * size)
+        rows = torch.tensor([int(permutation(n, self.seed, place // n)[place % n]) for place in places])
+        tokens_BT = self.tokens_NT[rows].long()
+        if self.mask_NT is None:
+            return tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool)
+        return tokens_BT, self.mask_NT[rows].bool()
+
+    def calibration(self, n: int) -> Tensor:
+        """The first `n` training rows of the first epoch (int64), or all of them where there are fewer."""
+        rows = permutation(len(self.tokens_NT), self.seed, 0)[:n]
+        return self.tokens_NT[torch.from_numpy(rows.copy())].long()
+
+
+def scramble(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """Pseudo-random 64-bit numbers, one for each value (splitmix64): the same on every machine and in every version."""
+    with np.errstate(over="ignore"):
+        z = (values + np.uint64(1) + _mix(np.uint64(seed % 2**64))) * np.uint64(0x9E3779B97F4A7C15)
+        mixed: NDArray[np.uint64] = _mix(z)
+        return mixed
+
+
+@lru_cache(maxsize=4)
+def permutation(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of `n` rows in an epoch."""
+    per_epoch = int(scramble(np.array([epoch], np.uint64), seed)[0])
+    order = np.argsort(scramble(np.arange(n, dtype=np.uint64), per_epoch), kind="stable")
+    order.setflags(write=False)
+    return order
+
+
+def _mix(z: Any) -> Any:
+    with np.errstate(over="ignore"):
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor to write, whose rows come in blocks: it need not fit into memory."""
+
+    dtype: str  # a key of DTYPES
+    shape: tuple[int, int]
+    blocks: Callable[[], Iterable[NDArray[Any]]]
+
+
+def write(path: Path, entries: dict[str, Entry], metadata: dict[str, str]) -> None:
+    """Write a safetensors file in one go: under its name there is the whole file or what was there before.
+
+    `metadata["digest"]` is set to the sha256 over the tensors, in their order. int32 entries must come first, so that
+    they are aligned.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            # The digest is known last but stands first: a digest of the same length keeps its place.
+            file.write(_header(entries, {**metadata, "digest": "0" * 64}))
+            digest = hashlib.sha256()
+            for entry in entries.values():
+                _write_entry(file, entry, digest)
+            file.seek(0)
+            file.write(_header(entries, {**metadata, "digest": digest.hexdigest()}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path, key: str, seed: int) -> TokenSet | None:
+    """The token set of `path`, memory-mapped, if it was made from `key`; None if not, or if it is no token set."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("key") != key:
+                return None
+            names = set(file.keys())
+            mask, validation_mask = (
+                file.get_tensor(name) if name in names else None for name in ("mask", "validation_mask")
+            )
+            return TokenSet(
+                tokens_NT=file.get_tensor("tokens"),
+                mask_NT=mask,
+                validation_tokens_NT=file.get_tensor("validation_tokens"),
+                validation_mask_NT=validation_mask,
+                digest=metadata["digest"],
+                sources=tuple(SourceUse(**use) for use in json.loads(metadata["sources"])),
+                seed=seed,
+            )
+    except (OSError, SafetensorError):
+        return None
+
+
+def _header(entries: dict[str, Entry], metadata: dict[str, str]) -> bytes:
+    table: dict[str, Any] = {"__metadata__": metadata}
+    at = 0
+    for name, entry in entries.items():
+        size = entry.shape[0] * entry.shape[1] * DTYPES[entry.dtype].itemsize
+        table[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)  # the format asks for data aligned to 8 bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_entry(file: BinaryIO, entry: Entry, digest: hashlib._Hash) -> None:
+    rows = 0
+    for block in entry.blocks():
+        raw = np.ascontiguousarray(block, DTYPES[entry.dtype]).data
+        rows += len(block)
+        digest.update(raw)
+        file.write(raw)
+    assert rows == entry.shape[0], f"{rows} rows written of {entry.shape[0]}"

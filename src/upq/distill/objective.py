@@ -1,0 +1,90 @@
+"""From token ids to a scalar loss, without ever holding the logits of a whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from upq.loading import family
+from upq.losses import Loss
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum of a loss over tokens; logits exist for `chunk` tokens at a time, in fp32 only within the loss.
+
+    The gradient with respect to the hidden states is computed in the forward pass, while the chunk's probabilities
+    are at hand, so no logits are kept or recomputed. The heads are frozen.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_TH: Tensor,
+        teacher_TH: Tensor | None,
+        target_T: Tensor,
+        mask_T: Tensor,
+        student_head: nn.Module,
+        teacher_head: nn.Module | None,
+        loss: Loss,
+        chunk: int,
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=student_TH.device)
+        grad_TH = torch.empty_like(student_TH)
+        for start in range(0, len(student_TH), chunk):
+            at = slice(start, start + chunk)
+            teacher_TV = None
+            if teacher_head is not None:
+                assert teacher_TH is not None
+                teacher_TV = teacher_head(teacher_TH[at])
+            with torch.enable_grad():
+                hidden_TH = student_TH[at].detach().requires_grad_()
+                student_TV = student_head(hidden_TH)
+            value, grad_TV = loss(student_TV.detach(), teacher_TV, target_T[at], mask_T[at])
+            (grad_TH[at],) = torch.autograd.grad(student_TV, hidden_TH, grad_TV.to(student_TV.dtype))
+            total += value
+        ctx.save_for_backward(grad_TH)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_TH,) = ctx.saved_tensors
+        return (grad_TH * grads[0].to(grad_TH.dtype), None, None, None, None, None, None, None)
+
+
+class Objective(nn.Module):
+    """Student, frozen teacher and loss as one module, so that one wrapper (DDP, FSDP) covers the training step."""
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, loss: Loss, *, chunk: int) -> None:
+        super().__init__()
+        self.student = student
+        # In a tuple, the teacher is no submodule: it has no gradients to reduce and no state to save.
+        self._teacher = (teacher,)
+        self.loss = loss
+        self.chunk = chunk
+        spec = family(student.config)
+        self._decoder, self._head = spec.decoder, spec.head
+
+    def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Loss summed over the tokens of `mask_BT` that have a predecessor, in nats."""
+        inputs_BT, target_T = tokens_BT, tokens_BT[:, 1:].reshape(-1)
+        mask_T = mask_BT[:, 1:].reshape(-1)
+        teacher_TH, teacher_head = None, None
+        (teacher,) = self._teacher
+        if teacher is not None and self.loss.uses_teacher:
+            with torch.no_grad():
+                teacher_TH = self._hidden(teacher, inputs_BT)
+            teacher_head = teacher.get_submodule(self._head)
+        student_TH = self._hidden(self.student, inputs_BT)
+        head = self.student.get_submodule(self._head)
+        total: Tensor = _ChunkedLoss.apply(
+            student_TH, teacher_TH, target_T, mask_T, head, teacher_head, self.loss, self.chunk
+        )
+        return total
+
+    def _hidden(self, model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
+        """Hidden states after the final norm (B·(T-1), H): the last position predicts nothing."""
+        out_BTH = model.get_submodule(self._decoder)(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        return out_BTH[:, :-1].reshape(-1, out_BTH.shape[-1])

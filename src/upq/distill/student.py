@@ -1,0 +1,64 @@
+"""Building the student, and turning it into codes again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from upq.blockwise import Solution
+from upq.loading import family
+from upq.nn.fake_quant import FakeQuantLinear
+from upq.scheme import QTensor
+
+
+def make_student(teacher: PreTrainedModel, solutions: dict[str, Solution], *, train_norms: bool) -> PreTrainedModel:
+    """A model whose block linears are FakeQuantLinear, started from `solutions` (module path to solution).
+
+    Everything else is shared with the teacher, memory included, unless it is trained (`train_norms`).
+    """
+    student = _skeleton_like(teacher)
+    for path, solution in solutions.items():
+        linear = student.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        layer = FakeQuantLinear(solution.latent_OI, solution.params, solution.scheme, linear.bias)
+        student.set_submodule(path, layer.to(teacher.device))
+    if train_norms:
+        for norm in norms(student).values():
+            norm.weight = nn.Parameter(norm.weight.detach().float().clone())  # type: ignore[arg-type]
+    return student.eval()  # no dropout: the teacher's distribution is the target
+
+
+def norms(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The normalisation layers (one-dimensional weight) of the decoder, by path."""
+    decoder = family(model.config).decoder
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(decoder)
+        and "norm" in name.rpartition(".")[2]
+        and isinstance(getattr(module, "weight", None), Tensor)
+        and module.weight.dim() == 1
+    }
+
+
+def fake_quant_layers(model: nn.Module) -> dict[str, FakeQuantLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)}
+
+
+def freeze(student: nn.Module) -> dict[str, QTensor]:
+    """Module path to codes: exactly what the student's forward pass computes with."""
+    return {name: layer.freeze() for name, layer in fake_quant_layers(student).items()}
+
+
+def _skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model of the same class that shares every parameter and buffer, with gradients off."""
+    with torch.device("meta"):
+        twin = type(model)(model.config)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner, _, leaf = name.rpartition(".")
+        twin.get_submodule(owner)._parameters[leaf] = nn.Parameter(parameter.detach(), requires_grad=False)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        owner, _, leaf = name.rpartition(".")
+        twin.get_submodule(owner)._buffers[leaf] = buffer
+    return twin

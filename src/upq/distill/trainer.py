@@ -1,0 +1,194 @@
+"""The training loop of the INT2 stage. One process, torchrun and FSDP run this same code through accelerate."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers import PreTrainedModel
+
+from upq.artifact import load_tensors, save_tensors
+from upq.distill.objective import Objective
+from upq.distill.student import fake_quant_layers, norms
+from upq.errors import UPQError
+from upq.losses import LOSSES, Loss
+from upq.nn.fake_quant import rms
+from upq.progress import Progress
+from upq.recipe import Distill
+
+
+class Batches(Protocol):
+    """Training rows as a pure function of the step, so that a resumed run sees the batches it would have seen."""
+
+    def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T) int64 and mask (B, T) bool: True where a token is a target."""
+        ...
+
+
+def steps(config: Distill, seq_len: int) -> int:
+    """Optimiser steps that the token budget pays for."""
+    return config.tokens // (config.batch_size * seq_len)
+
+
+def learning_rate_factor(step: int, total: int, config: Distill) -> float:
+    """Linear warm-up, then a cosine from 1 to `final_lr`; a pure function of the step."""
+    warmup = max(1, round(config.warmup * total))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def distill(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    data: Batches,
+    config: Distill,
+    *,
+    total_steps: int,
+    checkpoint: Path,
+    progress: Progress,
+) -> list[float]:
+    """Train `student` in place; returns the loss of each step (nats a token) since the last resume.
+
+    Every `checkpoint_every` steps the latents, scales and optimiser moments go to `checkpoint`, atomically; a later
+    call goes on from there. Raises UPQError where the loss stops being finite; the last checkpoint stays.
+    """
+    accelerator = Accelerator(mixed_precision="bf16" if _autocast(config, student.device) else "no")
+    loss = make_loss(config, teacher, data)
+    objective = Objective(student, teacher if loss.uses_teacher else None, loss, chunk=config.chunk_tokens)
+    groups = _groups(student, config)
+    rates = [group["lr"] for group in groups]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=0.0, fused=True)
+    objective, optimizer = accelerator.prepare(objective, optimizer)
+    learned = [p for p in objective.parameters() if p.requires_grad]
+    first = _resume(checkpoint, objective, optimizer, progress) if checkpoint.is_file() else 0
+    progress.start("distill", done=first)
+    losses: list[float] = []
+    for step in range(first, total_steps):
+        factor = learning_rate_factor(step, total_steps, config)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        value = _step(accelerator, objective, optimizer, learned, data.batch(step, config.batch_size), config)
+        if not math.isfinite(value):
+            kept = f"; the state of the last checkpoint is kept in {checkpoint}" if checkpoint.is_file() else ""
+            raise UPQError(f"distill: step {step}: the loss is {value}; lower distill.lr or distill.scale_lr{kept}")
+        losses.append(value)
+        finished = step + 1
+        if finished % config.checkpoint_every == 0 or finished == total_steps:
+            _save(accelerator, checkpoint, objective, optimizer, finished)
+        progress.advance(1, loss=value)
+    return losses
+
+
+def make_loss(config: Distill, teacher: PreTrainedModel, data: Batches) -> Loss:
+    cls = LOSSES.get(config.loss.name)
+    options = config.loss.options(cls.Config, f"distill.loss {config.loss.name}")
+    if getattr(options, "confidence", 0.0) is None:
+        options = options.model_copy(update={"confidence": confidence(teacher, data)})
+    return cls(options)
+
+
+@torch.no_grad()
+def confidence(teacher: PreTrainedModel, data: Batches, *, rows: int = 16) -> float:
+    """Mean probability that the teacher gives to the tokens of the first training rows."""
+    tokens_BT, mask_BT = (x.to(teacher.device) for x in data.batch(0, rows))
+    logp_BTV = teacher(tokens_BT).logits[:, :-1].float().log_softmax(-1)
+    p_BT = logp_BTV.gather(-1, tokens_BT[:, 1:, None])[..., 0].exp()
+    return p_BT[mask_BT[:, 1:]].mean().item()
+
+
+def _step(
+    accelerator: Accelerator,
+    objective: nn.Module,
+    optimizer: Any,
+    learned: list[Tensor],
+    batch: tuple[Tensor, Tensor],
+    config: Distill,
+) -> float:
+    """One optimiser step on this process's share of the global batch; returns the mean loss a token over all."""
+    tokens_BT, mask_BT = batch
+    targets = int(mask_BT[:, 1:].sum())
+    rank, world = accelerator.process_index, accelerator.num_processes
+    mine = list(
+        zip(
+            tokens_BT[rank::world].split(config.micro_batch_size),
+            mask_BT[rank::world].split(config.micro_batch_size),
+            strict=True,
+        )
+    )
+    total = torch.zeros((), device=accelerator.device)
+    for i, (tokens, mask) in enumerate(mine):
+        last = i == len(mine) - 1
+        # Gradients are averaged over processes, so each is scaled up: the sum is over the whole global batch.
+        with nullcontext() if last else accelerator.no_sync(objective):
+            value = objective(tokens.to(accelerator.device), mask.to(accelerator.device)) / targets
+            accelerator.backward(value * world)
+        total += value.detach()
+    accelerator.clip_grad_norm_(learned, config.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(accelerator.reduce(total, reduction="sum"))
+
+
+def _autocast(config: Distill, device: torch.device) -> bool:
+    # On CPU the casts cost more than bf16 products save for models of this size: see LOG.md, "bf16 autocast on CPU".
+    return config.precision == "bf16" or (config.precision == "auto" and device.type != "cpu")
+
+
+def _groups(student: PreTrainedModel, config: Distill) -> list[dict[str, Any]]:
+    """A group a tensor kind: each matrix moves in proportion to its RMS, so one rate fits all widths and depths."""
+    layers = fake_quant_layers(student).values()
+    groups: list[dict[str, Any]] = [
+        {"params": [layer.weight], "lr": config.lr * rms(layer.weight), "weight_decay": config.weight_decay}
+        for layer in layers
+    ]
+    scales = [p for layer in layers for p in layer.grid_params.values()]
+    groups.append({"params": scales, "lr": config.scale_lr})
+    if config.train_norms:
+        weights = [norm.weight for norm in norms(student).values()]
+        groups += [{"params": [weight], "lr": config.lr * rms(weight)} for weight in weights]
+    return groups
+
+
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+
+
+def _save(accelerator: Accelerator, path: Path, objective: nn.Module, optimizer: Any, step: int) -> None:
+    inner = getattr(optimizer, "optimizer", optimizer)
+    tensors = {f"model:{k}": v for k, v in get_model_state_dict(objective, options=_FULL).items()}
+    state = get_optimizer_state_dict(objective, inner, options=_FULL)["state"]
+    tensors |= {f"optimizer:{name}:{k}": v for name, moments in state.items() for k, v in moments.items()}
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, {k: v.contiguous() for k, v in tensors.items()}, {"step": step})
+    accelerator.wait_for_everyone()
+
+
+def _resume(path: Path, objective: nn.Module, optimizer: Any, progress: Progress) -> int:
+    inner = getattr(optimizer, "optimizer", optimizer)
+    tensors, metadata = load_tensors(path)
+    model = {k.removeprefix("model:"): v for k, v in tensors.items() if k.startswith("model:")}
+    state: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer:"):
+            name, _, moment = key.removeprefix("optimizer:").rpartition(":")
+            state.setdefault(name, {})[moment] = value
+    options = StateDictOptions(full_state_dict=True, strict=False, ignore_frozen_params=True)
+    set_model_state_dict(objective, model, options=options)
+    groups = get_optimizer_state_dict(objective, inner, options=options)["param_groups"]
+    set_optimizer_state_dict(objective, inner, {"state": state, "param_groups": groups}, options=options)  # type: ignore[typeddict-item]
+    progress.note(f"resumed the training at step {metadata['step']}")
+    return int(metadata["step"])

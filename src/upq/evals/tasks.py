@@ -1,0 +1,338 @@
+"""Benchmarks through lm-eval: any of its tasks from the hub, MMLU and IFEval also from local files.
+
+The only module that imports lm-eval.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from upq.errors import UPQError
+from upq.evals.local_tasks import local_names, write_local_tasks
+from upq.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
+_IFEVAL_PACKAGES = ("nltk", "langdetect", "immutabledict")
+_NOISY = ("lm_eval", "transformers", "datasets", "huggingface_hub")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    limit: int | None
+    seed: int
+    num_fewshot: int | None
+    chat: bool | None
+
+
+def evaluate_tasks(
+    model: PreTrainedModel | LM,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    seed: int = 1234,
+    num_fewshot: int | None = None,
+    chat: bool | None = None,
+    thinking: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, float]]:
+    """Scores by task name: for a group also its inner groups (`mmlu`, then `mmlu_stem` and so on), never its leaves.
+
+    Metrics bear lm-eval's names (`acc`, `acc_stderr`); `samples` is how many questions were asked. Tasks that generate
+    also have `at_length_limit`, the share of answers cut off by the task's limit on new tokens.
+
+    `data_dir`: mmlu and ifeval come from there (layout: upq.evals.local_tasks), everything else from the hub.
+    `limit`: questions of each task, which for a group means of each leaf, so 57 times as many for mmlu.
+    `num_fewshot`: None is what the task says (mmlu: 0, ifeval: 0, which cannot be changed); examples come from dev.
+    `chat`: None puts prompts of tasks that generate into the tokenizer's chat template, if it has one, and leaves those
+    that compare likelihoods as plain text; True and False hold for all tasks.
+    `thinking`: for chat templates with such a switch; off, because the limit on new tokens is meant for the answer.
+    A `model` that is an lm-eval LM already is used as it is.
+    """
+    _require_packages(tasks)
+    progress = progress or Silent()
+    options = _Options(limit=limit, seed=seed, num_fewshot=num_fewshot, chat=chat)
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        stack.enter_context(_seeded(seed))
+        loaded = _load(tasks, data_dir, progress, stack)
+        harness = _as_lm(model, tokenizer, batch_size, thinking)
+        for name, parts in loaded.items():  # all of them first: a task may take hours
+            _check_room(harness, name, parts["tasks"])
+        if chat and tokenizer.chat_template is None:
+            raise UPQError("the tokenizer has no chat template for chat prompts; use chat=False")
+        results: dict[str, dict[str, float]] = {}
+        for name, parts in loaded.items():
+            results |= _run(harness, tokenizer, name, parts, options, progress)
+    return results
+
+
+def _run(
+    harness: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    parts: dict[str, Any],
+    options: _Options,
+    progress: Progress,
+) -> dict[str, dict[str, float]]:
+    from lm_eval import evaluate
+
+    leaves = parts["tasks"].values()
+    for task in leaves:
+        # as lm-eval's own simple_evaluate: a task that fixes 0 keeps it
+        own = task.get_config("num_fewshot")
+        if own is None or (options.num_fewshot is not None and own != 0):
+            task.set_config(key="num_fewshot", value=options.num_fewshot or 0)
+        task.set_fewshot_seed(seed=options.seed)
+    generates = all(task.OUTPUT_TYPE == "generate_until" for task in leaves)
+    chat = generates and tokenizer.chat_template is not None if options.chat is None else options.chat
+    counts = _Counts.reset(harness)
+    raw = evaluate(
+        harness,
+        parts,
+        limit=options.limit,
+        log_samples=False,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,  # lm-eval's own choice: examples are turns of the conversation, not one long turn
+    )
+    shown = [*parts["groups"]] if name in parts["groups"] else [*parts["tasks"]]
+    scores = {shown_name: _plain(raw["results"][shown_name]) for shown_name in sorted(shown, key=lambda n: n != name)}
+    if counts is not None:
+        if counts.cut:
+            progress.note(f"{name}: {counts.cut} prompts are longer than the model's context and lost their beginning")
+        if counts.answers and name in scores:
+            scores[name]["at_length_limit"] = counts.at_limit / counts.answers
+    return scores
+
+
+def _plain(metrics: dict[str, Any]) -> dict[str, float]:
+    """`acc,none` becomes `acc`; a filter other than none stays in the name. What is not a number is left out."""
+    named = {key.removesuffix(",none"): value for key, value in metrics.items() if "," in key}
+    plain = {key: float(value) for key, value in named.items() if isinstance(value, int | float)}
+    return plain | {"samples": float(metrics["sample_len"])} if "sample_len" in metrics else plain
+
+
+def _load(
+    tasks: Sequence[str], data_dir: Path | None, progress: Progress, stack: ExitStack
+) -> dict[str, dict[str, Any]]:
+    """lm-eval's task objects by requested name. Their data sets are in memory afterwards."""
+    from lm_eval.tasks import TaskManager
+
+    names = list(dict.fromkeys(tasks))
+    local = [name for name in names if name in local_names()] if data_dir is not None else []
+    include: list[str] = []
+    if data_dir is not None and local:
+        if "ifeval" in local:
+            stack.enter_context(_nltk_data(data_dir))
+        out = stack.enter_context(tempfile.TemporaryDirectory(prefix="upq-tasks-"))
+        for note in write_local_tasks(local, data_dir, Path(out)):
+            progress.note(note)
+        include = [out]
+    # lm-eval's own folder holds thousands of files: it is read only when a task of the hub is asked for
+    manager = TaskManager(include_path=include, include_defaults=len(local) < len(names))
+    loaded = {}
+    for name in names:
+        if name not in manager.all_tasks:
+            remedy = f"no file for it in {data_dir}" if name in local else "see `lm-eval ls tasks` for the names"
+            raise UPQError(f"unknown task {name!r}: {remedy}")
+        loaded[name] = _load_one(manager, name)
+    if "ifeval" in names:
+        _require_punkt()
+    return loaded
+
+
+def _load_one(manager: Any, name: str) -> dict[str, Any]:
+    try:
+        parts: dict[str, Any] = manager.load([name])
+    except ImportError as error:
+        raise UPQError(f"task {name} needs a package that is missing ({error}): pip install 'upq[eval]'") from error
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UPQError(
+            f"task {name}: its data cannot be loaded from the hub ({reason}); "
+            "offline, give local files of mmlu and ifeval by --data-dir"
+        ) from error
+    return parts
+
+
+def _as_lm(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, thinking: bool) -> Any:
+    if not isinstance(model, PreTrainedModel):
+        return model
+    return _harness_class()(
+        pretrained=model,
+        tokenizer=copy.deepcopy(tokenizer),  # lm-eval gives it a padding token where it has none
+        batch_size=batch_size,
+        chat_template_args={"enable_thinking": thinking},
+    )
+
+
+class _Counts:
+    """What lm-eval would only mention in a log line."""
+
+    def __init__(self) -> None:
+        self.cut = 0  # prompts that did not fit the context
+        self.answers = 0
+        self.at_limit = 0
+
+    @staticmethod
+    def reset(harness: Any) -> _Counts | None:
+        if not hasattr(harness, "upq_counts"):
+            return None
+        harness.upq_counts = _Counts()
+        counts: _Counts = harness.upq_counts
+        return counts
+
+
+def _harness_class() -> type[Any]:
+    from lm_eval.models.huggingface import HFLM
+
+    class Harness(HFLM):  # type: ignore[misc]
+        """lm-eval's transformers backend, counting cut prompts and unfinished answers; bars on a terminal only."""
+
+        upq_counts = _Counts()
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm or _no_bars())
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
+            # as many tokens as the context are read: the last one of the continuation is only predicted
+            longest = self.max_length + 1
+            cut = {tuple(context) for _, context, answer in requests if len(context) + len(answer) > longest}
+            self.upq_counts.cut += len(cut)  # a prompt has a request for each of its choices
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **options)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().generate_until(requests, disable_tqdm=disable_tqdm or _no_bars())
+
+        def tok_batch_encode(
+            self,
+            strings: Any,
+            padding_side: str = "left",
+            left_truncate_len: int | None = None,
+            truncation: bool = False,
+        ) -> Any:
+            tokens, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+            if left_truncate_len is None:
+                return tokens, mask
+            self.upq_counts.cut += int((mask.sum(1) > left_truncate_len).sum())
+            return tokens[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+            tokens = super()._model_generate(context, max_length=max_length, stop=stop, **options)
+            ends = _end_tokens(self.model, self.tokenizer)
+            for answer in tokens[:, context.shape[1] :].tolist():
+                text = self.tok_decode(answer)
+                finished = ends.intersection(answer) or any(text.find(s) >= 0 for s in stop if s)
+                self.upq_counts.answers += 1
+                self.upq_counts.at_limit += not finished and len(answer) == max_length - context.shape[1]
+            return tokens
+
+    return Harness
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    listed = ends if isinstance(ends, list) else [ends]
+    return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
+
+
+def _check_room(harness: Any, name: str, tasks: dict[str, Any]) -> None:
+    """lm-eval asserts this only after the prompts are built."""
+    context = getattr(harness, "max_length", None)
+    for task in tasks.values():
+        limit = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", 0)
+        if context is not None and task.OUTPUT_TYPE == "generate_until" and limit >= context:
+            raise UPQError(f"task {name} generates {limit} tokens, but the model's context is {context}; leave it out")
+
+
+def _require_packages(tasks: Sequence[str]) -> None:
+    needed = ["lm_eval", *(_IFEVAL_PACKAGES if "ifeval" in tasks else ())]
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UPQError(f"tasks {', '.join(tasks)} need {', '.join(missing)}: pip install 'upq[eval]'")
+
+
+@contextmanager
+def _nltk_data(data_dir: Path) -> Iterator[None]:
+    """NLTK looks here first. Before lm-eval's checkers are imported, or they would download what they miss."""
+    import nltk
+
+    folder = str((data_dir / "nltk_data").resolve())
+    nltk.data.path.insert(0, folder)
+    try:
+        try:
+            nltk.data.find("tokenizers/punkt_tab")
+        except LookupError:
+            raise UPQError(f"{folder}: tokenizers/punkt_tab is missing, which ifeval needs; get it from NLTK") from None
+        yield
+    finally:
+        nltk.data.path.remove(folder)
+
+
+def _require_punkt() -> None:
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        raise UPQError(
+            "task ifeval needs NLTK's punkt_tab, which could not be downloaded: put it in nltk_data of --data-dir"
+        ) from None
+
+
+def _no_bars() -> bool:
+    return not sys.stderr.isatty()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval logs its whole configuration; LMEVAL_LOG_LEVEL, its own variable, brings that back."""
+    if os.environ.get("LMEVAL_LOG_LEVEL"):
+        yield
+        return
+    import lm_eval.api.task as task_module
+
+    levels = {name: logging.getLogger(name).level for name in _NOISY}
+    bar = task_module.tqdm
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # one bar for each of 57 subjects while prompts are put together, which takes a moment
+    task_module.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        task_module.tqdm = bar
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Python's and torch's generators for the run only: few-shot samplers and IFEval's checkers draw from them."""
+    state = random.getstate()
+    with torch.random.fork_rng():
+        random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state)

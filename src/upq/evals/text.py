@@ -1,0 +1,200 @@
+"""Perplexity of a model on a text, and its distance from a teacher.
+
+Shape suffixes: N = rows, T = positions of a row, B = rows of a batch, H = hidden size, V = vocabulary, C = positions of
+a chunk, M = measures (see `_MEASURES`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from upq.errors import UPQError
+from upq.loading import family
+from upq.progress import Progress, Silent
+
+_MEASURES = ("nll", "kld", "top1", "teacher_nll")  # summed over the tokens of a row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextMetrics:
+    """Means over the `tokens` that count as targets; what needs a teacher is None without one.
+
+    `kld` is KL(teacher ‖ model) in nats over the full vocabulary, `top1` the share of positions where both would choose
+    the same token. Standard errors are over rows, since tokens of one row are not independent; None for a single row.
+    """
+
+    ppl: float
+    tokens: int
+    kld: float | None = None
+    kld_stderr: float | None = None
+    top1: float | None = None
+    top1_stderr: float | None = None
+    teacher_ppl: float | None = None
+
+
+@torch.inference_mode()
+def evaluate_text(
+    model: PreTrainedModel,
+    tokens_NT: Tensor,
+    *,
+    teacher: PreTrainedModel | None = None,
+    mask_NT: Tensor | None = None,
+    batch_size: int = 4,
+    chunk_tokens: int = 1024,
+    progress: Progress | None = None,
+) -> TextMetrics:
+    """Position t predicts token t+1 of its row; `mask_NT` is True where a token counts as a target.
+
+    Rows may be padded on the right with masked tokens. Logits exist for `chunk_tokens` positions at a time; sums are
+    float64. `progress` advances by rows. Raises UPQError for tokens the model cannot take and for NaN logits.
+    """
+    rows, length = tokens_NT.shape
+    _check(model, tokens_NT, mask_NT)
+    if teacher is not None:
+        _check(teacher, tokens_NT, mask_NT)
+        if teacher.config.vocab_size != model.config.vocab_size:
+            raise UPQError(
+                f"the teacher's vocabulary has {teacher.config.vocab_size} tokens, the model's "
+                f"{model.config.vocab_size}; compare with the model it was made from"
+            )
+    progress = progress or Silent()
+    counts_NT = torch.ones(rows, length - 1, dtype=torch.bool) if mask_NT is None else mask_NT[:, 1:].bool().cpu()
+    sums_NM = torch.zeros(rows, len(_MEASURES), dtype=torch.float64)
+    with _evaluating(model), _evaluating(teacher):
+        for start in range(0, rows, batch_size):
+            tokens_BT = tokens_NT[start : start + batch_size]
+            counts_BT = counts_NT[start : start + batch_size]
+            sums_NM[start : start + batch_size] = _batch(model, teacher, tokens_BT, counts_BT, chunk_tokens, start)
+            done = slice(0, start + batch_size)
+            progress.advance(len(tokens_BT), ppl=_perplexity(sums_NM[done, 0], counts_NT[done].sum(1)))
+    return _metrics(sums_NM, counts_NT.sum(1), with_teacher=teacher is not None)
+
+
+def _batch(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    tokens_BT: Tensor,
+    counts_BT: Tensor,
+    chunk_tokens: int,
+    first_row: int,
+) -> Tensor:
+    """Sums (B, M) of the measures over the counted positions of each row."""
+    row_P, position_P = counts_BT.nonzero(as_tuple=True)
+    target_P = tokens_BT.cpu()[row_P, position_P + 1]
+    hidden_PH = _hidden(model, tokens_BT, row_P, position_P)
+    teacher_PH = None if teacher is None else _hidden(teacher, tokens_BT, row_P, position_P)
+    sums_BM = torch.zeros(len(tokens_BT), len(_MEASURES), dtype=torch.float64)
+    for start in range(0, len(row_P), chunk_tokens):
+        chunk = slice(start, start + chunk_tokens)
+        row_C = row_P[chunk] + first_row
+        logp_CV = _log_probabilities(model, hidden_PH[chunk], row_C, "the model")
+        target_C1 = target_P[chunk, None].to(logp_CV.device)
+        measures = [-logp_CV.gather(1, target_C1)[:, 0]]
+        if teacher is not None and teacher_PH is not None:
+            teacher_CV = _log_probabilities(teacher, teacher_PH[chunk], row_C, "the teacher").to(logp_CV.device)
+            measures += [
+                (teacher_CV.exp() * (teacher_CV - logp_CV)).sum(1),
+                (teacher_CV.argmax(1) == logp_CV.argmax(1)).float(),
+                -teacher_CV.gather(1, target_C1)[:, 0],
+            ]
+        # to the CPU first: not every accelerator has float64
+        values_CM = torch.stack(measures, dim=1).cpu().double()
+        sums_BM[:, : values_CM.shape[1]].index_add_(0, row_P[chunk], values_CM)
+    return sums_BM
+
+
+def _hidden(model: PreTrainedModel, tokens_BT: Tensor, row_P: Tensor, position_P: Tensor) -> Tensor:
+    """Final hidden states (P, H) at the chosen positions."""
+    decoder = model.get_submodule(family(model.config).decoder)
+    hidden_BTH: Tensor = decoder(input_ids=tokens_BT.to(model.device), use_cache=False).last_hidden_state
+    return hidden_BTH[row_P.to(hidden_BTH.device), position_P.to(hidden_BTH.device)]
+
+
+def _log_probabilities(model: PreTrainedModel, hidden_CH: Tensor, row_C: Tensor, whose: str) -> Tensor:
+    head: nn.Module = model.get_submodule(family(model.config).head)
+    logp_CV: Tensor = head(hidden_CH).float().log_softmax(1)
+    bad_C = logp_CV.isnan().any(1)
+    if bad_C.any():
+        row = int(row_C[bad_C.cpu()][0])
+        raise UPQError(
+            f"row {row} of the text: {whose} computes NaN ({model.dtype}); load it in float32, or check its weights"
+        )
+    return logp_CV
+
+
+def _metrics(sums_NM: Tensor, tokens_N: Tensor, *, with_teacher: bool) -> TextMetrics:
+    nll_N, kld_N, top1_N, teacher_nll_N = sums_NM.unbind(1)
+    tokens = int(tokens_N.sum())
+    ppl = _perplexity(nll_N, tokens_N)
+    if not with_teacher:
+        return TextMetrics(ppl=ppl, tokens=tokens)
+    return TextMetrics(
+        ppl=ppl,
+        tokens=tokens,
+        kld=float(kld_N.sum()) / tokens,
+        kld_stderr=_stderr(kld_N, tokens_N),
+        top1=float(top1_N.sum()) / tokens,
+        top1_stderr=_stderr(top1_N, tokens_N),
+        teacher_ppl=_perplexity(teacher_nll_N, tokens_N),
+    )
+
+
+def _perplexity(nll_N: Tensor, tokens_N: Tensor) -> float:
+    tokens = int(tokens_N.sum())
+    return math.nan if not tokens else float((nll_N.sum() / tokens).exp())
+
+
+def _stderr(sums_N: Tensor, tokens_N: Tensor) -> float | None:
+    """Standard error of Σ sums / Σ tokens: that of a ratio, linearised; s/√N where all rows have as many tokens."""
+    counted = tokens_N > 0
+    rows = int(counted.sum())
+    if rows < 2:
+        return None
+    tokens = tokens_N[counted].double()
+    residual = sums_N[counted] - sums_N[counted].sum() / tokens.sum() * tokens
+    return float((residual.square().sum() * rows / (rows - 1)).sqrt() / tokens.sum())
+
+
+def _check(model: PreTrainedModel, tokens_NT: Tensor, mask_NT: Tensor | None) -> None:
+    rows, length = tokens_NT.shape
+    if mask_NT is not None and mask_NT.shape != tokens_NT.shape:
+        raise UPQError(
+            f"the mask has shape {tuple(mask_NT.shape)}, the tokens {tuple(tokens_NT.shape)}; they must agree"
+        )
+    targets = rows * (length - 1) if mask_NT is None else int(mask_NT[:, 1:].sum())
+    if targets <= 0:
+        raise UPQError(
+            f"nothing to score in {rows} rows of {length} tokens: give more text or a shorter sequence length"
+        )
+    config = model.config
+    if length > config.max_position_embeddings:
+        raise UPQError(
+            f"rows of {length} tokens, but the model's context is {config.max_position_embeddings}: "
+            "use a shorter sequence length"
+        )
+    smallest, largest = (int(token) for token in tokens_NT.aminmax())
+    if smallest < 0 or largest >= config.vocab_size:
+        outside = smallest if smallest < 0 else largest
+        raise UPQError(
+            f"token {outside} is outside the vocabulary of {config.vocab_size}; tokenise with the model's tokenizer"
+        )
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel | None) -> Iterator[None]:
+    """Without dropout, for a while: the trainer evaluates models that it goes on training."""
+    training = model is not None and model.training
+    if model is not None:
+        model.train(False)
+    try:
+        yield
+    finally:
+        if model is not None:
+            model.train(training)

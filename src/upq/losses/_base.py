@@ -1,0 +1,67 @@
+"""A loss gives its value and its gradient in one pass over the logits.
+
+The gradient is written out rather than left to autograd: it follows from the same probabilities as the value, so a
+chunk of logits is read once and nothing of size (tokens, vocabulary) outlives it. Law: equal to float64 autograd of
+the definition (tests/test_losses.py).
+
+Shape suffixes: T = tokens, V = vocabulary. p = teacher, q = student, both as probabilities.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from upq.registry import Registry
+
+
+class ValueAndGrad(NamedTuple):
+    value: Tensor  # scalar: sum over the masked tokens, nats
+    grad_TV: Tensor  # d value / d student logits, zero where masked out
+
+
+class Loss(Protocol):
+    """Law: 0 at the teacher (unless `uses_teacher` is False), additive over chunks, blind to a shift of the logits."""
+
+    Config: type[BaseModel]
+    uses_teacher: bool
+
+    def __init__(self, config: Any) -> None: ...
+
+    def __call__(self, student_TV: Tensor, teacher_TV: Tensor | None, target_T: Tensor, mask_T: Tensor) -> ValueAndGrad:
+        """`target_T` is the next token of each position; `mask_T` says which positions count."""
+        ...
+
+
+LOSSES: Registry[type[Loss]] = Registry("upq.losses")
+
+
+class Divergence:
+    """A loss between two distributions. A subclass gives, per token, the value and d value / d log q."""
+
+    uses_teacher = True
+
+    def __call__(self, student_TV: Tensor, teacher_TV: Tensor | None, target_T: Tensor, mask_T: Tensor) -> ValueAndGrad:
+        assert teacher_TV is not None
+        everything = bool(mask_T.all())
+        student, teacher = (student_TV, teacher_TV) if everything else (student_TV[mask_T], teacher_TV[mask_T])
+        logq_TV, logp_TV = log_softmax(student), log_softmax(teacher)
+        value_T, grad_TV = self.per_token(logq_TV, logp_TV)
+        if everything:
+            return ValueAndGrad(value_T.sum(), grad_TV)
+        scattered_TV = torch.zeros(student_TV.shape, dtype=grad_TV.dtype, device=grad_TV.device)
+        scattered_TV[mask_T] = grad_TV
+        return ValueAndGrad(value_T.sum(), scattered_TV)
+
+    def per_token(self, logq_TV: Tensor, logp_TV: Tensor) -> tuple[Tensor, Tensor]:
+        """Value (T,) and its gradient (T, V) with respect to the student's logits."""
+        raise NotImplementedError
+
+
+def log_softmax(logits_TV: Tensor) -> Tensor:
+    """At least float32: bf16 log-probabilities are coarser than the divergence of a trained student."""
+    dtype = torch.promote_types(logits_TV.dtype, torch.float32)
+    return logits_TV.log_softmax(-1, dtype=dtype)

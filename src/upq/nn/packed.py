@@ -1,0 +1,204 @@
+"""Layers that run from codes. Their state is the canonical file layout: packed bytes and scales, nothing else.
+
+Law (tests/test_packed.py): the output equals that of the FakeQuantLinear the codes came from, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from upq import kernels
+from upq.errors import UPQError
+from upq.grids import GRIDS
+from upq.kernels.reference import row_bytes
+from upq.scheme import QTensor, QuantScheme
+
+
+class _Packed(nn.Module):
+    """Buffers `weight_packed` (O, B) uint8 and `weight_scale` (O, G); `weight_zero` (O, G) where groups have their own.
+
+    Buffers and not parameters: nothing here is trained, and `model.dtype` is the dtype of the first float parameter.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero: Tensor | None
+
+    def __init__(self, rows: int, columns: int, scheme: QuantScheme) -> None:
+        super().__init__()
+        self.shape = (rows, columns)
+        self.scheme = scheme
+        self.constant_zero = GRIDS.get(scheme.grid).zero(scheme)
+        scales = (rows, scheme.groups(columns))
+        zero = None if self.constant_zero is not None else torch.zeros(scales, dtype=scheme.scale_torch_dtype)
+        self.register_buffer("weight_packed", torch.zeros(rows, row_bytes(columns, scheme.bits), dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.ones(scales, dtype=scheme.scale_torch_dtype))
+        self.register_buffer("weight_zero", zero)
+
+    def _fill(self, q: QTensor) -> Self:
+        self.weight_packed = kernels.pack(q.codes_OI, q.scheme.bits)
+        self.weight_scale = q.scale_OG
+        # A zero is stored as a scale is. Integers up to 256 fit every scale dtype.
+        stored = q.zero_OG.to(q.scheme.scale_torch_dtype)
+        kept = stored.float() if self.constant_zero is None else torch.full_like(q.zero_OG, self.constant_zero)
+        if not torch.equal(kept, q.zero_OG):
+            rule = f"exact in {q.scheme.scale_dtype}" if self.constant_zero is None else str(self.constant_zero)
+            raise UPQError(f"cannot pack for grid {q.scheme.grid!r}: zero points must be {rule}; use its freeze()")
+        if self.constant_zero is None:
+            self.weight_zero = stored
+        return self
+
+    @property
+    def zero(self) -> Tensor | float:
+        if self.weight_zero is not None:
+            return self.weight_zero
+        assert self.constant_zero is not None
+        return self.constant_zero
+
+    def qtensor(self) -> QTensor:
+        """The value this layer holds, as it was given."""
+        zero = self.zero
+        zero_OG = zero.float() if isinstance(zero, Tensor) else torch.full_like(self.weight_scale.float(), zero)
+        codes_OI = kernels.unpack(self.weight_packed, self.scheme.bits, self.shape[1])
+        return QTensor(codes_OI, self.weight_scale, zero_OG, self.scheme)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight (O, I)."""
+        return kernels.dequantize(
+            self.weight_packed,
+            self.weight_scale,
+            self.zero,
+            bits=self.scheme.bits,
+            in_features=self.shape[1],
+            dtype=dtype,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `model.to(bfloat16)` casts every float buffer; scales would lose three bits for good.
+        before = {name: b for name, b in self._buffers.items() if name.startswith("weight_") and b is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            assert new is not None
+            if new.dtype != old.dtype:
+                kept = torch.empty_like(old, device=new.device) if old.is_meta else old.to(new.device)
+                self._buffers[name] = kept
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[0]}, {self.shape[1]}, {self.scheme}"
+
+
+class PackedLinear(_Packed):
+    """`y = x · Ŵᵀ + b` from codes; takes the place of nn.Linear."""
+
+    def __init__(self, in_features: int, out_features: int, scheme: QuantScheme, *, bias: bool = False) -> None:
+        super().__init__(out_features, in_features, scheme)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    @classmethod
+    def from_qtensor(cls, q: QTensor, bias_O: Tensor | None = None) -> PackedLinear:
+        with torch.device("meta"):
+            layer = cls(q.codes_OI.shape[1], q.codes_OI.shape[0], q.scheme)
+        layer.bias = None if bias_O is None else nn.Parameter(bias_O.detach())
+        return layer._fill(q)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(
+            x,
+            self.weight_packed,
+            self.weight_scale,
+            self.zero,
+            bits=self.scheme.bits,
+            in_features=self.in_features,
+            bias_O=self.bias,
+        )
+
+
+class PackedEmbedding(_Packed):
+    """Rows by id from a packed table; takes the place of nn.Embedding. Its output has the dtype of the model."""
+
+    like: Tensor
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, scheme: QuantScheme) -> None:
+        super().__init__(num_embeddings, embedding_dim, scheme)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        # Empty, never saved; follows the dtype of the model through every cast.
+        self.register_buffer("like", torch.empty(0), persistent=False)
+
+    @classmethod
+    def from_qtensor(cls, q: QTensor, dtype: torch.dtype = torch.float32) -> PackedEmbedding:
+        with torch.device("meta"):
+            layer = cls(q.codes_OI.shape[0], q.codes_OI.shape[1], q.scheme)
+        layer.like = torch.empty(0, dtype=dtype, device=q.codes_OI.device)
+        return layer._fill(q)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return kernels.embedding(
+            ids,
+            self.weight_packed,
+            self.weight_scale,
+            self.zero,
+            bits=self.scheme.bits,
+            in_features=self.embedding_dim,
+            dtype=self.like.dtype,
+        )
+
+
+class TiedHead(nn.Module):
+    """The head of a model with tied embeddings: reads the embedding's tensors, owns none, so they are stored once."""
+
+    def __init__(self, embedding: PackedEmbedding) -> None:
+        super().__init__()
+        # In a tuple, so that it is no submodule: its tensors would appear a second time in the state.
+        self._embedding: tuple[PackedEmbedding] = (embedding,)
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+
+    @property
+    def embedding(self) -> PackedEmbedding:
+        return self._embedding[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.embedding
+        return kernels.linear(
+            x,
+            table.weight_packed,
+            table.weight_scale,
+            table.zero,
+            bits=table.scheme.bits,
+            in_features=self.in_features,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.out_features}, {self.in_features}, tied to the embedding"
+
+
+def pack_like(layer: nn.Module, scheme: QuantScheme, q: QTensor | None = None) -> PackedLinear | PackedEmbedding:
+    """The packed counterpart of an nn.Linear or nn.Embedding: holding `q`, or empty and waiting for a file."""
+    if isinstance(layer, nn.Embedding):
+        if q is not None:
+            return PackedEmbedding.from_qtensor(q, layer.weight.dtype)
+        return PackedEmbedding(layer.num_embeddings, layer.embedding_dim, scheme)
+    assert isinstance(layer, nn.Linear)
+    if q is not None:
+        return PackedLinear.from_qtensor(q, layer.bias)
+    return PackedLinear(layer.in_features, layer.out_features, scheme, bias=layer.bias is not None)
+
+
+def dense_like(layer: Any, dtype: torch.dtype) -> nn.Linear | nn.Embedding:
+    """The nn.Linear or nn.Embedding with the weight that a packed layer stands for."""
+    dense: nn.Linear | nn.Embedding
+    weight = layer.dequantize(dtype)
+    if isinstance(layer, PackedEmbedding):
+        dense = nn.Embedding(layer.num_embeddings, layer.embedding_dim, device="meta")
+    else:
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        if layer.bias is not None:
+            dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
+    dense.weight = nn.Parameter(weight)
+    return dense.train(layer.training)

@@ -1,0 +1,339 @@
+"""The whole way from a model to its 2-bit artefact: each stage takes up what is on disk, does the rest and writes it.
+
+While a run is under way its directory holds `.work/`: what the run is (run.json), packed tokens, solved blocks, the
+training state. The artefact's own files appear at the end, `upq.json` last; then `.work/` goes.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedModel
+
+from upq.artifact import MANIFEST, Manifest, SourceModel, atomic_write, digest_model_dir, read_manifest, write_manifest
+from upq.blockwise import METHODS, Method
+from upq.blockwise.store import BlockStore
+from upq.blockwise.walker import walk
+from upq.card import model_card
+from upq.data.packing import prepare
+from upq.data.tokens import TokenSet
+from upq.distill.student import freeze, make_student, norms
+from upq.distill.trainer import distill, steps
+from upq.errors import UPQError
+from upq.evals.size import model_size, weights_bytes
+from upq.evals.text import evaluate_text
+from upq.hf import load, write_artifact
+from upq.loading import family, load_config, load_model, load_tokenizer
+from upq.losses import LOSSES
+from upq.memory import peak_memory_bytes
+from upq.progress import Progress, Silent
+from upq.recipe import Blockwise, Recipe
+from upq.scheme import QTensor
+from upq.streaming import StreamedModel
+
+WORK = ".work"
+
+
+def quantize(
+    model: str | Path,
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    keep_work: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Quantise a Hugging Face causal LM (directory or hub id) into the directory `out`, or go on where a run stopped.
+
+    Raises UPQError, with nothing changed, where `out` holds something else: another model, recipe or data.
+    """
+    progress = progress or Silent()
+    run = _Run.open(_local(model), recipe, Path(out), _device(device), progress)
+    if run is None:
+        progress.note(f"{out} is finished already: nothing to do")
+        return read_manifest(Path(out))
+    with run.timed("data"):
+        data = run.data()
+    if recipe.int4 is not None:
+        with run.timed("int4"):
+            run.blockwise("int4", recipe.int4, data)
+    with run.timed("int2"):
+        run.blockwise("int2", recipe.int2, data)
+    with run.timed("distill"):
+        trained = run.distill(data)
+    manifest = run.finish(data, trained)
+    if not keep_work:
+        shutil.rmtree(run.work)
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Trained:
+    qtensors: dict[str, QTensor]
+    norms: dict[str, torch.Tensor]
+
+
+@dataclass
+class _Run:
+    """One run in its directory: the stages' inputs, outputs and clocks."""
+
+    model: Path
+    name: str
+    digest: str
+    recipe: Recipe
+    out: Path
+    device: str
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, model: tuple[Path, str], recipe: Recipe, out: Path, device: str, progress: Progress) -> _Run | None:
+        """Check that model, recipe and directory go together; None where the artefact is there already."""
+        path, name = model
+        config = load_config(path)
+        family(config)
+        if getattr(config, "quantization_config", None) is not None:
+            raise UPQError(f"{name}: already quantised; give the original FP16, BF16 or FP32 model")
+        _plugins(recipe)
+        run = cls(path, name, digest_model_dir(path), recipe, out, device, progress)
+        if (out / MANIFEST).is_file():
+            manifest = read_manifest(out)
+            run.check(manifest.model.digest, manifest.recipe, out)
+            return None
+        if out.exists() and not out.is_dir():
+            raise UPQError(f"{out}: is a file; --out wants a directory")
+        state = run.work / "run.json"
+        if state.is_file():
+            found = json.loads(state.read_text())
+            run.check(found["model"], found["recipe"], out)
+            run.seconds = found["seconds"]
+        elif out.is_dir() and any(out.iterdir()):
+            raise UPQError(f"{out}: not empty, and no UPQ run is in it; name a new directory")
+        run.work.mkdir(parents=True, exist_ok=True)
+        run.write_state()
+        run.progress.plan(run.costs())
+        return run
+
+    def check(self, digest: str, recipe: dict[str, Any], out: Path) -> None:
+        remedy = "give the same command as before, or another --out"
+        if digest != self.digest:
+            raise UPQError(f"{out}: belongs to another model than {self.name}; {remedy}")
+        found, given = _flat(recipe), _flat(self.recipe.model_dump(mode="json"))
+        for key in sorted(found.keys() | given.keys()):
+            if found.get(key) != given.get(key):
+                was, now = found.get(key), given.get(key)
+                raise UPQError(f"{out}: belongs to another recipe: {key} was {was!r} and is now {now!r}; {remedy}")
+
+    @property
+    def work(self) -> Path:
+        return self.out / WORK
+
+    def write_state(self) -> None:
+        state = {"model": self.digest, "recipe": self.recipe.model_dump(mode="json"), "seconds": self.seconds}
+        atomic_write(self.work / "run.json", json.dumps(state, indent=1))
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the time within to the stage's clock, which outlives an interruption of the run."""
+        before, began = self.seconds.get(stage, 0.0), time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = before + time.monotonic() - began
+            self.write_state()
+
+    def costs(self) -> dict[str, tuple[int, float]]:
+        """Units and cost of each stage; the cost counts passes of one token through one block."""
+        blocks, recipe = load_config(self.model).num_hidden_layers, self.recipe
+        seq = recipe.data.seq_len
+        # Reading text takes no passes; its pace says nothing about the stages after it.
+        costs = {"data": (self.sequences() + recipe.data.validation, 0.0)}
+        for name, stage in (("int4", recipe.int4), ("int2", recipe.int2)):
+            if stage is not None:
+                costs[name] = (blocks, blocks * stage.samples * seq * 3.0 + blocks * _method(stage).cost * seq)
+        total = steps(recipe.distill, seq)
+        passes = 4.0 if LOSSES.get(recipe.distill.loss.name).uses_teacher else 3.0
+        costs["distill"] = (total, total * recipe.distill.batch_size * seq * blocks * passes)
+        costs["check"] = (2, recipe.data.validation * seq * blocks * 3.0)
+        return costs
+
+    def sequences(self) -> int:
+        """Training rows the run can use: its token budget, or the larger calibration set."""
+        stages = [stage for stage in (self.recipe.int4, self.recipe.int2) if stage is not None]
+        budget = steps(self.recipe.distill, self.recipe.data.seq_len) * self.recipe.distill.batch_size
+        return max(budget, *(stage.samples for stage in stages))
+
+    def data(self) -> TokenSet:
+        self.progress.start("data")
+        config = load_config(self.model)
+        limit = getattr(config, "max_position_embeddings", self.recipe.data.seq_len)
+        if self.recipe.data.seq_len > limit:
+            raise UPQError(f"data.seq_len={self.recipe.data.seq_len} is more than the model's {limit}; lower it")
+        if steps(self.recipe.distill, self.recipe.data.seq_len) == 0 and self.recipe.distill.tokens > 0:
+            step = self.recipe.distill.batch_size * self.recipe.data.seq_len
+            raise UPQError(f"distill.tokens={self.recipe.distill.tokens} is less than one step of {step} tokens")
+        path = self.work / "tokens.safetensors"
+        data = prepare(
+            self.recipe.data,
+            load_tokenizer(self.model),
+            path,
+            sequences=self.sequences(),
+            seed=self.recipe.seed,
+            progress=self.progress,
+        )
+        seen = self.work / "data.json"
+        if seen.is_file() and json.loads(seen.read_text()) != data.digest:
+            raise UPQError(f"{self.out}: the data has changed since this run began; restore it, or use another --out")
+        atomic_write(seen, json.dumps(data.digest))
+        return data
+
+    def blockwise(self, name: str, stage: Blockwise, data: TokenSet) -> None:
+        store, model = self.store(name), StreamedModel(self.model, device=self.device)
+        for linear in model.spec.linears:  # an unfit group size shows before any work
+            store.scheme.groups(model.in_features(linear))
+        self.progress.start(name, done=store.done(len(model)))
+        walk(
+            model,
+            data.calibration(stage.samples),
+            _method(stage),
+            store,
+            source=self.store("int4") if name == "int2" and self.recipe.int4 is not None else None,
+            seed=self.recipe.seed,
+            progress=self.progress,
+        )
+
+    def store(self, name: str) -> BlockStore:
+        stage = self.recipe.int4 if name == "int4" else self.recipe.int2
+        assert stage is not None
+        return BlockStore(self.work / name, stage.scheme(), latents=name == "int2")
+
+    def distill(self, data: TokenSet) -> _Trained:
+        config, store = self.recipe.distill, self.store("int2")
+        teacher = load_model(self.model, dtype=torch.float32, device=self.device).requires_grad_(False)
+        prefix = family(teacher.config).blocks
+        blocks = len(teacher.get_submodule(prefix))  # type: ignore[arg-type]
+        solutions = {
+            f"{prefix}.{index}.{name}": solution
+            for index in range(blocks)
+            for name, solution in store.solutions(index).items()
+        }
+        student = make_student(teacher, solutions, train_norms=config.train_norms)
+        del solutions
+        total = steps(config, self.recipe.data.seq_len)
+        checkpoint = self.work / "distill.safetensors"
+        if total:
+            distill(student, teacher, data, config, total_steps=total, checkpoint=checkpoint, progress=self.progress)
+        trained = norms(student) if config.train_norms else {}
+        extra = {f"{name}.weight": norm.weight.detach() for name, norm in trained.items()}
+        return _Trained(freeze(student), extra)  # type: ignore[arg-type]
+
+    def finish(self, data: TokenSet, trained: _Trained) -> Manifest:
+        """Write the artefact, load it as a user would, and measure it against the original."""
+        self.progress.start("check")
+        tokenizer, source = load_tokenizer(self.model), load_model(self.model)
+        before = self.metrics(source, self.model, data, teacher=None)
+        self.progress.advance(1)
+        manifest = Manifest(
+            recipe=self.recipe.model_dump(mode="json"),
+            model=SourceModel(path=self.name, digest=self.digest),
+            versions={p: version(p) for p in ("upq", "torch", "transformers")} | {"python": platform.python_version()},
+            data=[*(asdict(use) for use in data.sources), {"digest": data.digest, "rows": len(data.tokens_NT)}],
+            seconds=self.seconds,
+        )
+        made = self.work / "artifact"
+        made.mkdir(exist_ok=True)
+        write_artifact(
+            made,
+            source,
+            trained.qtensors,
+            manifest=manifest,
+            tokenizer=tokenizer,
+            embeddings_bits=self.recipe.embeddings.bits,
+            extra_tensors=trained.norms,
+            errors=self.errors(),
+        )
+        del source
+        packed = load(made, device=self.device)
+        teacher = load_model(self.model, device=self.device)
+        after = self.metrics(packed, made, data, teacher=teacher)
+        self.progress.advance(1)
+        manifest = read_manifest(made).model_copy(
+            update={
+                "metrics": {"source": before, "artifact": after},
+                "seconds": self.seconds,
+                "peak_memory_bytes": peak_memory_bytes(),
+            }
+        )
+        atomic_write(made / "README.md", model_card(manifest))
+        write_manifest(made, manifest)
+        for file in sorted(made.iterdir(), key=lambda path: path.name == MANIFEST):
+            file.replace(self.out / file.name)
+        return manifest
+
+    def metrics(
+        self, model: PreTrainedModel, path: Path, data: TokenSet, *, teacher: PreTrainedModel | None
+    ) -> dict[str, Any]:
+        """Figures of the model at `path` on the held-out rows; keys as in `upq eval --json`."""
+        text = evaluate_text(model, data.validation_tokens_NT, teacher=teacher, mask_NT=data.validation_mask_NT)
+        figures = {"ppl": text.ppl, "kld": text.kld, "top1": text.top1}
+        figures |= {"bits_per_weight": model_size(model).bits_per_weight, "bytes": weights_bytes(path)}
+        return {name: value for name, value in figures.items() if value is not None}
+
+    def errors(self) -> dict[str, float]:
+        """Module path to the relative error of its weights as the INT2 stage left them."""
+        store, prefix = self.store("int2"), family(load_config(self.model)).blocks
+        blocks = load_config(self.model).num_hidden_layers
+        return {
+            f"{prefix}.{index}.{name}": figures["weight"]
+            for index in range(blocks)
+            for name, figures in store.report(index).items()
+        }
+
+
+def _method(stage: Blockwise) -> Method:
+    cls = METHODS.get(stage.method.name)
+    return cls(stage.method.options(cls.Config, f"method {stage.method.name}"))
+
+
+def _plugins(recipe: Recipe) -> None:
+    """Decode every plug-in's options now, so that a typo shows before hours of work."""
+    for stage in (recipe.int4, recipe.int2):
+        if stage is not None:
+            _method(stage)
+            stage.scheme()
+    loss = LOSSES.get(recipe.distill.loss.name)
+    recipe.distill.loss.options(loss.Config, f"distill.loss {recipe.distill.loss.name}")
+
+
+def _local(model: str | Path) -> tuple[Path, str]:
+    """The model's files on this machine, and the name it was asked for by."""
+    if Path(model).is_dir():
+        return Path(model), str(model)
+    load_config(model)  # its errors are clearer than the hub's
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "merges.txt", "vocab.*"]
+    return Path(snapshot_download(str(model), allow_patterns=patterns)), str(model)
+
+
+def _device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UPQError(f"device {device}: torch {torch.__version__} sees no CUDA device; use --device cpu")
+    return device
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else key).items()}

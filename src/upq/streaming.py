@@ -1,0 +1,136 @@
+"""A model on disk, read one decoder block at a time: the rest of it is a skeleton without memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from upq.errors import UPQError
+from upq.loading import family, load_config
+
+Context = dict[str, Any]  # keyword arguments of a decoder block: positions, mask, rotary embeddings
+
+
+class StreamedModel:
+    """Blocks and embeddings of a Hugging Face directory in float32, materialised on request.
+
+    Law (tests/test_streaming.py): embedding, blocks in order, final norm and head give the logits of the whole model.
+    """
+
+    def __init__(self, path: Path, *, device: str = "cpu") -> None:
+        self.path = path
+        self.device = torch.device(device)
+        self.config = load_config(path)
+        self.spec = family(self.config)
+        self._files = _tensor_files(path)
+        # Parameters on meta, buffers real: the rotary frequencies are not in the checkpoint.
+        with init_empty_weights(include_buffers=False):
+            self._skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        self._skeleton.eval().requires_grad_(False)
+        blocks = self._skeleton.get_submodule(self.spec.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        self._blocks = list(blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def in_features(self, linear: str) -> int:
+        """Width of a block's linear, from the config alone."""
+        module = self._blocks[0].get_submodule(linear)
+        assert isinstance(module, nn.Linear)
+        return module.in_features
+
+    def block(self, index: int) -> nn.Module:
+        """Decoder block `index` with its own weights. The caller owns it; nothing else refers to its memory."""
+        # A copy of an empty layout costs nothing.
+        block = copy.deepcopy(self._blocks[index])
+        self._fill(block, f"{self.spec.blocks}.{index}.")
+        return block.to(self.device)
+
+    @torch.no_grad()
+    def embed(self, tokens_NT: Tensor, *, batch_size: int = 8) -> tuple[Tensor, list[Context]]:
+        """Hidden states (N, T, H) before the first block, and what each block is called with beside them."""
+        decoder = self._skeleton.get_submodule(self.spec.decoder)
+        embedding = self._skeleton.get_submodule(self.spec.embedding)
+        self._fill(embedding, f"{self.spec.embedding}.")
+        embedding.to(self.device)
+        recorders = [_Recorder(block) for block in self._blocks]
+        self._skeleton.set_submodule(self.spec.blocks, nn.ModuleList(recorders))
+        self._skeleton.set_submodule(self.spec.final_norm, nn.Identity())
+        try:
+            hidden = [
+                decoder(input_ids=batch.to(self.device), use_cache=False).last_hidden_state
+                for batch in tokens_NT.split(batch_size)
+            ]
+            # Positions and mask are the same for every row, so one row's context serves any batch.
+            decoder(input_ids=tokens_NT[:1].to(self.device), use_cache=False)
+        finally:
+            embedding.to("meta")
+        return torch.cat(hidden), [r.context for r in recorders]
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        names = dict(module.state_dict())
+        tensors = {name: self.tensor(prefix + name) for name in names}
+        for name, tensor in tensors.items():
+            if tensor.shape != names[name].shape:
+                shapes = f"{tuple(tensor.shape)}, but the config says {tuple(names[name].shape)}"
+                raise UPQError(f"{self.path}: tensor {prefix + name} has shape {shapes}; is config.json of this model?")
+        module.load_state_dict(tensors, assign=True)
+        module.requires_grad_(False)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor of the checkpoint, float32."""
+        if name not in self._files:
+            raise UPQError(f"{self.path}: tensor {name} is missing from the checkpoint; is the download complete?")
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        if not tensor.isfinite().all():
+            raise UPQError(f"{self.path}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
+        return tensor.float()
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder block and keeps what it was called with."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.context: Context = {}
+        if hasattr(block, "attention_type"):  # read by decoders that mix full and sliding attention
+            self.attention_type = block.attention_type
+
+    def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
+        self.context = {k: v for k, v in context.items() if k not in ("past_key_values", "use_cache")}
+        return hidden_states
+
+
+@torch.no_grad()
+def run_block(block: nn.Module, hidden_NTH: Tensor, context: Context, *, batch_size: int = 8) -> Tensor:
+    """Outputs of a block for all rows, in the order and the batches of the input (so a rerun is bit-identical)."""
+    return torch.cat([block(batch, **context) for batch in hidden_NTH.split(batch_size)])
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    """Tensor name to safetensors file, from the index or from the single file."""
+    index = path / "model.safetensors.index.json"
+    single = path / "model.safetensors"
+    if index.is_file():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = {name: path / file for name, file in weight_map.items()}
+        for file in sorted(set(files.values())):
+            if file.parent != path or not file.is_file():
+                raise UPQError(f"{path}: shard {file.name} named by the index is missing; is the download complete?")
+        return files
+    if not single.is_file():
+        found = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt"))
+        remedy = f"found {found[0]}: convert it with save_pretrained" if found else "is the download complete?"
+        raise UPQError(f"{path}: no model.safetensors; {remedy}")
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
