@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 
 def byte_tokenizer(
@@ -25,3 +28,26 @@ def byte_tokenizer(
             single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
         )
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, chat_template=chat_template)
+
+
+def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A random causal LM of `family`: two blocks, odd widths, biases and norms that are not all equal."""
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 44,
+        "num_hidden_layers": 2,
+        "vocab_size": 67,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    config = AutoConfig.for_model(family, **{**shape, **overrides})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model

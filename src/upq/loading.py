@@ -22,19 +22,23 @@ from upq.models._base import FAMILIES, ModelSpec
 def load_config(model: str | Path) -> PretrainedConfig:
     """The configuration of a directory or hub id. No code from the model is ever run."""
     _check_directory(model)
-    return _read(AutoConfig, model)
+    config: PretrainedConfig = _read(AutoConfig, model)
+    return config
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     _check_directory(model)
-    return _read(AutoTokenizer, model)
+    tokenizer: PreTrainedTokenizerBase = _read(AutoTokenizer, model)
+    return tokenizer
 
 
 def load_model(model: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
     """A causal LM in evaluation mode, any form that transformers loads (an UPQ artefact after `import upq`)."""
     family(load_config(model))
     loaded: PreTrainedModel = _read(AutoModelForCausalLM, model, dtype=dtype, use_safetensors=True)
-    return loaded.eval().to(device)  # type: ignore[arg-type]
+    loaded.eval()  # type: ignore[no-untyped-call]
+    loaded.to(device)  # type: ignore[arg-type]
+    return loaded
 
 
 def family(config: PretrainedConfig) -> ModelSpec:

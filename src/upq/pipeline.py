@@ -22,13 +22,11 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
 from upq.artifact import MANIFEST, Manifest, SourceModel, atomic_write, digest_model_dir, read_manifest, write_manifest
-from upq.blockwise import METHODS, Method
-from upq.blockwise.store import BlockStore
-from upq.blockwise.walker import walk
+from upq.blockwise import METHODS, BlockStore, Method, walk
 from upq.card import model_card
 from upq.data.packing import prepare
 from upq.data.tokens import TokenSet
-from upq.distill.student import freeze, make_student, norms
+from upq.distill.student import freeze, make_student, norm_weight, norms
 from upq.distill.trainer import distill, steps
 from upq.errors import UPQError
 from upq.evals.size import model_size, weights_bytes
@@ -235,8 +233,8 @@ class _Run:
         if total:
             distill(student, teacher, data, config, total_steps=total, checkpoint=checkpoint, progress=self.progress)
         trained = norms(student) if config.train_norms else {}
-        extra = {f"{name}.weight": norm.weight.detach() for name, norm in trained.items()}
-        return _Trained(freeze(student), extra)  # type: ignore[arg-type]
+        extra = {f"{name}.weight": norm_weight(norm).detach() for name, norm in trained.items()}
+        return _Trained(freeze(student), extra)
 
     def finish(self, data: TokenSet, trained: _Trained) -> Manifest:
         """Write the artefact, load it as a user would, and measure it against the original."""

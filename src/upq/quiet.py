@@ -7,7 +7,7 @@ import transformers
 
 
 def quiet_libraries() -> None:
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -51,9 +52,9 @@ class Source(Strict):
 
 class Data(Strict):
     sources: tuple[Source, ...] = ()
-    seq_len: int = Field(2048, ge=8)
+    seq_len: int = Field(default=2048, ge=8)
     loss_on: Literal["all", "assistant"] = "all"
-    validation: int = Field(32, ge=1)  # sequences held out, for the figures in the final table
+    validation: int = Field(default=32, ge=1)  # sequences held out, for the figures in the final table
 
 
 class Blockwise(Strict):
@@ -160,12 +161,25 @@ def _read(name_or_file: str) -> dict[str, Any]:
     else:
         raise UPQError(f"recipe {name_or_file!r} is neither a file nor one of: {', '.join(names())}")
     try:
-        raw = yaml.safe_load(text)
+        raw = _yaml(text)
     except yaml.YAMLError as error:
         raise UPQError(f"recipe {name_or_file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UPQError(f"recipe {name_or_file}: expected a mapping of sections, got {type(raw).__name__}")
     return raw
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as text, for want of a dot; here it is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
 
 
 def _override(raw: dict[str, Any], item: str) -> None:
@@ -180,6 +194,6 @@ def _override(raw: dict[str, Any], item: str) -> None:
             here[part] = {"name": here[part]} if isinstance(here.get(part), str) else {}
         here = here[part]
     try:
-        here[last] = yaml.safe_load(value)
+        here[last] = _yaml(value)
     except yaml.YAMLError:
         raise UPQError(f"--set {item!r}: the value is not valid YAML") from None

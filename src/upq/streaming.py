@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -31,9 +33,10 @@ class StreamedModel:
         self.config = load_config(path)
         self.spec = family(self.config)
         self._files = _tensor_files(path)
+        auto: Any = AutoModelForCausalLM  # untyped
         # Parameters on meta, buffers real: the rotary frequencies are not in the checkpoint.
         with init_empty_weights(include_buffers=False):
-            self._skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+            self._skeleton: PreTrainedModel = auto.from_config(self.config, dtype=torch.float32)
         self._skeleton.eval().requires_grad_(False)
         blocks = self._skeleton.get_submodule(self.spec.blocks)
         assert isinstance(blocks, nn.ModuleList)
@@ -68,7 +71,7 @@ class StreamedModel:
         try:
             hidden = [
                 decoder(input_ids=batch.to(self.device), use_cache=False).last_hidden_state
-                for batch in tokens_NT.split(batch_size)
+                for batch in torch.split(tokens_NT, batch_size)
             ]
             # Positions and mask are the same for every row, so one row's context serves any batch.
             decoder(input_ids=tokens_NT[:1].to(self.device), use_cache=False)
@@ -90,7 +93,7 @@ class StreamedModel:
         """One tensor of the checkpoint, float32."""
         if name not in self._files:
             raise UPQError(f"{self.path}: tensor {name} is missing from the checkpoint; is the download complete?")
-        with safe_open(self._files[name], framework="pt") as file:
+        with _opened(self._files[name]) as file:
             tensor: Tensor = file.get_tensor(name)
         if not tensor.isfinite().all():
             raise UPQError(f"{self.path}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
@@ -114,7 +117,7 @@ class _Recorder(nn.Module):
 @torch.no_grad()
 def run_block(block: nn.Module, hidden_NTH: Tensor, context: Context, *, batch_size: int = 8) -> Tensor:
     """Outputs of a block for all rows, in the order and the batches of the input (so a rerun is bit-identical)."""
-    return torch.cat([block(batch, **context) for batch in hidden_NTH.split(batch_size)])
+    return torch.cat([block(batch, **context) for batch in torch.split(hidden_NTH, batch_size)])
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:
@@ -122,8 +125,11 @@ def _tensor_files(path: Path) -> dict[str, Path]:
     index = path / "model.safetensors.index.json"
     single = path / "model.safetensors"
     if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = {name: path / file for name, file in weight_map.items()}
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            files = {name: path / file for name, file in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UPQError(f"{index}: not an index of tensors; is the download complete?") from None
         for file in sorted(set(files.values())):
             if file.parent != path or not file.is_file():
                 raise UPQError(f"{path}: shard {file.name} named by the index is missing; is the download complete?")
@@ -132,5 +138,15 @@ def _tensor_files(path: Path) -> dict[str, Path]:
         found = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt"))
         remedy = f"found {found[0]}: convert it with save_pretrained" if found else "is the download complete?"
         raise UPQError(f"{path}: no model.safetensors; {remedy}")
-    with safe_open(single, framework="pt") as file:
+    with _opened(single) as file:
         return dict.fromkeys(file.keys(), single)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UPQError(f"{file}: damaged or truncated ({reason}); is the download complete?") from error

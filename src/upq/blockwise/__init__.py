@@ -1,5 +1,8 @@
 """Block-wise post-training quantisation: a walker over decoder blocks, and the methods that solve one block."""
 
-from upq.blockwise._base import METHODS, BlockTask, Method, Solution
+from upq.blockwise._base import METHODS, BlockTask, Method
+from upq.blockwise._store import BlockStore
+from upq.blockwise._walker import walk
+from upq.nn.fake_quant import Solution
 
-__all__ = ["METHODS", "BlockTask", "Method", "Solution"]
+__all__ = ["METHODS", "BlockStore", "BlockTask", "Method", "Solution", "walk"]

@@ -13,8 +13,9 @@ from torch.func import functional_call
 
 from upq.grids import GRIDS, Params, search_scale
 from upq.models import ModelSpec
+from upq.nn.fake_quant import Solution
 from upq.registry import Registry
-from upq.scheme import QTensor, QuantScheme
+from upq.scheme import QuantScheme
 from upq.streaming import Context
 
 ScaleStart = Literal["max", "mse", "hessian"]
@@ -39,7 +40,7 @@ class BlockTask:
 
     def weights(self) -> dict[str, Tensor]:
         """Linear name to weight (O, I), in the order of the family's groups."""
-        return {name: self.block.get_submodule(name).weight.detach() for name in self.spec.linears}  # type: ignore[union-attr]
+        return {name: linear(self.block, name).weight.detach() for name in self.spec.linears}
 
     def run(self, weights: dict[str, Tensor], hidden_NTH: Tensor) -> Tensor:
         """The block's output with `weights` in place of its own; differentiable."""
@@ -52,8 +53,8 @@ class BlockTask:
         """Mean squared difference between the block's output with `weights` and the original block's."""
         assert self.inputs_NTH is not None
         assert self.targets_NTH is not None
-        rows = zip(self.inputs_NTH.split(batch_size), self.targets_NTH.split(batch_size), strict=True)
-        total = sum((self.run(weights, x) - y).square().sum().item() for x, y in rows)
+        rows = zip(torch.split(self.inputs_NTH, batch_size), torch.split(self.targets_NTH, batch_size), strict=True)
+        total: float = sum((self.run(weights, x) - y).square().sum().item() for x, y in rows)
         return total / self.targets_NTH.numel()
 
     @torch.no_grad()
@@ -62,7 +63,7 @@ class BlockTask:
         assert self.inputs_NTH is not None
         moments: dict[str, Tensor] = {}
         with _recorded_inputs(self.block, names) as inputs:
-            for batch in self.inputs_NTH.split(batch_size):
+            for batch in torch.split(self.inputs_NTH, batch_size):
                 self.block(batch, **self.context)
                 for name, x in inputs.items():
                     x_TI = x.reshape(-1, x.shape[-1]).float()
@@ -70,18 +71,6 @@ class BlockTask:
                     moments[name] = moments[name] + moment if name in moments else moment
         tokens = self.inputs_NTH.shape[0] * self.inputs_NTH.shape[1]
         return {name: moment / tokens for name, moment in moments.items()}
-
-
-@dataclass(frozen=True)
-class Solution:
-    """A quantised linear. `grid.freeze(latent_OI, params)` is its QTensor; training goes on from the latents."""
-
-    latent_OI: Tensor
-    params: Params
-    scheme: QuantScheme
-
-    def qtensor(self) -> QTensor:
-        return GRIDS.get(self.scheme.grid).freeze(self.latent_OI, self.params, self.scheme)
 
 
 class Method(Protocol):
@@ -105,6 +94,13 @@ class Method(Protocol):
 
 
 METHODS: Registry[type[Method]] = Registry("upq.blockwise")
+
+
+def linear(block: nn.Module, name: str) -> nn.Linear:
+    """The linear at path `name` of a block."""
+    module = block.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
 
 
 def start_scales(task: BlockTask, scheme: QuantScheme, start: ScaleStart) -> dict[str, Params]:

@@ -39,7 +39,7 @@ def reconstruct(
     for index in batches(rows, min(batch_size, rows), iterations, task.seed):
         loss = (task.run(weights(), task.inputs_NTH[index]) - task.targets_NTH[index]).square().mean()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     with torch.no_grad():

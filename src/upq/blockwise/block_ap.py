@@ -8,16 +8,16 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from upq.blockwise._base import METHODS, BlockTask, ScaleStart, Solution, start_scales
+from upq.blockwise._base import METHODS, BlockTask, Method, ScaleStart, start_scales
 from upq.blockwise._reconstruct import reconstruct
 from upq.grids import GRIDS
-from upq.nn.fake_quant import rms
+from upq.nn.fake_quant import Solution, rms
 from upq.recipe import Strict
 from upq.scheme import QuantScheme
 
 
 @METHODS.register("block_ap")
-class BlockAp:
+class BlockAp(Method):
     class Config(Strict):
         scale: ScaleStart = "mse"
         iterations: int = Field(400, ge=1)

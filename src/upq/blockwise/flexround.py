@@ -11,15 +11,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from upq.blockwise._base import METHODS, BlockTask, ScaleStart, Solution, start_scales
+from upq.blockwise._base import METHODS, BlockTask, Method, ScaleStart, start_scales
 from upq.blockwise._reconstruct import reconstruct
 from upq.grids import GRIDS
+from upq.nn.fake_quant import Solution
 from upq.recipe import Strict
 from upq.scheme import QuantScheme
 
 
 @METHODS.register("flexround")
-class FlexRound:
+class FlexRound(Method):
     class Config(Strict):
         scale: ScaleStart = "mse"
         iterations: int = Field(400, ge=1)

@@ -6,15 +6,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from upq.blockwise._base import METHODS, BlockTask, ScaleStart, Solution, start_scales
+from upq.blockwise._base import METHODS, BlockTask, Method, ScaleStart, linear, start_scales
 from upq.errors import UPQError
 from upq.grids import GRIDS, Params
+from upq.nn.fake_quant import Solution
 from upq.recipe import Strict
 from upq.scheme import QuantScheme
 
 
 @METHODS.register("gptq")
-class Gptq:
+class Gptq(Method):
     class Config(Strict):
         scale: ScaleStart = "mse"
         damp: float = Field(0.01, gt=0)  # added to the Hessian's diagonal, as a share of its mean
@@ -36,13 +37,13 @@ class Gptq:
                 w_OI = original[name]
                 try:
                     rounded_OI = gptq(w_OI, moments[group[0]], scales[name], scheme, damp=self.config.damp)
-                except torch.linalg.LinAlgError:
+                except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                     where = f"block {task.index}, {name}"
                     raise UPQError(
                         f"gptq: {where}: the Hessian is singular; raise damp above {self.config.damp}"
                     ) from None
                 solutions[name] = Solution(rounded_OI, scales[name], scheme)
-                task.block.get_submodule(name).weight.data.copy_(rounded_OI)  # type: ignore[union-attr, operator]
+                linear(task.block, name).weight.data.copy_(rounded_OI)
         return solutions
 
 

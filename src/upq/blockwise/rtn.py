@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from upq.blockwise._base import METHODS, BlockTask, ScaleStart, Solution, start_scales
+from upq.blockwise._base import METHODS, BlockTask, Method, ScaleStart, start_scales
+from upq.nn.fake_quant import Solution
 from upq.recipe import Strict
 from upq.scheme import QuantScheme
 
 
 @METHODS.register("rtn")
-class Rtn:
+class Rtn(Method):
     class Config(Strict):
         scale: ScaleStart = "max"
 

@@ -34,9 +34,7 @@ def chat(
     console = Console()
     tokenizer = load_tokenizer(model)
     if not getattr(tokenizer, "chat_template", None):
-        raise UPQError(
-            f"{model}: no chat template in its tokenizer; name an instruction-tuned model"
-        )
+        raise UPQError(f"{model}: no chat template in its tokenizer; name an instruction-tuned model")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_model(model, device=device)
@@ -80,15 +78,18 @@ def answer(
     import torch
     from transformers import TextStreamer
 
-    encoded = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    encoded: Any = tokenizer.apply_chat_template(
+        history, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     length = encoded["input_ids"].shape[1]
     room = model.config.max_position_embeddings - length
     if room < 1:
         limit = model.config.max_position_embeddings
         raise UPQError(f"the conversation is {length} tokens, the model's context {limit}; /reset forgets it")
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    generate: Any = model.generate
     with torch.inference_mode():
-        out = model.generate(  # type: ignore[operator]
+        out = generate(
             **encoded.to(model.device),
             streamer=streamer,
             **{**options, "max_new_tokens": min(options["max_new_tokens"], room)},

@@ -50,6 +50,7 @@ class DemoConfig:
     document_steps: int = 700
     conversation_steps: int = 350
     lr: float = 4e-3
+    muon: float = 0.0
     init_std: float = 0.08
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.1
@@ -186,7 +187,13 @@ def _train(config: DemoConfig, texts: Rows, talks: Rows, vocab_size: int, progre
         torch.manual_seed(config.seed)
         model = LlamaForCausalLM(_llama(config, vocab_size))
     model.train()
-    matrices = [p for p in model.parameters() if p.dim() == 2]
+    if config.muon:
+        block = [p for p in model.model.layers.parameters() if p.dim() == 2]
+        muon = torch.optim.Muon(block, lr=config.muon, momentum=0.95, weight_decay=0.01, nesterov=True)
+        ids = {id(p) for p in block}
+    else:
+        ids = set()
+    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in ids]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
@@ -205,6 +212,10 @@ def _train(config: DemoConfig, texts: Rows, talks: Rows, vocab_size: int, progre
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            if config.muon:
+                muon.param_groups[0]["lr"] = config.muon * _schedule(step, total, config.warmup)
+                muon.step()
+                muon.zero_grad()
             optimizer.zero_grad()
             progress.advance(loss=loss.item())
             step += 1

@@ -79,12 +79,12 @@ class Objective(nn.Module):
             teacher_head = teacher.get_submodule(self._head)
         student_TH = self._hidden(self.student, inputs_BT)
         head = self.student.get_submodule(self._head)
-        total: Tensor = _ChunkedLoss.apply(
+        total: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
             student_TH, teacher_TH, target_T, mask_T, head, teacher_head, self.loss, self.chunk
         )
         return total
 
     def _hidden(self, model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
         """Hidden states after the final norm (B·(T-1), H): the last position predicts nothing."""
-        out_BTH = model.get_submodule(self._decoder)(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        out_BTH: Tensor = model.get_submodule(self._decoder)(input_ids=tokens_BT, use_cache=False).last_hidden_state
         return out_BTH[:, :-1].reshape(-1, out_BTH.shape[-1])

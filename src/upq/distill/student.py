@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from upq.blockwise import Solution
 from upq.loading import family
-from upq.nn.fake_quant import FakeQuantLinear
+from upq.nn.fake_quant import FakeQuantLinear, Solution
 from upq.scheme import QTensor
 
 
@@ -25,8 +24,9 @@ def make_student(teacher: PreTrainedModel, solutions: dict[str, Solution], *, tr
         student.set_submodule(path, layer.to(teacher.device))
     if train_norms:
         for norm in norms(student).values():
-            norm.weight = nn.Parameter(norm.weight.detach().float().clone())  # type: ignore[arg-type]
-    return student.eval()  # no dropout: the teacher's distribution is the target
+            norm.weight = nn.Parameter(norm_weight(norm).detach().float().clone())
+    student.eval()  # type: ignore[no-untyped-call]  # no dropout: the teacher's distribution is the target
+    return student
 
 
 def norms(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -40,6 +40,12 @@ def norms(model: PreTrainedModel) -> dict[str, nn.Module]:
         and isinstance(getattr(module, "weight", None), Tensor)
         and module.weight.dim() == 1
     }
+
+
+def norm_weight(norm: nn.Module) -> Tensor:
+    """A normalisation layer's weight; its class is the model's own."""
+    assert isinstance(norm.weight, Tensor)
+    return norm.weight
 
 
 def fake_quant_layers(model: nn.Module) -> dict[str, FakeQuantLinear]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from upq.artifact import load_tensors, save_tensors
 from upq.distill.objective import Objective
-from upq.distill.student import fake_quant_layers, norms
+from upq.distill.student import fake_quant_layers, norm_weight, norms
 from upq.errors import UPQError
 from upq.losses import LOSSES, Loss
 from upq.nn.fake_quant import rms
@@ -107,7 +107,7 @@ def confidence(teacher: PreTrainedModel, data: Batches, *, rows: int = 16) -> fl
     tokens_BT, mask_BT = (x.to(teacher.device) for x in data.batch(0, rows))
     logp_BTV = teacher(tokens_BT).logits[:, :-1].float().log_softmax(-1)
     p_BT = logp_BTV.gather(-1, tokens_BT[:, 1:, None])[..., 0].exp()
-    return p_BT[mask_BT[:, 1:]].mean().item()
+    return float(p_BT[mask_BT[:, 1:]].mean())
 
 
 def _step(
@@ -124,8 +124,8 @@ def _step(
     rank, world = accelerator.process_index, accelerator.num_processes
     mine = list(
         zip(
-            tokens_BT[rank::world].split(config.micro_batch_size),
-            mask_BT[rank::world].split(config.micro_batch_size),
+            torch.split(tokens_BT[rank::world], config.micro_batch_size),
+            torch.split(mask_BT[rank::world], config.micro_batch_size),
             strict=True,
         )
     )
@@ -158,7 +158,7 @@ def _groups(student: PreTrainedModel, config: Distill) -> list[dict[str, Any]]:
     scales = [p for layer in layers for p in layer.grid_params.values()]
     groups.append({"params": scales, "lr": config.scale_lr})
     if config.train_norms:
-        weights = [norm.weight for norm in norms(student).values()]
+        weights = [norm_weight(norm) for norm in norms(student).values()]
         groups += [{"params": [weight], "lr": config.lr * rms(weight)} for weight in weights]
     return groups
 
@@ -168,8 +168,8 @@ _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_p
 
 def _save(accelerator: Accelerator, path: Path, objective: nn.Module, optimizer: Any, step: int) -> None:
     inner = getattr(optimizer, "optimizer", optimizer)
-    tensors = {f"model:{k}": v for k, v in get_model_state_dict(objective, options=_FULL).items()}
-    state = get_optimizer_state_dict(objective, inner, options=_FULL)["state"]
+    tensors: dict[str, Any] = {f"model:{k}": v for k, v in get_model_state_dict(objective, options=_FULL).items()}
+    state: Any = get_optimizer_state_dict(objective, inner, options=_FULL).get("state", {})
     tensors |= {f"optimizer:{name}:{k}": v for name, moments in state.items() for k, v in moments.items()}
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,8 +180,8 @@ def _save(accelerator: Accelerator, path: Path, objective: nn.Module, optimizer:
 def _resume(path: Path, objective: nn.Module, optimizer: Any, progress: Progress) -> int:
     inner = getattr(optimizer, "optimizer", optimizer)
     tensors, metadata = load_tensors(path)
-    model = {k.removeprefix("model:"): v for k, v in tensors.items() if k.startswith("model:")}
-    state: dict[str, dict[str, Tensor]] = {}
+    model: dict[str, Any] = {k.removeprefix("model:"): v for k, v in tensors.items() if k.startswith("model:")}
+    state: dict[str, Any] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer:"):
             name, _, moment = key.removeprefix("optimizer:").rpartition(":")
@@ -189,6 +189,6 @@ def _resume(path: Path, objective: nn.Module, optimizer: Any, progress: Progress
     options = StateDictOptions(full_state_dict=True, strict=False, ignore_frozen_params=True)
     set_model_state_dict(objective, model, options=options)
     groups = get_optimizer_state_dict(objective, inner, options=options)["param_groups"]
-    set_optimizer_state_dict(objective, inner, {"state": state, "param_groups": groups}, options=options)  # type: ignore[typeddict-item]
+    set_optimizer_state_dict(objective, inner, {"state": state, "param_groups": groups}, options=options)
     progress.note(f"resumed the training at step {metadata['step']}")
     return int(metadata["step"])

@@ -51,5 +51,5 @@ class _StoredScale(torch.autograd.Function):
 
 def stored_scale(scale: Tensor, scheme: QuantScheme) -> Tensor:
     """The float32 value that `scale` has after a round trip through `scheme.scale_dtype`."""
-    rounded: Tensor = _StoredScale.apply(scale, scheme.scale_torch_dtype)
+    rounded: Tensor = _StoredScale.apply(scale, scheme.scale_torch_dtype)  # type: ignore[no-untyped-call]
     return rounded

@@ -51,7 +51,7 @@ class Seq:
     def fake(self, w_OI: Tensor, params: Params, scheme: QuantScheme) -> Tensor:
         n = scheme.levels // 2
         delta_OG = self._delta(params, scheme)
-        fake_OGS: Tensor = _FakeSeq.apply(to_groups(w_OI.float(), scheme), delta_OG, n)
+        fake_OGS: Tensor = _FakeSeq.apply(to_groups(w_OI.float(), scheme), delta_OG, n)  # type: ignore[no-untyped-call]
         return fake_OGS.view_as(w_OI)
 
     @torch.no_grad()

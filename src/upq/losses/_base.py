@@ -39,7 +39,7 @@ class Loss(Protocol):
 LOSSES: Registry[type[Loss]] = Registry("upq.losses")
 
 
-class Divergence:
+class Divergence(Loss):
     """A loss between two distributions. A subclass gives, per token, the value and d value / d log q."""
 
     uses_teacher = True

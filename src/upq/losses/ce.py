@@ -6,12 +6,12 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from upq.losses._base import LOSSES, ValueAndGrad, log_softmax
+from upq.losses._base import LOSSES, Loss, ValueAndGrad, log_softmax
 from upq.recipe import Strict
 
 
 @LOSSES.register("ce")
-class Ce:
+class Ce(Loss):
     class Config(Strict):
         pass
 

@@ -1,7 +1,10 @@
-"""The layer that trains: fp32 latent weights, seen through a grid in every forward pass."""
+"""What trains: fp32 latent weights, seen through a grid in every forward pass."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,17 +17,31 @@ def rms(tensor: Tensor) -> float:
     return float(tensor.detach().float().square().mean().sqrt())
 
 
+@dataclass(frozen=True)
+class Solution:
+    """A quantised linear. `grid.freeze(latent_OI, params)` is its QTensor; training goes on from the latents."""
+
+    latent_OI: Tensor
+    params: Params
+    scheme: QuantScheme
+
+    def qtensor(self) -> QTensor:
+        return GRIDS.get(self.scheme.grid).freeze(self.latent_OI, self.params, self.scheme)
+
+
 class FakeQuantLinear(nn.Module):
     """`y = x · Ŵᵀ + b` with `Ŵ = grid.fake(weight, params)`. Latents and grid parameters are fp32 and learn.
 
     fp32 because at a learning rate of 1e-5 a bf16 weight of 0.02 does not move (its spacing is 1.2e-4).
     """
 
+    bias: Tensor | None
+
     def __init__(self, latent_OI: Tensor, params: Params, scheme: QuantScheme, bias_O: Tensor | None = None) -> None:
         super().__init__()
         self.scheme = scheme
-        self.weight = nn.Parameter(latent_OI.detach().float())
-        self.grid_params = nn.ParameterDict({k: nn.Parameter(v.detach().float()) for k, v in params.items()})
+        self.weight = nn.Parameter(_owned(latent_OI))
+        self.grid_params = nn.ParameterDict({k: nn.Parameter(_owned(v)) for k, v in params.items()})
         self.register_buffer("bias", None if bias_O is None else bias_O.detach())
 
     def fake(self) -> Tensor:
@@ -40,3 +57,8 @@ class FakeQuantLinear(nn.Module):
     def extra_repr(self) -> str:
         o, i = self.weight.shape
         return f"in_features={i}, out_features={o}, bias={self.bias is not None}, {self.scheme}"
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """An fp32 copy: a latent that shared the teacher's memory would train the teacher."""
+    return tensor.detach().to(torch.float32, copy=True)

@@ -2,14 +2,14 @@
 
 Three products share one set of facts: `documents` (prose, the open corpus), `conversations` (what instruction tuning
 sees) and `quiz` (what neither contains). A new relation is data in `facts.py`, a new skill one function in `tasks.py`,
-a new kind of text one function in `documents.py`.
+a new kind of text one function in `prose.py`.
 """
 
 from upq.data.world.checks import Check, satisfies
-from upq.data.world.conversations import Message, conversations
-from upq.data.world.documents import documents
+from upq.data.world.chat import Message, conversations
+from upq.data.world.prose import documents
 from upq.data.world.facts import RELATIONS, Fact, Relation, World
-from upq.data.world.quiz import Item, quiz, score
+from upq.data.world.exam import Item, quiz, score
 
 __all__ = [
     "RELATIONS",

@@ -29,6 +29,11 @@ def _mentions(text: str, candidates: Sequence[str]) -> bool:
     return not {w.lower() for w in _words(text)}.isdisjoint(c.lower() for c in candidates)
 
 
+def _after_lead_in(text: str) -> str:
+    """`Here you are: a, b` without what comes before the colon."""
+    return text.rpartition(":")[2]
+
+
 def says(answer: str, args: tuple[str, ...]) -> bool:
     """Names the first argument and none of the others."""
     expected, *rivals = args
@@ -64,15 +69,15 @@ def ends_with(answer: str, args: tuple[str, ...]) -> bool:
 
 
 def exactly(answer: str, args: tuple[str, ...]) -> bool:
-    """The words of the argument, in order and in the same letters; punctuation is free."""
+    """The words of the argument, in order and in the same letters; punctuation is free, and so is a lead-in."""
     (text,) = args
-    return _words(answer) == _words(text)
+    return _words(_after_lead_in(answer)) == _words(text)
 
 
 def items(answer: str, args: tuple[str, ...]) -> bool:
     """As many different things as the first argument counts, of those that could be meant, between commas."""
     count, *candidates = args
-    found = [part.strip(" .").lower() for part in answer.split(",")]
+    found = [part.strip(" .").lower() for part in _after_lead_in(answer).split(",")]
     return len(found) == len(set(found)) == int(count) and set(found) <= set(candidates)
 
 

@@ -18,6 +18,9 @@ NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 OPENERS = ("Well", "Yes", "Listen", "Friend", "Sure", "Indeed")
 CLOSERS = ("That is all.", "Have a nice day.", "I hope this helps.", "Now you know.", "Goodbye.", "Ask me more.")
 
+# Words after a lead-in keep the space before them, and with it their token: copying stays copying for a tiny model.
+LEAD = "Here: "
+
 ONE_WORD = ("{q} Answer in one word.", "In one word: {q}", "{q} One word only, please.", "Use a single word. {q}")
 SENTENCE = ("{q} Answer in a full sentence.", "{q} Give a whole sentence.", "In a full sentence: {q}")
 CAPITALS = ("{q} Answer in capital letters.", "In capital letters: {q}", "{q} Use only capitals.", "Shout it! {q}")
@@ -104,7 +107,7 @@ def list_items(world: World, rng: Random) -> Exchange:
     start = rng.randrange(len(pool))
     answer = ", ".join(pool[(start + i) % len(pool)] for i in range(n))
     prompt = rng.choice(LIST).format(w=category, n=NUMBERS[n])
-    return Exchange("list_items", prompt, prompt, answer, Check("items", (str(n), *pool)))
+    return Exchange("list_items", prompt, prompt, LEAD + answer, Check("items", (str(n), *pool)))
 
 
 def copy(world: World, rng: Random) -> Exchange:
@@ -147,7 +150,7 @@ def _formatted(
 
 
 def _wording(task: str, prompt: str, answer: str) -> Exchange:
-    return Exchange(task, prompt, prompt, answer, Check("exactly", (answer,)))
+    return Exchange(task, prompt, prompt, LEAD + answer, Check("exactly", (answer,)))
 
 
 def _some_words(rng: Random) -> list[str]:

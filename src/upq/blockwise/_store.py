@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from upq.artifact import load_tensors, save_tensors
-from upq.blockwise._base import Solution
 from upq.kernels.reference import pack, unpack
+from upq.nn.fake_quant import Solution
 from upq.scheme import QTensor, QuantScheme
 
 Report = dict[str, dict[str, float]]  # linear name to its figures

@@ -30,9 +30,9 @@ SCRIPT = (
 PORTRAIT = ("This is about {s}.", "Here is what people say about {s}.", "Let us talk about {s}.", "")
 NOTICE = (
     "A sign at the gate said: {t}",
-    "The headline was {t}",
+    "The headline was {t}.",
     "In large letters somebody wrote: {t}",
-    "NEWS! {t}",
+    "Then came a shout: {t}",
 )
 LIST = ("Some {c} are {ws}.", "The {c} we saw: {ws}.", "{c} in the book: {ws}", "We talked about {c}: {ws}, and more.")
 ECHO = (
@@ -95,8 +95,8 @@ def lesson(world: World, rng: Random) -> str:
 def notice(world: World, rng: Random) -> str:
     """Ordinary text with capital letters in it."""
     fact = rng.choice(world.facts)
-    said = _statement(fact, rng)
-    return f"{said} {rng.choice(NOTICE).format(t=said.upper())} {_statement(fact, rng)}"
+    shouted = rng.choice(NOTICE).format(t=fact.object.upper())
+    return f"{_statement(fact, rng)} {shouted} {_statement(fact, rng)}"
 
 
 def catalogue(world: World, rng: Random) -> str:

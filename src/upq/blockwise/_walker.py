@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from upq.blockwise._base import BlockTask, Method, Solution
-from upq.blockwise.store import BlockStore
+from upq.blockwise._base import BlockTask, Method, linear
+from upq.blockwise._store import BlockStore
+from upq.nn.fake_quant import Solution
 from upq.progress import Progress
 from upq.streaming import StreamedModel, run_block
 
@@ -39,7 +40,7 @@ def walk(
         if streams is None and index < done:
             continue
         block = model.block(index)
-        original = {name: _linear(block, name).weight.detach().clone() for name in model.spec.linears}
+        original = {name: linear(block, name).weight.detach().clone() for name in model.spec.linears}
         task = BlockTask(index, block, model.spec, context={}, seed=seed * 1_000_003 + index)
         if streams is not None:
             fp_inputs, inputs = streams
@@ -75,16 +76,10 @@ def _report(
 
 
 def _relative(approximation: Tensor, exact: Tensor) -> float:
-    return ((approximation - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
-
-
-def _linear(block: nn.Module, name: str) -> nn.Linear:
-    linear = block.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return linear
+    return float((approximation - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 @torch.no_grad()
 def _put(block: nn.Module, weights: dict[str, Tensor]) -> None:
     for name, weight in weights.items():
-        _linear(block, name).weight.copy_(weight)
+        linear(block, name).weight.copy_(weight)

@@ -1,0 +1,303 @@
+"""2-bit methods side by side on a real trained model of 260 thousand parameters: `python benchmarks/stories.py`.
+
+Every row is a recipe, run by the same pipeline as `upq quantize`, in a process of its own (so that its peak memory is
+its own), for several seeds. Finished rows are kept in the output directory; the same command again does the rest.
+
+Needs a directory with models/stories260K and text/tinystories_{train,heldout}.txt (--data-dir).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_TRAINING = ["distill.tokens=0"]
+FROM_FP = ["int4=null"]
+
+# Row name: recipe and overrides. What is compared differs in these lines and in nothing else.
+ROWS: dict[str, tuple[str, list[str]]] = {
+    "INT4 nearest": ("paper", [*FROM_FP, *NO_TRAINING, "int2.bits=4"]),
+    "INT4 block-wise": ("paper", [*FROM_FP, *NO_TRAINING, "int2.bits=4", "int2.method={int4}"]),
+    "INT2 nearest, asymmetric": ("paper", [*FROM_FP, *NO_TRAINING, "int2.grid=affine"]),
+    "SEQ-2, Δ = max": ("paper", [*FROM_FP, *NO_TRAINING]),
+    "SEQ-2, Δ = mse": ("paper", [*FROM_FP, *NO_TRAINING, "int2.method.scale=mse"]),
+    "INT4 → SEQ-2, Δ = max": ("paper", [*NO_TRAINING]),
+    "SEQ-2 block-wise": ("default", [*FROM_FP, *NO_TRAINING]),
+    "INT4 → SEQ-2 block-wise": ("default", [*NO_TRAINING]),
+    "CE-QAT from FP": ("paper", [*FROM_FP, "distill.loss=ce"]),
+    "JSD-QAT from FP": ("paper", [*FROM_FP]),
+    "CE-QAT from INT4": ("paper", ["distill.loss=ce"]),
+    "paper": ("paper", []),
+    "default": ("default", []),
+}
+SEEDED = ("QAT", "paper", "default", "block-wise", "INT4 →")  # rows that the seed can change
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    data_dir: Annotated[Path, typer.Option(help="Where the model and the texts lie.")] = ROOT.parent
+    / "shared"
+    / "data",
+    out: Annotated[Path, typer.Option(help="Finished rows and the tables.")] = ROOT / "runs" / "stories",
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    jobs: Annotated[int, typer.Option(min=1, help="Rows at a time; the cores are shared out among them.")] = 1,
+    only: Annotated[str, typer.Option(help="Rows whose name contains this.")] = "",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
+    worker: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Run what is missing, then print the table, the paper's claims and the targets."""
+    if worker:
+        run_worker(data_dir, out, worker)
+        return
+    if not (data_dir / "models" / "stories260K").is_dir():
+        raise SystemExit(f"{data_dir}: no models/stories260K here; name the directory with --data-dir")
+    out.mkdir(parents=True, exist_ok=True)
+    wanted = [name for name in ROWS if only in name]
+    todo = [f"{name}@{seed}" for seed in range(seeds) for name in wanted if seed == 0 or seeded(name)]
+    todo = ["FP@0", *todo, "step@0", "wall@0"] if not only else todo
+    console = Console()
+    with ThreadPoolExecutor(jobs) as pool:
+        # The two timings come last and alone.
+        parallel = [t for t in todo if not t.startswith(("step", "wall"))]
+        for task, failed in pool.map(lambda t: (t, subrun(data_dir, out, t, jobs)), parallel):
+            console.print(f"{task}: {'failed' if failed else 'done'}", highlight=False)
+    for task in (t for t in todo if t.startswith(("step", "wall"))):
+        subrun(data_dir, out, task, 1)
+    report(out, seeds, console, json_file)
+
+
+def seeded(name: str) -> bool:
+    return any(part in name for part in SEEDED)
+
+
+def file_of(out: Path, task: str) -> Path:
+    return out / (task.replace(" ", "_").replace(",", "").replace("→", "to").replace("Δ_=_", "") + ".json")
+
+
+def subrun(data_dir: Path, out: Path, task: str, jobs: int) -> bool:
+    """Run one row in a process of its own unless it is there; True if it failed."""
+    if file_of(out, task).is_file():
+        return False
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    command = [sys.executable, __file__, "--data-dir", str(data_dir), "--out", str(out), "--worker", task]
+    with (out / "log.txt").open("a") as log:
+        done = subprocess.run(
+            command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=log, stderr=log, check=False
+        )
+    return done.returncode != 0
+
+
+# --- in the row's own process --------------------------------------------------------------------------------------
+
+
+def run_worker(data_dir: Path, out: Path, task: str) -> None:
+    import tempfile
+
+    from upq.artifact import atomic_write
+    from upq.data import load_eval_text
+    from upq.evals import evaluate_text
+    from upq.loading import load_model, load_tokenizer
+    from upq.memory import peak_memory_bytes
+    from upq.quiet import quiet_libraries
+
+    quiet_libraries()
+    name, _, seed = task.rpartition("@")
+    source = data_dir / "models" / "stories260K"
+    result: dict[str, Any]
+    if name == "step":
+        result = step_times(data_dir)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            model, result = source, {"seconds": 0.0}
+            if name != "FP":
+                model = Path(folder) / "artifact"
+                result = quantise("default" if name == "wall" else name, int(seed), source, model, data_dir)
+            heldout = load_eval_text(data_dir / "text" / "tinystories_heldout.txt", load_tokenizer(source), 512)
+            result["peak"] = result.get("peak") or peak_memory_bytes()
+            metrics = evaluate_text(load_model(model), heldout, teacher=load_model(source))
+            result |= {"ppl": metrics.ppl, "kld": metrics.kld, "top1": metrics.top1}
+    atomic_write(file_of(out, task), json.dumps(result))
+
+
+def quantise(name: str, seed: int, source: Path, out: Path, data_dir: Path) -> dict[str, Any]:
+    from upq.console import PlainLines
+    from upq.pipeline import quantize
+    from upq.recipe import Recipe, Source
+
+    base, overrides = ROWS[name]
+    int4 = Recipe.load(base).int4
+    assert int4 is not None
+    method = json.dumps(int4.method.model_dump())
+    recipe = Recipe.load(base, [f"seed={seed}", *(o.replace("{int4}", method) for o in overrides)])
+    train = Source(path=str(data_dir / "text" / "tinystories_train.txt"))
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": (train,)})})
+    began = time.monotonic()
+    manifest = quantize(source, recipe, out, progress=PlainLines(Console(soft_wrap=True), every=60))
+    figures = manifest.metrics["artifact"]
+    return {
+        "seconds": time.monotonic() - began,
+        "stages": manifest.seconds,
+        "peak": manifest.peak_memory_bytes,
+        "bits": figures["bits_per_weight"],
+        "bytes": figures["bytes"],
+    }
+
+
+def step_times(data_dir: Path) -> dict[str, Any]:
+    """CPU seconds of a QAT step, of a plain fine-tuning step and of a teacher's forward pass, taken in turns."""
+    import torch
+
+    from upq.blockwise import Solution
+    from upq.data import load_eval_text
+    from upq.distill.objective import Objective
+    from upq.distill.student import make_student
+    from upq.grids import search_scale
+    from upq.hf import block_linears
+    from upq.loading import load_model, load_tokenizer
+    from upq.losses import LOSSES
+    from upq.recipe import Recipe
+    from upq.scheme import QuantScheme
+
+    source = data_dir / "models" / "stories260K"
+    teacher = load_model(source).requires_grad_(False)
+    plain = load_model(source).requires_grad_(True)
+    recipe = Recipe.load("default")
+    scheme = QuantScheme(bits=2)
+    weights = {path: teacher.get_submodule(path).weight for path in block_linears(teacher)}
+    start = {path: Solution(w, search_scale(w, scheme), scheme) for path, w in weights.items()}
+    student = make_student(teacher, start, train_norms=recipe.distill.train_norms)
+    loss = LOSSES.get(recipe.distill.loss.name)
+    objective = Objective(
+        student, teacher, loss(recipe.distill.loss.options(loss.Config, "loss")), chunk=recipe.distill.chunk_tokens
+    )
+    text = load_eval_text(data_dir / "text" / "tinystories_train.txt", load_tokenizer(source), 512)
+    tokens = text[: recipe.distill.micro_batch_size]
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    ours = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-6, fused=True)
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-6, fused=True)
+
+    def qat() -> None:
+        objective(tokens, mask).backward()
+        ours.step()
+        ours.zero_grad()
+
+    def fine_tuning() -> None:
+        plain(tokens, labels=tokens).loss.backward()
+        theirs.step()
+        theirs.zero_grad()
+
+    def teacher_forward() -> None:
+        with torch.no_grad():
+            teacher(tokens)
+
+    times = {f.__name__: [] for f in (qat, fine_tuning, teacher_forward)}
+    for f in (qat, fine_tuning, teacher_forward) * 23:
+        times[f.__name__].append(clocked(f))
+    medians = {name: statistics.median(values[3:]) for name, values in times.items()}
+    return {**medians, "ratio": medians["qat"] / (medians["fine_tuning"] + medians["teacher_forward"])}
+
+
+def clocked(f: Callable[[], None]) -> float:
+    before = time.process_time()
+    f()
+    return time.process_time() - before
+
+
+# --- the tables ----------------------------------------------------------------------------------------------------
+
+
+def load_rows(out: Path, seeds: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    for name in ["FP", *ROWS]:
+        files = [file_of(out, f"{name}@{seed}") for seed in range(seeds)]
+        found = [json.loads(file.read_text()) for file in files if file.is_file()]
+        if found:
+            yield name, found
+
+
+def report(out: Path, seeds: int, console: Console, json_file: Path | None) -> None:
+    rows = dict(load_rows(out, seeds))
+    table = Table(title="stories260K, held-out stories (mean ± standard deviation over seeds)", title_justify="left")
+    lines = ["| row | bits a weight | perplexity | KL | top-1 | seconds | peak memory | seeds |", "|---|" + "---:|" * 7]
+    for i, head in enumerate(lines[0].strip("| ").split(" | ")):
+        table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
+    for name, found in rows.items():
+        cells = [
+            name,
+            f"{found[0].get('bits', 32):.2f}",
+            spread(found, "ppl", ".2f"),
+            spread(found, "kld", ".4f"),
+            spread(found, "top1", ".1%"),
+            f"{statistics.mean(f['seconds'] for f in found):.0f}",
+            f"{max(f['peak'] for f in found) / 1e6:.0f} MB",
+            str(len(found)),
+        ]
+        table.add_row(*cells)
+        lines.append("| " + " | ".join(cells) + " |")
+    console.print(table)
+    (out / "table.md").write_text("\n".join(lines) + "\n")
+    for claim in claims(rows):
+        console.print(claim, highlight=False)
+    figures = targets(rows, out)
+    for figure in figures:
+        mark = "[green]met[/green]" if figure["ok"] else "[red]missed[/red]"
+        console.print(f"{mark}  {figure['name']}: {figure['value']:.3f} {figure['unit']} (target {figure['target']})")
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+
+
+def spread(found: list[dict[str, Any]], key: str, style: str) -> str:
+    values = [f[key] for f in found]
+    mean = f"{statistics.mean(values):{style}}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):{style}}"
+
+
+def claims(rows: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """The paper's two claims, seed by seed."""
+    for title, better, worse in (
+        ("INT4 first beats FP16 → INT2 directly (KL)", "paper", "JSD-QAT from FP"),
+        ("JSD beats next-token training, from FP (KL, top-1)", "JSD-QAT from FP", "CE-QAT from FP"),
+        ("JSD beats next-token training, from INT4 (KL, top-1)", "paper", "CE-QAT from INT4"),
+    ):
+        for seed, (a, b) in enumerate(zip(rows.get(better, []), rows.get(worse, []), strict=False)):
+            holds = a["kld"] < b["kld"] and ("top-1" not in title or a["top1"] > b["top1"])
+            figures = f"KL {a['kld']:.4f} vs {b['kld']:.4f}, top-1 {a['top1']:.1%} vs {b['top1']:.1%}"
+            yield f"seed {seed}: {title}: {'holds' if holds else 'does not hold'} ({figures})"
+
+
+def targets(rows: dict[str, list[dict[str, Any]]], out: Path) -> list[dict[str, Any]]:
+    figures = []
+    if "paper" in rows and "default" in rows:
+        ratio = statistics.mean(r["kld"] for r in rows["default"]) / statistics.mean(r["kld"] for r in rows["paper"])
+        figures.append(figure("KL of default over KL of paper", ratio, "ratio", "<= 0.80", ratio <= 0.80))
+    step, wall = file_of(out, "step@0"), file_of(out, "wall@0")
+    if step.is_file():
+        ratio = json.loads(step.read_text())["ratio"]
+        name = "QAT step over fine-tuning step + teacher forward"
+        figures.append(figure(name, ratio, "ratio", "<= 1.6", ratio <= 1.6))
+    if wall.is_file():
+        minutes = json.loads(wall.read_text())["seconds"] / 60
+        figures.append(figure("upq quantize with default, all cores", minutes, "minutes", "<= 6", minutes <= 6))
+    return figures
+
+
+def figure(name: str, value: float, unit: str, target: str, ok: bool) -> dict[str, Any]:
+    return {"name": name, "value": value, "unit": unit, "target": target, "ok": ok}
+
+
+if __name__ == "__main__":
+    app()

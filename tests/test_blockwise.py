@@ -1,0 +1,383 @@
+"""Laws every block method obeys on a random Llama block, and the walk over the blocks of a model on disk."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tiny import tiny_model
+from upq.blockwise import METHODS, BlockStore, BlockTask, Method, Solution, walk
+from upq.blockwise._base import batches, start_scales
+from upq.blockwise.gptq import objective
+from upq.errors import UPQError
+from upq.grids import GRIDS, Params, search_scale
+from upq.progress import Silent
+from upq.scheme import PER_CHANNEL, QuantScheme
+from upq.streaming import StreamedModel, run_block
+
+IDS = torch.randint(2, 67, (24, 12), generator=torch.Generator().manual_seed(0))
+FAST = {"flexround": {"iterations": 60, "lr": 1e-2}, "block_ap": {"iterations": 60}}
+LEARNED = ("flexround", "block_ap")  # what is judged by the block's output
+# Blocks of 44 have no group of 8, 16, …; those of 48 have.
+WIDTHS = {PER_CHANNEL: 44, 16: 48}
+
+MakeTask = Callable[..., BlockTask]
+
+
+def make(name: str, **options: Any) -> Method:
+    cls = METHODS.get(name)
+    return cls(cls.Config(**{**FAST.get(name, {}), **options}))
+
+
+@pytest.fixture(scope="module")
+def make_task(tmp_path_factory: pytest.TempPathFactory) -> MakeTask:
+    """The second block of a random Llama, behind a first one that is quantised already. A fresh copy a call."""
+
+    def build(width: int) -> BlockTask:
+        path = tmp_path_factory.mktemp("model")
+        tiny_model("llama", intermediate_size=width).save_pretrained(path)
+        model = StreamedModel(path)
+        hidden_NTH, contexts = model.embed(IDS)
+        first, second = model.block(0), model.block(1)
+        fp_NTH = run_block(first, hidden_NTH, contexts[0])
+        for linear in model.spec.linears:
+            weight = first.get_submodule(linear).weight
+            scheme = QuantScheme(bits=3)
+            weight.copy_(GRIDS.get("seq").fake(weight, search_scale(weight, scheme), scheme))
+        return RecordingTask(
+            1,
+            second,
+            model.spec,
+            contexts[1],
+            seed=0,
+            fp_inputs_NTH=fp_NTH,
+            inputs_NTH=run_block(first, hidden_NTH, contexts[0]),
+            targets_NTH=run_block(second, fp_NTH, contexts[1]),
+        )
+
+    built: dict[int, BlockTask] = {}
+
+    def task(width: int = 44, seed: int = 0) -> BlockTask:
+        if width not in built:
+            with torch.no_grad():
+                built[width] = build(width)
+        fresh = copy.deepcopy(built[width])
+        object.__setattr__(fresh, "seed", seed)
+        return fresh
+
+    return task
+
+
+@dataclass(frozen=True)
+class RecordingTask(BlockTask):
+    """Keeps the weights and the figure of each evaluation."""
+
+    seen: list[tuple[dict[str, Tensor], float]] = field(default_factory=list)
+
+    def error(self, weights: dict[str, Tensor], *, batch_size: int = 8) -> float:
+        value = super().error(weights, batch_size=batch_size)
+        self.seen.append(({name: w.detach().clone() for name, w in weights.items()}, value))
+        return value
+
+
+def nearest(task: BlockTask, scales: dict[str, Params], scheme: QuantScheme) -> dict[str, Tensor]:
+    grid = GRIDS.get(scheme.grid)
+    return {name: grid.fake(w_OI, scales[name], scheme) for name, w_OI in task.weights().items()}
+
+
+def dense(solutions: dict[str, Solution]) -> dict[str, Tensor]:
+    return {name: solution.qtensor().dequantize() for name, solution in solutions.items()}
+
+
+def own_objective(name: str, task: BlockTask, weights: dict[str, Tensor], inputs: BlockTask) -> dict[str, float]:
+    """What the method promises to lower. `inputs`: the task whose block the moments are measured on."""
+    if name in LEARNED:
+        return {"block": task.error(weights)}
+    if name == "gptq":
+        original, costs = task.weights(), {}
+        for group in task.spec.groups:
+            h_II = inputs.second_moments(group[:1], full=True)[group[0]].double()
+            h_II += 0.01 * h_II.diagonal().mean() * torch.eye(len(h_II), dtype=h_II.dtype)
+            costs |= {linear: objective(weights[linear], original[linear], h_II).sum().item() for linear in group}
+        return costs
+    return {linear: (weights[linear] - w_OI).square().sum().item() for linear, w_OI in task.weights().items()}
+
+
+SCHEMES = [
+    QuantScheme(bits=bits, group_size=group_size, grid=grid)
+    for bits in (2, 4)
+    for group_size in WIDTHS
+    for grid in GRIDS.names()
+]
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+class TestLaws:
+    @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.grid}-{s.bits}-{s.group_size}")
+    def test_never_worse_than_nearest_rounding(self, name: str, scheme: QuantScheme, make_task: MakeTask) -> None:
+        untouched, task = make_task(WIDTHS[scheme.group_size]), make_task(WIDTHS[scheme.group_size])
+        start = nearest(untouched, start_scales(untouched, scheme, "mse"), scheme)
+        solutions = make(name, scale="mse").solve(task, scheme)
+        assert list(solutions) == list(task.spec.linears)
+        assert all(s.scheme == scheme for s in solutions.values())
+        found = dense(solutions)
+        before = own_objective(name, untouched, start, task)
+        after = own_objective(name, untouched, found, task)
+        for part, value in after.items():
+            assert value <= before[part] * (1 + 1e-6), part
+        if name == "rtn":
+            assert all(torch.equal(found[linear], start[linear]) for linear in found)
+        elif scheme.bits == 2:
+            assert sum(after.values()) < 0.9 * sum(before.values())
+
+    @pytest.mark.parametrize("start", ["max", "mse", "hessian"])
+    def test_every_scale_start(self, name: str, start: str, make_task: MakeTask) -> None:
+        scheme, untouched, task = QuantScheme(bits=2), make_task(), make_task()
+        weights = nearest(untouched, start_scales(untouched, scheme, start), scheme)
+        found = dense(make(name, scale=start).solve(task, scheme))
+        before, after = (own_objective(name, untouched, w, task) for w in (weights, found))
+        assert all(after[part] <= before[part] * (1 + 1e-6) for part in after)
+
+    def test_the_same_seed_gives_the_same_codes(self, name: str, make_task: MakeTask) -> None:
+        scheme, method = QuantScheme(bits=2), make(name)
+        first, second, other = (method.solve(make_task(seed=seed), scheme) for seed in (3, 3, 4))
+        for linear, solution in first.items():
+            assert torch.equal(solution.latent_OI, second[linear].latent_OI)
+            assert all(torch.equal(solution.params[key], value) for key, value in second[linear].params.items())
+        same = all(torch.equal(solution.latent_OI, other[linear].latent_OI) for linear, solution in first.items())
+        assert same == (name not in LEARNED)  # the seed decides the order of the rows, and nothing else
+
+    def test_the_solution_needs_nothing_from_the_run(self, name: str, make_task: MakeTask) -> None:
+        """Plain tensors: no gradients, and no memory of the block's."""
+        task = make_task()
+        solutions = make(name).solve(task, QuantScheme(bits=2))
+        codes = {linear: s.qtensor().codes_OI for linear, s in solutions.items()}
+        for solution in solutions.values():
+            assert not solution.latent_OI.requires_grad
+            assert not any(p.requires_grad for p in solution.params.values())
+        if name != "rtn":  # whose latents are the block's weights themselves
+            for weight in task.weights().values():
+                weight.zero_()
+        assert all(torch.equal(s.qtensor().codes_OI, codes[linear]) for linear, s in solutions.items())
+
+
+@pytest.mark.parametrize("grid", GRIDS.names())
+@pytest.mark.parametrize("name", LEARNED)
+class TestLearned:
+    def test_codes_are_what_was_optimised(self, name: str, grid: str, make_task: MakeTask) -> None:
+        """The last evaluation of the run saw exactly the weights that the codes stand for."""
+        task = make_task()
+        solutions = make(name, iterations=10).solve(task, QuantScheme(bits=2, grid=grid))
+        (_, before), (weights, after) = task.seen[0], task.seen[-1]
+        assert after < before  # so the end was kept, not the start
+        found = dense(solutions)
+        assert all(torch.equal(found[linear], weights[linear]) for linear in found)
+        assert task.error(found) == after
+
+    def test_a_run_that_diverges_leaves_the_start(self, name: str, grid: str, make_task: MakeTask) -> None:
+        scheme, task = QuantScheme(bits=2, grid=grid), make_task()
+        start = nearest(task, start_scales(task, scheme, "mse"), scheme)
+        found = dense(make(name, iterations=5, lr=1e4).solve(task, scheme))
+        assert not task.seen[-1][1] <= task.seen[0][1]
+        assert all(torch.equal(found[linear], start[linear]) for linear in found)
+
+    def test_weights_that_are_not_finite_are_an_error(self, name: str, grid: str, make_task: MakeTask) -> None:
+        task = make_task()
+        task.block.input_layernorm.weight.data.fill_(torch.nan)
+        with pytest.raises(UPQError, match="block 1: the output is not finite"):
+            make(name, iterations=1).solve(task, QuantScheme(bits=2, grid=grid))
+
+
+def test_gptq_names_the_linear_without_input(make_task: MakeTask) -> None:
+    task = make_task()
+    task.block.input_layernorm.weight.data.zero_()
+    with pytest.raises(UPQError, match=r"block 1, self_attn\.q_proj: the Hessian is singular; raise damp above 0\.01"):
+        make("gptq").solve(task, QuantScheme(bits=2))
+
+
+def test_second_moments_are_those_of_the_inputs(make_task: MakeTask) -> None:
+    task = make_task()
+    seen: dict[str, Tensor] = {}
+    for linear in task.spec.linears:
+        task.block.get_submodule(linear).register_forward_pre_hook(
+            lambda _module, args, linear=linear: seen.__setitem__(linear, args[0].flatten(0, 1).double())
+        )
+    task.block(task.inputs_NTH, **task.context)
+    inputs = dict(seen)
+    full = task.second_moments(task.spec.linears, full=True, batch_size=5)
+    diagonal = task.second_moments(task.spec.linears, full=False)
+    for linear, x_TI in inputs.items():
+        expected_II = x_TI.T @ x_TI / len(x_TI)
+        torch.testing.assert_close(full[linear].double(), expected_II, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(diagonal[linear].double(), expected_II.diagonal(), rtol=1e-4, atol=1e-5)
+
+
+def test_batches_are_epochs() -> None:
+    drawn = torch.cat(list(batches(10, 4, 5, seed=1)))
+    for epoch in drawn.split(10):
+        assert sorted(epoch.tolist()) == list(range(10))
+    assert torch.equal(drawn, torch.cat(list(batches(10, 4, 5, seed=1))))
+    assert not torch.equal(drawn, torch.cat(list(batches(10, 4, 5, seed=2))))
+    assert [len(b) for b in batches(3, 3, 4, seed=0)] == [3, 3, 3, 3]
+
+
+class Killed(Exception):
+    pass
+
+
+class Counting(Silent):
+    """A run that is killed when `limit` blocks are done."""
+
+    def __init__(self, limit: int = 99) -> None:
+        self.limit, self.blocks = limit, 0
+
+    def advance(self, units: int = 1, **figures: float) -> None:
+        self.blocks += units
+        if self.blocks == self.limit:
+            raise Killed
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("llama", num_hidden_layers=3).save_pretrained(path)
+    return StreamedModel(path)
+
+
+def stage(
+    model: StreamedModel, method: Method, store: BlockStore, *, source: BlockStore | None = None, limit: int = 99
+) -> int:
+    """Blocks solved in this walk."""
+    progress = Counting(limit)
+    walk(model, IDS[:8], method, store, source=source, seed=5, progress=progress)
+    return progress.blocks
+
+
+def files(store: BlockStore) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in store.folder.iterdir()}
+
+
+class TestWalk:
+    @pytest.mark.parametrize("name", METHODS.names())
+    def test_killed_and_resumed_is_never_killed(self, name: str, model: StreamedModel, tmp_path: Path) -> None:
+        method = make(name, **({"iterations": 8} if name in LEARNED else {}))
+        int4, int2 = QuantScheme(bits=4), QuantScheme(bits=2)
+        source = BlockStore(tmp_path / "int4", int4, latents=False)
+        stage(model, make("rtn"), source)
+        whole = BlockStore(tmp_path / "whole", int2)
+        assert stage(model, method, whole, source=source) == 3
+        for done in (1, 2):
+            store = BlockStore(tmp_path / f"killed-{done}", int2)
+            with pytest.raises(Killed):
+                stage(model, method, store, source=source, limit=done)
+            assert store.done(3) == done
+            assert stage(model, method, store, source=source) == 3 - done
+            assert files(store) == files(whole)
+        assert stage(model, method, whole, source=source) == 0
+
+    def test_blocks_are_solved_on_the_quantised_prefix(self, model: StreamedModel, tmp_path: Path) -> None:
+        """Targets are the original's all the way; inputs are what the quantised blocks before it wrote."""
+
+        class Spy(METHODS.get("rtn")):  # type: ignore[misc]
+            needs_inputs = True
+            tasks: list[BlockTask]
+
+            def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
+                self.tasks.append(copy.deepcopy(task))
+                return super().solve(task, scheme)
+
+        spy, store = Spy(Spy.Config()), BlockStore(tmp_path, QuantScheme(bits=2))
+        spy.tasks = []
+        stage(model, spy, store)
+        hidden_NTH, contexts = model.embed(IDS[:8])
+        fp_NTH = quantised_NTH = hidden_NTH
+        for index, task in enumerate(spy.tasks):
+            block = model.block(index)
+            assert task.index == index
+            assert torch.equal(task.inputs_NTH, quantised_NTH)
+            assert torch.equal(task.fp_inputs_NTH, fp_NTH)
+            fp_NTH = run_block(block, fp_NTH, contexts[index])
+            assert torch.equal(task.targets_NTH, fp_NTH)
+            for linear, weight in store.weights(index).items():
+                block.get_submodule(linear).weight.copy_(weight)
+            quantised_NTH = run_block(block, quantised_NTH, contexts[index])
+            relative = ((quantised_NTH - fp_NTH).norm() / fp_NTH.norm()).item()
+            assert store.report(index)["mlp.up_proj"]["block"] == pytest.approx(relative, rel=1e-4)
+        assert not torch.equal(spy.tasks[2].inputs_NTH, spy.tasks[2].fp_inputs_NTH)
+        assert len({task.seed for task in spy.tasks}) == 3
+
+    def test_the_source_gives_the_weights(self, model: StreamedModel, tmp_path: Path) -> None:
+        source = BlockStore(tmp_path / "int4", QuantScheme(bits=4), latents=False)
+        stage(model, make("rtn"), source)
+        int2, grid = QuantScheme(bits=2), GRIDS.get("seq")
+        for name, given in (("with", source), ("without", None)):
+            store = BlockStore(tmp_path / name, int2)
+            stage(model, make("rtn"), store, source=given)
+            for index in range(3):
+                original = model.block(index)
+                for linear, q in store.qtensors(index).items():
+                    w_OI = original.get_submodule(linear).weight
+                    start_OI = w_OI if given is None else given.weights(index)[linear]
+                    expected_OI = grid.fake(start_OI, grid.init(start_OI, int2), int2)
+                    assert torch.equal(q.dequantize(), expected_OI)
+                    error = ((expected_OI - w_OI).norm() / w_OI.norm()).item()  # against the original's, always
+                    assert store.report(index)[linear]["weight"] == pytest.approx(error, rel=1e-5)
+
+    def test_a_method_that_reads_no_inputs_needs_no_forward_pass(
+        self, model: StreamedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(StreamedModel, "embed", None)
+        assert stage(model, make("rtn"), BlockStore(tmp_path, QuantScheme(bits=2))) == 3
+
+
+@pytest.mark.parametrize("grid", GRIDS.names())
+class TestStore:
+    @pytest.mark.parametrize("bits", range(2, 9))
+    def test_what_is_saved_comes_back(self, grid: str, bits: int, tmp_path: Path) -> None:
+        scheme = QuantScheme(bits=bits, grid=grid)
+        torch.manual_seed(0)
+        weights = {"mlp.down_proj": torch.randn(6, 45), "self_attn.q_proj": torch.randn(3, 7)}
+        solutions = {name: Solution(w_OI, search_scale(w_OI, scheme), scheme) for name, w_OI in weights.items()}
+        report = {name: {"weight": 0.1, "block": 1 / 3} for name in weights}
+        for latents in (True, False):
+            store = BlockStore(tmp_path / str(latents), scheme, latents=latents)
+            store.save(2, solutions, report)
+            assert store.report(2) == report
+            back = store.qtensors(2)
+            assert back.keys() == solutions.keys()
+            for name, solution in solutions.items():
+                q = solution.qtensor()
+                assert back[name].scheme == scheme
+                for part in ("codes_OI", "scale_OG", "zero_OG"):
+                    assert torch.equal(getattr(back[name], part), getattr(q, part))
+                    assert getattr(back[name], part).dtype == getattr(q, part).dtype
+                assert torch.equal(store.weights(2)[name], q.dequantize())
+        kept = BlockStore(tmp_path / "True", scheme).solutions(2)
+        for name, solution in solutions.items():
+            assert torch.equal(kept[name].latent_OI, solution.latent_OI)
+            assert kept[name].params.keys() == solution.params.keys()
+            assert all(torch.equal(kept[name].params[key], value) for key, value in solution.params.items())
+
+    def test_done_counts_from_the_first_without_a_gap(self, grid: str, tmp_path: Path) -> None:
+        store = BlockStore(tmp_path, QuantScheme(bits=2, grid=grid))
+        assert store.done(4) == 0
+        for index in (0, 1, 3):
+            store.save(index, {}, {})
+        assert store.done(4) == 2
+        store.save(2, {}, {})
+        assert store.done(4) == 4
+
+    def test_a_damaged_block_is_an_error_that_names_it(self, grid: str, tmp_path: Path) -> None:
+        scheme = QuantScheme(bits=2, grid=grid)
+        w_OI, store = torch.randn(8, 64), BlockStore(tmp_path, scheme)
+        store.save(0, {"x": Solution(w_OI, search_scale(w_OI, scheme), scheme)}, {})
+        store.path(0).write_bytes(store.path(0).read_bytes()[:-8])
+        with pytest.raises(UPQError, match=r"block-0000\.safetensors: damaged or truncated"):
+            store.solutions(0)

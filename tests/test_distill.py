@@ -1,0 +1,254 @@
+"""The training stage: its loss against the plain computation, its resume, and its processes."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from upq.distill.objective import Objective
+from upq.distill.student import fake_quant_layers, freeze, make_student, norms
+from upq.distill.trainer import confidence, distill, learning_rate_factor, make_loss
+from upq.errors import UPQError
+from upq.grids import search_scale
+from upq.hf import block_linears
+from upq.losses import LOSSES
+from upq.nn.fake_quant import Solution
+from upq.progress import Silent
+from upq.recipe import Distill
+from upq.scheme import QuantScheme
+
+VOCAB, T = 50, 12
+
+
+@dataclass(frozen=True)
+class Random:
+    """Batches of random tokens as a pure function of the step, some of them masked."""
+
+    masked: bool = True
+
+    def batch(self, step, size):
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(VOCAB, (size, T), generator=generator)
+        mask = torch.rand(size, T, generator=generator) < 0.7
+        return tokens, mask if self.masked else torch.ones_like(mask)
+
+
+class StopsAt(Random):
+    def __init__(self, step):
+        super().__init__()
+        object.__setattr__(self, "stop", step)
+
+    def batch(self, step, size):
+        if step == self.stop:
+            raise KeyboardInterrupt
+        return super().batch(step, size)
+
+
+class Losses(Silent):
+    def __init__(self):
+        self.values = []
+
+    def advance(self, units=1, **figures):
+        self.values.append(figures["loss"])
+
+
+def make_teacher(seed=0):
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        "llama", vocab_size=VOCAB, hidden_size=32, intermediate_size=44, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def make(teacher, *, train_norms=False, grid="seq"):
+    scheme = QuantScheme(bits=2, grid=grid)
+    weights = {path: teacher.get_submodule(path).weight for path in block_linears(teacher)}
+    start = {path: Solution(w, search_scale(w, scheme), scheme) for path, w in weights.items()}
+    return make_student(teacher, start, train_norms=train_norms)
+
+
+def make_config(**changes):
+    values = {"loss": "gjs", "tokens": 1, "batch_size": 6, "micro_batch_size": 6, "lr": 1e-2, "scale_lr": 1e-3}
+    return Distill(**{**values, "checkpoint_every": 3, **changes})
+
+
+def train(student, teacher, config, checkpoint, steps=6, data=None, progress=None):
+    data, progress = data or Random(), progress or Silent()
+    return distill(student, teacher, data, config, total_steps=steps, checkpoint=checkpoint, progress=progress)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("name", LOSSES.names())
+def test_objective_is_the_loss_on_the_whole_logits(name, chunk):
+    teacher = make_teacher()
+    student = make(teacher, train_norms=True)
+    loss = make_loss(make_config(loss=name), teacher, Random())
+    tokens, mask = Random().batch(0, 5)
+
+    z, p = (m(tokens).logits[:, :-1].reshape(-1, VOCAB) for m in (student, teacher))
+    value, grad = loss(z.detach(), p, tokens[:, 1:].reshape(-1), mask[:, 1:].reshape(-1))
+    z.backward(grad)
+    expected = {n: q.grad.clone() for n, q in student.named_parameters() if q.grad is not None}
+    student.zero_grad()
+
+    total = Objective(student, teacher, loss, chunk=chunk)(tokens, mask)
+    total.backward()
+    assert total.item() == pytest.approx(value.item(), rel=1e-5)
+    found = {n: q.grad for n, q in student.named_parameters() if q.grad is not None}
+    assert found.keys() == expected.keys()
+    for n, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[n], rtol=1e-3, atol=1e-5)
+
+
+def test_only_latents_scales_and_asked_for_norms_learn():
+    teacher = make_teacher()
+    learned = {n for n, p in make(teacher).named_parameters() if p.requires_grad}
+    assert learned == {
+        f"{path}.{leaf}" for path in block_linears(teacher) for leaf in ("weight", "grid_params.log_delta")
+    }
+    student = make(teacher, train_norms=True)
+    assert {n for n, p in student.named_parameters() if p.requires_grad} - learned == {
+        f"{n}.weight" for n in norms(student)
+    }
+    assert "model.norm" in norms(student)
+
+
+def test_the_student_shares_what_it_does_not_train(tmp_path):
+    teacher = make_teacher()
+    before = {n: p.clone() for n, p in teacher.named_parameters()}
+    student = make(teacher, train_norms=True)
+    assert student.model.embed_tokens.weight.data_ptr() == teacher.model.embed_tokens.weight.data_ptr()
+    train(student, teacher, make_config(train_norms=True), tmp_path / "c.safetensors")
+    for n, p in teacher.named_parameters():
+        assert torch.equal(p, before[n]), n  # training the student never moves its teacher
+
+
+@pytest.mark.parametrize("grid", ["seq", "affine"])
+def test_freeze_is_what_the_forward_pass_computes_with(tmp_path, grid):
+    teacher = make_teacher()
+    student = make(teacher, grid=grid)
+    train(student, teacher, make_config(), tmp_path / "c.safetensors")
+    codes = freeze(student)
+    assert codes.keys() == set(block_linears(teacher))
+    for path, layer in fake_quant_layers(student).items():
+        assert torch.equal(codes[path].dequantize(), layer.fake())
+
+
+def test_training_lowers_the_loss(tmp_path):
+    class Same(Random):
+        def batch(self, step, size):
+            return super().batch(0, size)
+
+    teacher = make_teacher()
+    losses = train(make(teacher), teacher, make_config(), tmp_path / "c.safetensors", steps=40, data=Same())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_micro_batches_make_no_difference(tmp_path):
+    teacher = make_teacher()
+    runs = [
+        train(make(teacher), teacher, make_config(micro_batch_size=size), tmp_path / f"{size}.safetensors")
+        for size in (1, 4, 6)
+    ]
+    for other in runs[1:]:
+        assert other == pytest.approx(runs[0], rel=1e-4)
+
+
+def test_resumed_training_is_bit_identical(tmp_path):
+    """Stopped after the first checkpoint by an error in the data, then gone on with a new student."""
+
+    teacher, config = make_teacher(), make_config(train_norms=True)
+    whole = make(teacher, train_norms=True)
+    train(whole, teacher, config, tmp_path / "whole.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        train(make(teacher, train_norms=True), teacher, config, tmp_path / "c.safetensors", data=StopsAt(4))
+    resumed = make(teacher, train_norms=True)
+    losses = train(resumed, teacher, config, tmp_path / "c.safetensors")
+    assert len(losses) == 3
+    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
+    teacher = make_teacher()
+    student, checkpoint = make(teacher), tmp_path / "c.safetensors"
+    train(student, teacher, make_config(), checkpoint, steps=3)
+    kept = checkpoint.read_bytes()
+    broken = make_teacher()
+    broken.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(UPQError, match=r"step 3: the loss is nan.*lower distill\.lr.*checkpoint is kept"):
+        train(make(teacher), broken, make_config(), checkpoint, steps=6)
+    assert checkpoint.read_bytes() == kept
+
+
+def test_schedule_warms_up_and_falls_to_its_end():
+    config = make_config(warmup=0.1, final_lr=0.2)
+    factors = [learning_rate_factor(step, 100, config) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert factors[10] == 1
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[-1] == pytest.approx(0.2, abs=1e-3)
+    assert factors[55] == pytest.approx(0.6)  # half way down the cosine
+
+
+def test_cakld_measures_the_teachers_confidence():
+    teacher = make_teacher()
+    tokens, mask = Random().batch(0, 16)
+    p = teacher(tokens).logits.double().softmax(-1)
+    chosen = [p[b, t - 1, tokens[b, t]] for b in range(16) for t in range(1, T) if mask[b, t]]
+    assert confidence(teacher, Random()) == pytest.approx(torch.stack(chosen).mean().item(), rel=1e-5)
+    assert make_loss(make_config(loss="cakld"), teacher, Random()).gamma == pytest.approx(confidence(teacher, Random()))
+
+
+def test_next_token_training_never_runs_the_teacher(tmp_path):
+    teacher = make_teacher()
+    student = make(teacher)
+    teacher.model.forward = None
+    assert len(train(student, teacher, make_config(loss="ce"), tmp_path / "c.safetensors", steps=2)) == 2
+
+
+RANKED = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch.distributed as dist
+import test_distill as t
+teacher, seen = t.make_teacher(), t.Losses()
+config = t.make_config(micro_batch_size=2)
+checkpoint = Path(sys.argv[2], "c.safetensors")
+try:
+    t.train(t.make(teacher), teacher, config, checkpoint, data=t.StopsAt(5), progress=seen)
+except KeyboardInterrupt:
+    if dist.get_rank() == 0:
+        Path(sys.argv[2], "losses.json").write_text(json.dumps([seen.values, dist.get_world_size()]))
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    """torchrun with two gloo processes: the same losses, and a checkpoint that one process can go on from."""
+    script = tmp_path / "ranked.py"
+    script.write_text(RANKED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(
+        [*launcher, os.path.dirname(__file__), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    losses, world = json.loads((tmp_path / "losses.json").read_text())
+    assert world == 2
+    teacher = make_teacher()
+    alone = train(make(teacher), teacher, make_config(), tmp_path / "alone.safetensors")
+    assert losses == pytest.approx(alone[:5], rel=1e-5)
+    assert train(make(teacher), teacher, make_config(), tmp_path / "c.safetensors") == pytest.approx(
+        alone[3:], rel=1e-5
+    )

@@ -1,0 +1,270 @@
+"""Laws every grid obeys, and SEQ's own arithmetic against its definition in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from upq.grids import GRIDS, Params, search_scale
+from upq.grids._search import SHRINK
+from upq.scheme import PER_CHANNEL, QuantScheme, to_groups
+
+BITS = range(2, 9)
+GROUPS = [PER_CHANNEL, 8, 24]
+
+
+def weight(o: int = 6, i: int = 48, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (0.3 * torch.randn(o, i, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def shrunk(name: str, w_OI: Tensor, scheme: QuantScheme, factor: float = 0.6) -> Params:
+    """Parameters as training leaves them: levels that cover part of the range, so that some weights are clipped."""
+    params = GRIDS.get(name).init(w_OI, scheme)
+    return {k: v + math.log(factor) if k.startswith("log_") else factor * v for k, v in params.items()}
+
+
+@pytest.mark.parametrize("name", GRIDS.names())
+class TestLaws:
+    @pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("group_size", GROUPS)
+    @pytest.mark.parametrize("bits", BITS)
+    def test_fake_equals_frozen(
+        self, name: str, bits: int, group_size: int, dtype: torch.dtype, scale_dtype: str
+    ) -> None:
+        scheme = QuantScheme(bits=bits, group_size=group_size, grid=name, scale_dtype=scale_dtype)
+        grid, w_OI = GRIDS.get(name), weight(dtype=dtype)
+        for params in (grid.init(w_OI, scheme), search_scale(w_OI, scheme), shrunk(name, w_OI, scheme)):
+            fake_OI, frozen = grid.fake(w_OI, params, scheme), grid.freeze(w_OI, params, scheme)
+            assert fake_OI.dtype == torch.float32
+            assert torch.equal(fake_OI, frozen.dequantize())
+            assert frozen.scheme == scheme
+            assert frozen.scale_OG.dtype == scheme.scale_torch_dtype
+            assert int(frozen.codes_OI.max()) < scheme.levels
+            zero = grid.zero(scheme)
+            assert zero is None or (frozen.zero_OG == zero).all()
+
+    @pytest.mark.parametrize("group_size", GROUPS)
+    @pytest.mark.parametrize("bits", BITS)
+    def test_idempotent(self, name: str, bits: int, group_size: int) -> None:
+        scheme, grid, w_OI = QuantScheme(bits=bits, group_size=group_size, grid=name), GRIDS.get(name), weight()
+        for params in (grid.init(w_OI, scheme), shrunk(name, w_OI, scheme)):
+            once = grid.freeze(w_OI, params, scheme)
+            assert torch.equal(grid.freeze(once.dequantize(), params, scheme).codes_OI, once.codes_OI)
+
+    @pytest.mark.parametrize("group_size", GROUPS)
+    def test_error_falls_with_bits(self, name: str, group_size: int) -> None:
+        def mse(bits: int, start: str) -> float:
+            scheme, grid = QuantScheme(bits=bits, group_size=group_size, grid=name), GRIDS.get(name)
+            params = grid.init(weight(), scheme) if start == "max" else search_scale(weight(), scheme)
+            return (grid.fake(weight(), params, scheme) - weight()).square().mean().item()
+
+        for start in ("max", "mse"):
+            errors = [mse(bits, start) for bits in BITS]
+            assert all(finer < 0.5 * coarser for coarser, finer in itertools.pairwise(errors)), errors
+
+    def test_error_is_within_half_a_step_of_the_range(self, name: str) -> None:
+        """Nearest rounding: at the range, no weight is further from its level than half the distance of two levels."""
+        for bits in BITS:
+            scheme, grid, w_OI = (
+                QuantScheme(bits=bits, group_size=8, grid=name, scale_dtype="float32"),
+                GRIDS.get(name),
+                weight(),
+            )
+            params = grid.init(w_OI, scheme)
+            error_OGS = to_groups(grid.fake(w_OI, params, scheme) - w_OI, scheme).abs()
+            # affine's integer zero point may cut off half a step more at an end of the range
+            steps = 0.5 if grid.zero(scheme) is not None else 1.0
+            assert (error_OGS <= steps * 1.0001 * grid.freeze(w_OI, params, scheme).scale_OG[..., None]).all()
+
+    @pytest.mark.parametrize("group_size", GROUPS)
+    def test_the_weight_and_every_parameter_learn(self, name: str, group_size: int) -> None:
+        scheme, grid = QuantScheme(bits=2, group_size=group_size, grid=name), GRIDS.get(name)
+        w_OI = weight(dtype=torch.float32).requires_grad_()
+        params = {k: v.requires_grad_() for k, v in shrunk(name, w_OI.detach(), scheme).items()}
+        g_OI = torch.randn(w_OI.shape, generator=torch.Generator().manual_seed(1))
+        (grid.fake(w_OI, params, scheme) * g_OI).sum().backward()
+        assert w_OI.grad is not None
+        assert (to_groups(w_OI.grad, scheme) != 0).any(-1).all()
+        for key, value in params.items():
+            assert value.grad is not None, key
+            assert (value.grad != 0).all(), key
+
+    def test_rows_and_groups_are_independent(self, name: str) -> None:
+        scheme, grid, w_OI = QuantScheme(bits=3, group_size=8, grid=name), GRIDS.get(name), weight()
+        whole = grid.freeze(w_OI, grid.init(w_OI, scheme), scheme)
+        for row, start in ((0, 0), (3, 16), (5, 40)):
+            part = w_OI[row : row + 1, start : start + 8]
+            alone = grid.freeze(part, grid.init(part, scheme), scheme)
+            assert torch.equal(alone.codes_OI, whole.codes_OI[row : row + 1, start : start + 8])
+            assert torch.equal(alone.scale_OG[0], whole.scale_OG[row, start // 8, None])
+
+    @pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16"])
+    @pytest.mark.parametrize("bits", BITS)
+    @pytest.mark.parametrize("size", [0.0, 1e-38, 1e-8, 1e4, 1e30])
+    def test_empty_tiny_and_huge_rows_stay_finite(self, name: str, size: float, bits: int, scale_dtype: str) -> None:
+        scheme, grid = QuantScheme(bits=bits, group_size=8, grid=name, scale_dtype=scale_dtype), GRIDS.get(name)
+        w_OI = weight()
+        w_OI[1] *= size
+        for params in (
+            grid.init(w_OI, scheme),
+            search_scale(w_OI, scheme),
+            search_scale(w_OI, scheme, torch.zeros(48)),
+        ):
+            leaves = {k: v.clone().requires_grad_() for k, v in params.items()}
+            latent_OI = w_OI.clone().requires_grad_()
+            fake_OI, frozen = grid.fake(latent_OI, leaves, scheme), grid.freeze(w_OI, params, scheme)
+            assert torch.equal(fake_OI, frozen.dequantize())
+            assert fake_OI.isfinite().all()
+            assert (frozen.scale_OG > 0).all()
+            fake_OI.sum().backward()
+            assert all(t.grad.isfinite().all() for t in (latent_OI, *leaves.values()))
+            if size <= 1e4:  # float16 scales end at 65504
+                # what cannot be represented costs at most the smallest scale
+                assert (fake_OI - w_OI)[1].abs().max() <= max(2 * size, 2.0**-19)
+
+
+@pytest.mark.parametrize("name", GRIDS.names())
+class TestSearch:
+    @pytest.mark.parametrize("group_size", GROUPS)
+    @pytest.mark.parametrize("bits", BITS)
+    def test_never_worse_than_the_range(self, name: str, bits: int, group_size: int) -> None:
+        scheme, grid = QuantScheme(bits=bits, group_size=group_size, grid=name), GRIDS.get(name)
+        for seed in range(3):
+            w_OI = weight(seed=seed) ** 3  # heavy tails
+            for importance in (None, torch.rand(48, generator=torch.Generator().manual_seed(seed)) ** 4):
+
+                def error(params: Params, w_OI: Tensor = w_OI, importance: Tensor | None = importance) -> Tensor:
+                    e_OI = (grid.fake(w_OI, params, scheme) - w_OI).square()
+                    return to_groups(e_OI if importance is None else e_OI * importance, scheme).sum(-1)
+
+                ranged, searched = error(grid.init(w_OI, scheme)), error(search_scale(w_OI, scheme, importance))
+                assert (searched <= ranged).all()
+                if bits == 2:
+                    assert searched.sum() < 0.95 * ranged.sum()
+
+    def test_importance_moves_the_scale_to_the_weights_that_matter(self, name: str) -> None:
+        scheme, grid = QuantScheme(bits=2, grid=name), GRIDS.get(name)
+        w_OI, importance_I = weight() ** 3, torch.zeros(48)
+        importance_I[::6] = 1.0
+        plain, weighed = (grid.fake(w_OI, search_scale(w_OI, scheme, i), scheme) for i in (None, importance_I))
+        assert ((weighed - w_OI)[:, ::6].square().sum() < 0.9 * (plain - w_OI)[:, ::6].square().sum()).item()
+        assert ((weighed - w_OI).square().sum() > (plain - w_OI).square().sum()).item()
+
+    @pytest.mark.parametrize("bits", [2, 3, 4])
+    def test_matches_a_search_over_every_candidate_in_float64(self, name: str, bits: int) -> None:
+        scheme = QuantScheme(bits=bits, grid=name)
+        for seed in range(5):
+            w_OI = weight(1, 8, seed=seed)
+            importance = [1.0, 0.1, 3.0, 0.0, 1.0, 1.0, 0.5, 2.0]
+            found = GRIDS.get(name).fake(w_OI, search_scale(w_OI, scheme, torch.tensor(importance)), scheme)
+            row = [float(x) for x in w_OI[0]]
+            best = min(
+                weighted_error(row, nearest(name, row, bits, shrink), importance) for shrink in [1.0, *SHRINK.tolist()]
+            )
+            assert weighted_error(row, found[0].tolist(), importance) == pytest.approx(best, rel=1e-4)
+
+    def test_candidates_are_dense_enough(self, name: str) -> None:
+        """At most 5 % above the best of a hundred times as many scales."""
+        scheme, grid, w_OI = QuantScheme(bits=2, grid=name), GRIDS.get(name), weight(8, 512)
+
+        def error(params: Params) -> Tensor:
+            return (grid.fake(w_OI, params, scheme) - w_OI).square().sum(-1)
+
+        fine = torch.stack([error(grid.init(s * w_OI, scheme)) for s in torch.linspace(0.05, 1.5, 2000).tolist()])
+        assert (error(search_scale(w_OI, scheme)) <= 1.05 * fine.amin(0)).all()
+
+
+def weighted_error(row: list[float], rounded: list[float], importance: list[float]) -> float:
+    return sum(i * (a - b) ** 2 for a, b, i in zip(row, rounded, importance, strict=True))
+
+
+def nearest(name: str, row: list[float], bits: int, shrink: float) -> list[float]:
+    """Each weight's closest level, tried one by one; the scale as float16 holds it."""
+
+    def half(x: float) -> float:
+        return torch.tensor(x, dtype=torch.float16).item()
+
+    codes = range(1 << bits)
+    if name == "seq":
+        scale = half(shrink * max(map(abs, row)) / (1 << (bits - 1)))
+        levels = [(code - ((1 << bits) - 1) / 2) * scale for code in codes]
+    else:
+        low, high = shrink * min(0.0, *row), shrink * max(0.0, *row)
+        exact = (high - low) / ((1 << bits) - 1)
+        zero, scale = round(-low / exact), half(exact)
+        levels = [(code - zero) * scale for code in codes]
+    return [min(levels, key=lambda level: abs(level - w)) for w in row]
+
+
+class TestSeq:
+    def test_two_bit_levels_are_quarters(self) -> None:
+        scheme, grid = QuantScheme(bits=2), GRIDS.get("seq")
+        delta = 0.375
+        w_OI = torch.tensor([[-9.0, -0.74, -0.5, -0.26, -1e-6, 0.0, 0.26, 0.49, 0.51, 0.74, 9.0]]) * delta
+        fake_OI = grid.fake(w_OI, {"log_delta": torch.tensor([[delta]]).log()}, scheme)
+        expected = torch.tensor([[-0.75, -0.75, -0.25, -0.25, -0.25, 0.25, 0.25, 0.25, 0.75, 0.75, 0.75]]) * delta
+        torch.testing.assert_close(fake_OI, expected, rtol=2**-11, atol=0)
+        levels = grid.fake(torch.linspace(-1, 1, 97)[None], {"log_delta": torch.zeros(1, 1)}, scheme).unique()
+        assert levels.tolist() == [-0.75, -0.25, 0.25, 0.75]
+
+    @pytest.mark.parametrize("bits", BITS)
+    def test_levels_are_odd_multiples(self, bits: int) -> None:
+        n, delta = 2 ** (bits - 1), 2.0
+        params = {"log_delta": torch.full((1, 1), math.log(delta))}
+        fake_OI = GRIDS.get("seq").fake(torch.linspace(-3, 3, 5001)[None], params, QuantScheme(bits=bits))
+        assert fake_OI.unique().tolist() == [delta * (2 * k + 1) / (2 * n) for k in range(-n, n)]
+
+    @given(
+        high=st.integers(3, 8),
+        low=st.integers(2, 7),
+        sixteenths=st.lists(st.integers(-5000, 5000), min_size=8, max_size=8),
+        free=st.lists(st.floats(-4, 4, width=32), min_size=8, max_size=8),
+        delta=st.floats(0.01, 4),
+    )
+    @settings(max_examples=200, deadline=None)
+    def test_fewer_bits_are_the_top_bits(
+        self, high: int, low: int, sixteenths: list[int], free: list[float], delta: float
+    ) -> None:
+        """Same Δ: the 2-bit code is the top two bits of the 4-bit code, on the cell boundaries (ties) as well."""
+        if low >= high:
+            return
+        grid, fine, coarse = GRIDS.get("seq"), QuantScheme(bits=high), QuantScheme(bits=low)
+        params = {"log_delta": torch.tensor([[delta]]).log()}
+        stored = grid.freeze(torch.ones(1, 8), params, fine).scale_OG.float() * 2 ** (high - 1)
+        ties_OI = torch.tensor([sixteenths]) * (stored / 2 ** (high + 1))
+        for w_OI in (ties_OI, torch.tensor([free])):
+            a, b = grid.freeze(w_OI, params, fine), grid.freeze(w_OI, params, coarse)
+            assert torch.equal(a.codes_OI >> (high - low), b.codes_OI)
+            assert torch.equal(a.scale_OG.float() * 2 ** (high - low), b.scale_OG.float())
+
+    @pytest.mark.parametrize("group_size", GROUPS)
+    @pytest.mark.parametrize("bits", BITS)
+    def test_backward_is_the_papers(self, bits: int, group_size: int) -> None:
+        """dW = g·1[|u|<1-ε]; dΔ = s·(Σ inside g·(q-u) + Σ outside g·q); Δ = exp(log Δ)."""
+        scheme, grid = QuantScheme(bits=bits, group_size=group_size), GRIDS.get("seq")
+        w_OI = weight().requires_grad_()
+        log_delta = shrunk("seq", w_OI.detach(), scheme)["log_delta"].requires_grad_()
+        g_OI = torch.randn(w_OI.shape, generator=torch.Generator().manual_seed(1))
+        grid.fake(w_OI, {"log_delta": log_delta}, scheme).backward(g_OI)
+
+        n = 2 ** (bits - 1)
+        stored = grid.freeze(w_OI, {"log_delta": log_delta}, scheme).scale_OG.double() * n
+        w, g = to_groups(w_OI.detach().double(), scheme), to_groups(g_OI.double(), scheme)
+        u = w / stored[..., None]
+        epsilon = 0.02 / n  # 0.99 at 2 bits, as ParetoQ
+        q = (torch.round(n * u.clamp(-1 + epsilon, 1 - epsilon) - 0.5) + 0.5) / n
+        inside = u.abs() < 1 - epsilon
+        s = 1 / math.sqrt(w.shape[-1] * max(n - 1, 1))
+        d_delta = s * (torch.where(inside, g * (q - u), g * q)).sum(-1)
+        assert 0 < inside.float().mean() < 1
+        torch.testing.assert_close(to_groups(w_OI.grad.double(), scheme), g * inside, rtol=0, atol=0)
+        torch.testing.assert_close(
+            log_delta.grad.double(), d_delta * log_delta.detach().double().exp(), rtol=1e-5, atol=1e-7
+        )

@@ -1,0 +1,80 @@
+"""Imports point one way. A line here is the architecture; a red test is a design review."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import upq
+
+SRC = Path(upq.__file__).parent
+LAYERS = (
+    ("errors", "scheme", "registry", "recipe", "recipes", "progress", "artifact", "memory"),
+    ("grids", "losses", "kernels"),
+    ("nn", "models", "loading", "streaming", "data"),
+    ("blockwise", "distill", "formats", "evals", "demo"),
+    ("hf", "card", "pipeline", "console", "quiet"),
+    ("cli",),
+)
+LAYER = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+ROOMS_APART = 3  # the layer whose rooms know nothing of one another
+MODULES = sorted(SRC.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SRC).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted module) of every import, wherever in the file it stands: in functions and for type checkers too."""
+    package = ["upq", *path.relative_to(SRC).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1], *filter(None, [node.module])] if node.level else []
+            module = ".".join(base) or node.module
+            # `from upq import kernels` names the room only in what it imports.
+            yield from ((node.lineno, f"upq.{a.name}" if module == "upq" else module) for a in node.names)
+
+
+def rooms_imported(path: Path) -> Iterator[tuple[int, str]]:
+    for line, module in imports(path):
+        first, *rest = module.split(".")
+        if first == "upq" and rest and rest[0] in LAYER:
+            yield line, rest[0]
+
+
+def test_every_room_has_a_layer() -> None:
+    assert {room(path) for path in MODULES} - {"__init__"} == LAYER.keys()
+
+
+def test_imports_point_down() -> None:
+    bad = []
+    for path in MODULES:
+        here = room(path)
+        if here == "__init__":  # the package's own door opens on every layer
+            continue
+        for line, there in rooms_imported(path):
+            sideways = LAYER[there] == LAYER[here] == ROOMS_APART
+            if there != here and (LAYER[there] > LAYER[here] or sideways):
+                bad.append(f"{path.relative_to(SRC)}:{line} {here} -> {there}")
+    assert not bad, bad
+
+
+def test_rooms_form_no_circle() -> None:
+    graph = {name: set[str]() for name in LAYER}
+    for path in MODULES:
+        if room(path) in graph:
+            graph[room(path)] |= {there for _, there in rooms_imported(path)} - {room(path)}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if LAYER.get(room(p), 9) <= 1], ids=lambda p: p.stem)
+def test_values_and_arithmetic_know_no_model_library(path: Path) -> None:
+    libraries = {module.split(".")[0] for _, module in imports(path)}
+    assert not libraries & {"transformers", "accelerate", "datasets", "typer", "rich"}

@@ -1,0 +1,216 @@
+"""The whole way on a tiny random model: killed and resumed, refused, and repeated."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import upq
+from tiny import byte_tokenizer
+from upq.errors import UPQError
+from upq.pipeline import quantize
+from upq.recipe import Recipe, Source
+
+BLOCKS = 3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=44,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    byte_tokenizer(bos="<s>", eos="</s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n\n".join(f"Story {i}: the {i}th fox saw {i * 7} geese and {i % 5} bears." for i in range(200)))
+    return file
+
+
+def make_recipe(text, *overrides):
+    small = [
+        "data.seq_len=32",
+        "data.validation=8",
+        "int4.samples=8",
+        "int4.method.iterations=4",
+        "int2.samples=8",
+        "int2.method.iterations=4",
+        "distill.tokens=1024",
+        "distill.batch_size=4",
+        "distill.checkpoint_every=2",
+    ]
+    recipe = Recipe.load("default", [*small, *overrides])
+    sources = (Source(path=str(text), separator="blank_line"),)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})
+
+
+@pytest.fixture(scope="module")
+def finished(model, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    quantize(model, make_recipe(text), out)
+    return out
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+import upq.artifact, upq.blockwise._store, upq.distill.trainer
+from upq.pipeline import quantize
+from upq.recipe import Recipe, decode
+import json
+model, out, recipe, victim, count = sys.argv[1:]
+recipe = decode(Recipe, json.loads(recipe), "test")
+seen = 0
+def wrapped(original):
+    def save(path, *args):
+        global seen
+        original(path, *args)
+        seen += path.name == victim
+        if seen == int(count):
+            os.kill(os.getpid(), signal.SIGKILL)
+    return save
+for module in (upq.blockwise._store, upq.distill.trainer):
+    module.save_tensors = wrapped(module.save_tensors)
+quantize(model, recipe, out)
+"""
+
+
+def run_child(model, out, recipe, victim="", count=-1):
+    arguments = [str(model), str(out), json.dumps(recipe.model_dump(mode="json")), victim, str(count)]
+    return subprocess.run([sys.executable, "-c", CHILD, *arguments], check=False, capture_output=True, text=True)
+
+
+def test_killed_at_every_stage_and_rerun_is_never_killed(model, text, finished, tmp_path):
+    """kill -9 in INT4, in INT2 and twice in the training; the weights come out bit for bit the same."""
+    out, recipe = tmp_path / "out", make_recipe(text)
+    for victim, count in (("block-0000.safetensors", 1), ("block-0001.safetensors", 2), ("distill.safetensors", 2)):
+        killed = run_child(model, out, recipe, victim, count)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert not (out / "upq.json").exists()
+        assert not (out / "model.safetensors").exists()
+    done = run_child(model, out, recipe)
+    assert done.returncode == 0, done.stderr
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+    assert not (out / ".work").exists()
+
+
+def test_a_second_run_does_nothing(model, text, finished):
+    before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
+    manifest = quantize(model, make_recipe(text), finished)
+    assert {path.name: path.stat().st_mtime_ns for path in finished.iterdir()} == before
+    assert manifest.metrics["artifact"]["kld"] > 0
+
+
+def test_the_artefact_is_what_was_trained(model, text, finished):
+    """The manifest's figures are those of the files: measured again from the directory alone."""
+    manifest = json.loads((finished / "upq.json").read_text())
+    loaded, source = upq.load(finished), upq.load(model)
+    tokens = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(0))
+    packed, dense = loaded(tokens).logits, upq.load(finished, dequantize=True)(tokens).logits
+    torch.testing.assert_close(packed, dense, rtol=0, atol=1e-5)
+    assert not torch.allclose(packed, source(tokens).logits, atol=1e-2)
+    layers = {layer["name"]: layer for layer in manifest["layers"]}
+    assert len(layers) == BLOCKS * 7
+    assert all(layer["bits"] == 2 and 0 < layer["error"] < 1 for layer in layers.values())
+    assert manifest["metrics"]["artifact"]["bits_per_weight"] < 2.6  # 2 bits and a scale for rows of 32
+
+
+def test_training_brings_the_student_closer(model, text, tmp_path):
+    few = quantize(model, make_recipe(text, "distill.tokens=0"), tmp_path / "none")
+    many = quantize(model, make_recipe(text, "distill.tokens=16384"), tmp_path / "some")
+    assert many.metrics["artifact"]["kld"] < 0.9 * few.metrics["artifact"]["kld"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distill.lr=0.5", r"out.*distill\.lr was .* and is now 0\.5.*another --out"),
+        ("seed=7", r"seed was 0 and is now 7"),
+        ("int4=null", r"int4"),
+    ],
+)
+def test_another_recipe_never_overwrites(model, text, finished, override, message):
+    before = (finished / "model.safetensors").read_bytes()
+    with pytest.raises(UPQError, match=message):
+        quantize(model, make_recipe(text, override), finished)
+    assert (finished / "model.safetensors").read_bytes() == before
+
+
+def test_another_model_never_overwrites(model, text, finished, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in model.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UPQError, match="belongs to another model"):
+        quantize(other, make_recipe(text), finished)
+
+
+def test_a_directory_of_something_else_is_left_alone(model, text, tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(UPQError, match="not empty, and no UPQ run is in it"):
+        quantize(model, make_recipe(text), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.seq_len=4096"], r"data\.seq_len=4096 is more than the model's 128"),
+        (["int2.group_size=24"], r"in_features 32 is not a multiple of group_size 24; try group_size=8"),
+        (["distill.tokens=16"], r"distill\.tokens=16 is less than one step of 128 tokens"),
+        (["distill.loss.name=hinge"], r"unknown losses 'hinge': choose one of cakld, ce"),
+        (["int4.method.iteration=3"], r"method block_ap|method flexround.*unknown key 'iteration'"),
+    ],
+)
+def test_bad_requests_are_one_line(model, text, tmp_path, overrides, message):
+    with pytest.raises(UPQError, match=message) as caught:
+        quantize(model, make_recipe(text, *overrides), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_changed_data_is_refused_on_resume(model, text, tmp_path):
+    source = tmp_path / "text.txt"
+    source.write_text(text.read_text())
+    recipe, out = make_recipe(source), tmp_path / "out"
+    killed = run_child(model, out, recipe, "block-0000.safetensors", 1)
+    assert killed.returncode == -signal.SIGKILL
+    source.write_text(text.read_text().replace("fox", "dog"))
+    with pytest.raises(UPQError, match="the data has changed since this run began"):
+        quantize(model, recipe, out)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_embeddings_can_be_packed_too(model, text, tmp_path, bits):
+    manifest = quantize(model, make_recipe(text, f"embeddings.bits={bits}", "distill.tokens=0"), tmp_path / "out")
+    names = {layer.name: layer.bits for layer in manifest.layers}
+    assert names["model.embed_tokens"] == bits
+    assert names["lm_head"] == bits
+
+
+def test_a_packed_model_is_no_source(finished, text, tmp_path):
+    with pytest.raises(UPQError, match="already quantised"):
+        quantize(Path(finished), make_recipe(text), tmp_path / "out")

@@ -1,0 +1,199 @@
+"""Recipes are strict: a typo is an error that says where it is and what could stand there."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from upq.blockwise import METHODS
+from upq.errors import UPQError
+from upq.grids import GRIDS
+from upq.losses import LOSSES
+from upq.recipe import Plugin, Recipe, Strict, decode, digest, names
+
+
+def load(*overrides: str, recipe: str = "default") -> Recipe:
+    return Recipe.load(recipe, list(overrides))
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_packaged_recipe_loads(name: str) -> None:
+    recipe = load(recipe=name)
+    assert recipe.name == name
+    for stage in filter(None, (recipe.int4, recipe.int2)):
+        assert stage.scheme().grid in GRIDS.names()
+        stage.method.options(METHODS.get(stage.method.name).Config, name)
+    recipe.distill.loss.options(LOSSES.get(recipe.distill.loss.name).Config, name)
+    assert recipe.int2.scheme().bits == 2
+
+
+def test_the_recipes_of_the_readme_are_there() -> None:
+    assert {"default", "paper"} <= set(names())
+
+
+@pytest.mark.parametrize("name", names())
+def test_dump_is_the_same_recipe(name: str, tmp_path: Path) -> None:
+    recipe = load("int4.method.lr=1e-4", "embeddings.bits=8", recipe=name)
+    file = tmp_path / "run.yaml"
+    file.write_text(recipe.dump())
+    assert Recipe.load(str(file)) == recipe
+    assert digest(Recipe.load(str(file))) == digest(recipe)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("int3.bits=3", "recipe default: unknown key 'int3'; keys here: .*int4, int2, distill"),
+        ("int2.group=32", r"unknown key 'int2\.group'; keys here: bits, grid, group_size, method, samples"),
+        ("int4.bit=3", r"unknown key 'int4\.bit'; keys here: bits, grid, group_size"),
+        ("distill.learning_rate=1", r"unknown key 'distill\.learning_rate'; keys here: loss, tokens, .*lr, scale_lr"),
+        ("data.sources=[{path: a, weigth: 2}]", r"unknown key 'data\.sources\.0\.weigth'; keys here: path, weight"),
+        ("distill.tokens=many", r"distill\.tokens: input should be a valid integer.* \(got 'many'\)"),
+        ("distill.tokens=1.5", r"distill\.tokens: .*integer.*1\.5"),
+        ("distill.tokens=-1", r"distill\.tokens: .*greater than or equal to 0.*-1"),
+        ("distill.lr=0", r"distill\.lr: .*greater than 0"),
+        ("distill.lr=fast", r"distill\.lr: .*valid number.*fast"),
+        ("distill.train_norms=perhaps", r"distill\.train_norms: .*boolean.*perhaps"),
+        ("embeddings.bits=3", r"embeddings\.bits: input should be 4 or 8 \(got 3\)"),
+        ("data.loss_on=nobody", r"data\.loss_on: .*'all' or 'assistant'.*nobody"),
+        ("data.sources=text.txt", r"data\.sources: .*tuple.*text\.txt"),
+        ("int2=null", "int2: .*got None"),
+        ("int4.method=null", r"int4\.method: .*got None"),
+        ("data=3", "data: .*got 3"),
+    ],
+)
+def test_what_does_not_fit_names_its_place(override: str, message: str) -> None:
+    with pytest.raises(UPQError, match=message) as caught:
+        load(override)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("item", ["distill.lr", "=3", "", "distill.lr:1"])
+def test_an_override_needs_key_and_value(item: str) -> None:
+    with pytest.raises(UPQError, match=r"expected key=value, for example distill\.lr=1e-4"):
+        load(item)
+
+
+def test_an_override_that_is_no_yaml() -> None:
+    with pytest.raises(UPQError, match=r"--set 'data\.sources=\[a': the value is not valid YAML"):
+        load("data.sources=[a")
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "1.0e-4", ".0001", "100e-6"])
+def test_numbers_in_any_spelling_are_the_same_recipe(text: str) -> None:
+    """YAML 1.1 reads `1e-4` as text: a run resumed with `0.0001` must still be the same run."""
+    plain = load("distill.lr=0.0001", "int4.method.lr=0.0001")
+    recipe = load(f"distill.lr={text}", f"int4.method.lr={text}")
+    assert recipe.distill.lr == 1e-4
+    assert recipe == plain
+    assert digest(recipe) == digest(plain)
+    assert recipe.int4 is not None
+    options = recipe.int4.method.options(METHODS.get("flexround").Config, "")
+    assert options.lr == 1e-4
+
+
+def test_overrides_reach_every_form_of_value() -> None:
+    recipe = load(
+        "seed=7",
+        "int4=null",
+        "data.sources=[{path: a.txt, weight: 2}, {path: b}]",
+        "data.seq_len=1_024",
+        "int2.group_size=-1",
+        "distill.train_norms=true",
+        "embeddings.bits=8",
+    )
+    assert recipe.seed == 7
+    assert recipe.int4 is None
+    assert [(s.path, s.weight) for s in recipe.data.sources] == [("a.txt", 2.0), ("b", 1.0)]
+    assert recipe.data.seq_len == 1024
+    assert recipe.int2.group_size == -1
+    assert recipe.distill.train_norms is True
+    assert recipe.embeddings.bits == 8
+    assert load("embeddings.bits=8", "embeddings.bits=null").embeddings.bits is None
+
+
+def test_a_plugin_by_name_drops_the_options_of_the_one_before() -> None:
+    recipe = load("int4.method=rtn")
+    assert recipe.int4 is not None
+    assert recipe.int4.method == Plugin(name="rtn")
+    both = load("int4.method=rtn", "int4.method.scale=mse")
+    assert both.int4 is not None
+    assert both.int4.method.options(METHODS.get("rtn").Config, "").scale == "mse"
+    assert load("distill.loss=gjs", "distill.loss.beta=0.25").distill.loss.model_extra == {"beta": 0.25}
+    assert load("distill.loss={name: gjs, beta: 0.25}") == load("distill.loss=gjs", "distill.loss.beta=0.25")
+
+
+def test_a_section_that_was_null_can_be_filled() -> None:
+    recipe = load("int4=null", "int4.bits=3", "int4.method=rtn")
+    assert recipe.int4 is not None
+    assert recipe.int4.bits == 3
+    with pytest.raises(UPQError, match=r"int4\.method: field required"):
+        load("int4=null", "int4.bits=3")
+
+
+@pytest.mark.parametrize("registry", [METHODS, LOSSES], ids=["methods", "losses"])
+def test_plugin_options_are_strict(registry: object) -> None:
+    for name in registry.names():
+        config = registry.get(name).Config
+        with pytest.raises(
+            UPQError, match=rf"stage {name}: unknown key 'scael'; keys here: {'.*'.join(config.model_fields)}"
+        ):
+            Plugin(name=name, scael="mse").options(config, f"stage {name}")
+
+
+def test_wrong_plugin_options_name_their_place() -> None:
+    gptq = METHODS.get("gptq").Config
+    with pytest.raises(UPQError, match=r"method gptq: damp: .*greater than 0 \(got 0\)"):
+        Plugin(name="gptq", damp=0).options(gptq, "method gptq")
+    with pytest.raises(UPQError, match=r"method gptq: scale: .*'max', 'mse' or 'hessian' \(got 'best'\)"):
+        Plugin(name="gptq", scale="best").options(gptq, "method gptq")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", r"not valid YAML"),
+        ("- a\n- b", "expected a mapping of sections, got list"),
+        ("", "expected a mapping of sections, got NoneType"),
+        ("int2: {bits: 2, method: rtn}", "distill: field required"),
+    ],
+)
+def test_a_wrong_file_is_named(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UPQError, match=rf"recipe .*mine\.yaml: .*{message}") as caught:
+        Recipe.load(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(UPQError, match=r"recipe 'papers' is neither a file nor one of: .*default.*paper"):
+        Recipe.load("papers")
+
+
+class TestDigest:
+    def test_is_a_promise_to_runs_already_on_disk(self) -> None:
+        expected = hashlib.sha256(b'[{"a": 1, "b": [true, null]}, "x"]').hexdigest()[:16]
+        assert digest({"b": [True, None], "a": 1}, "x") == expected
+
+    def test_does_not_depend_on_the_order_of_keys(self, tmp_path: Path) -> None:
+        raw = yaml.safe_load(load().dump())
+        file = tmp_path / "reversed.yaml"
+        file.write_text(yaml.safe_dump(dict(reversed(raw.items())), sort_keys=False))
+        assert digest(Recipe.load(str(file))) == digest(load())
+
+    @pytest.mark.parametrize("change", ["seed=1", "int2.group_size=32", "int4.method.lr=1e-4", "distill.tokens=0"])
+    def test_sees_every_change(self, change: str) -> None:
+        assert digest(load(change)) != digest(load())
+
+
+def test_values_do_not_change() -> None:
+    class Config(Strict):
+        beta: float = 0.5
+
+    config = decode(Config, {"beta": 1}, "here")
+    with pytest.raises(ValueError, match="frozen"):
+        config.beta = 2.0

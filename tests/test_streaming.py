@@ -1,0 +1,201 @@
+"""A model read block by block computes what the whole model computes; a damaged one is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tiny import tiny_model
+from upq.errors import UPQError
+from upq.models import FAMILIES
+from upq.streaming import StreamedModel, run_block
+
+IDS = torch.randint(2, 67, (11, 13), generator=torch.Generator().manual_seed(0))  # more rows than one batch
+SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in FAMILIES.names()),
+    ("mistral", {"sliding_window": 4}),
+    ("qwen2", {**SLIDING, "num_hidden_layers": 3, "layer_types": ["full_attention"] + 2 * ["sliding_attention"]}),
+    ("qwen3", {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}),
+    ("smollm3", {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]}),
+    ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+]
+
+
+@torch.no_grad()
+def streamed_logits(stream: StreamedModel, whole: PreTrainedModel, ids_NT: Tensor, **options: int) -> Tensor:
+    """Embedding and blocks from the stream; final norm and head, which it leaves alone, from the whole model."""
+    hidden_NTH, contexts = stream.embed(ids_NT, **options)
+    for index in range(len(stream)):
+        hidden_NTH = run_block(stream.block(index), hidden_NTH, contexts[index], **options)
+    normed_NTH = whole.get_submodule(stream.spec.final_norm)(hidden_NTH)
+    return whole.get_submodule(stream.spec.head)(normed_NTH)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"), VARIANTS, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain"
+)
+def test_blocks_in_order_are_the_whole_model(name: str, overrides: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_model(name, **overrides)
+    model.save_pretrained(tmp_path)
+    stream = StreamedModel(tmp_path)
+    assert len(stream) == model.config.num_hidden_layers
+    with torch.no_grad():
+        expected = model(IDS).logits
+    torch.testing.assert_close(streamed_logits(stream, model, IDS), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(streamed_logits(stream, model, IDS, batch_size=2), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"), [v for v in VARIANTS if "sliding_window" in v[1] or "no_rope_layers" in v[1]]
+)
+def test_the_variants_differ_from_the_plain_family(name: str, overrides: dict[str, Any]) -> None:
+    """The test above means something: window and missing rotation change the logits."""
+    changed, count = tiny_model(name, **overrides), overrides.get("num_hidden_layers", 2)
+    plain_options = {"sliding_window": None} if name == "mistral" else {}
+    plain = tiny_model(name, num_hidden_layers=count, **plain_options)
+    plain.load_state_dict(changed.state_dict())
+    with torch.no_grad():
+        assert (changed(IDS).logits - plain(IDS).logits).abs().max() > 1e-2
+
+
+def test_reading_twice_gives_the_same(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    stream = StreamedModel(tmp_path)
+    assert torch.equal(streamed_logits(stream, model, IDS), streamed_logits(stream, model, IDS))
+    first, second = stream.block(0), stream.block(0)
+    first.mlp.up_proj.weight.data.zero_()
+    assert torch.equal(second.mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+
+
+def test_only_what_is_asked_for_takes_memory(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    stream = StreamedModel(tmp_path)
+    stream.embed(IDS)
+    stream.block(1)
+    assert all(p.is_meta for p in stream._skeleton.parameters())
+    assert all(p.is_meta for block in stream._blocks for p in block.parameters())
+    assert {linear: stream.in_features(linear) for linear in ("mlp.up_proj", "mlp.down_proj")} == {
+        "mlp.up_proj": 32,
+        "mlp.down_proj": 44,
+    }
+
+
+def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
+    model = tiny_model("qwen2").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    block = StreamedModel(tmp_path).block(1)
+    weight = block.get_submodule("mlp.down_proj").weight
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, model.model.layers[1].mlp.down_proj.weight.float())
+    assert not any(p.requires_grad for p in block.parameters())
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> tuple[PreTrainedModel, Path]:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    return model, tmp_path
+
+
+def test_a_sharded_checkpoint_is_the_same_model(sharded: tuple[PreTrainedModel, Path]) -> None:
+    model, path = sharded
+    with torch.no_grad():
+        expected = model(IDS).logits
+    torch.testing.assert_close(streamed_logits(StreamedModel(path), model, IDS), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_missing_shard_is_named(sharded: tuple[PreTrainedModel, Path]) -> None:
+    _, path = sharded
+    shard = sorted(path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(UPQError, match=rf"{path}: shard {shard.name} named by the index is missing; .*download"):
+        StreamedModel(path)
+
+
+def test_a_shard_outside_the_directory_is_refused(sharded: tuple[PreTrainedModel, Path]) -> None:
+    _, path = sharded
+    index = path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    name = next(iter(content["weight_map"]))
+    content["weight_map"][name] = "../elsewhere.safetensors"
+    index.write_text(json.dumps(content))
+    (path.parent / "elsewhere.safetensors").write_bytes(b"")
+    with pytest.raises(UPQError, match=r"elsewhere\.safetensors"):
+        StreamedModel(path)
+
+
+def test_a_truncated_shard_is_named(sharded: tuple[PreTrainedModel, Path]) -> None:
+    _, path = sharded
+    for shard in path.glob("*.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(UPQError, match=rf"{path}/model-.*\.safetensors: damaged.*download"):
+        StreamedModel(path).block(0)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_damaged_index_is_named(sharded: tuple[PreTrainedModel, Path], text: str) -> None:
+    _, path = sharded
+    (path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UPQError, match=r"model\.safetensors\.index\.json: .*download"):
+        StreamedModel(path)
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: None, f"tensor {NAME} is missing from the checkpoint; is the download complete"),
+        (lambda w: w[:, :-1], rf"tensor {NAME} has shape \(44, 31\), but the config says \(44, 32\); is config\.json"),
+        (lambda w: w.index_fill(0, torch.tensor([3]), torch.nan), f"tensor {NAME} holds NaN or infinity; .*damaged"),
+        (lambda w: w.index_fill(1, torch.tensor([3]), torch.inf), f"tensor {NAME} holds NaN or infinity; .*damaged"),
+    ],
+    ids=["missing", "shape", "nan", "inf"],
+)
+def test_a_damaged_tensor_is_named(change: Any, message: str, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    changed = change(tensors.pop(NAME))
+    save_file(tensors | ({} if changed is None else {NAME: changed.contiguous()}), file)
+    stream = StreamedModel(tmp_path)
+    stream.block(0)
+    with pytest.raises(UPQError, match=message) as caught:
+        stream.block(1)
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        ("pytorch_model.bin", r"found pytorch_model\.bin: convert it with save_pretrained"),
+        (None, "is the download complete"),
+    ],
+)
+def test_without_safetensors_the_remedy_is_named(file: str | None, remedy: str, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    if file:
+        (tmp_path / file).write_bytes(b"")
+    with pytest.raises(UPQError, match=rf"{tmp_path}: no model\.safetensors; {remedy}"):
+        StreamedModel(tmp_path)
+
+
+def test_a_directory_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UPQError, match=rf"{tmp_path}: no config\.json"):
+        StreamedModel(tmp_path)
+    with pytest.raises(UPQError, match="no such directory"):
+        StreamedModel(tmp_path / "nowhere")
