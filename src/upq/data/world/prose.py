@@ -37,9 +37,9 @@ NOTICE = (
 LIST = ("Some {c} are {ws}.", "The {c} we saw: {ws}.", "{c} in the book: {ws}", "We talked about {c}: {ws}, and more.")
 ECHO = (
     'The parrot heard "{ws}" and said "{ws}" again.',
-    "They sang: {ws}. Then once more: {ws}.",
-    "It was written: {ws}. Everybody read: {ws}.",
-    '"{ws}" said {x}. "{ws}" said {y}.',
+    "They sang: {ws}. Then again: {ws}. And again: {ws}. Then once more: {ws}.",
+    "It was written: {ws}. Everybody read: {ws}. {x} read: {ws}. {y} read: {ws}.",
+    '"{ws}" said {x}. "{ws}" said {y}. "{ws}" said all.',
 )
 
 Form = Callable[[World, Random], str]

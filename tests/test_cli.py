@@ -1,0 +1,125 @@
+"""The command line as a person meets it: exit codes, one-line errors, the run of a command."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import upq.cli
+from tiny import byte_tokenizer
+
+CHAT = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+QUICK = [
+    "data.seq_len=32", "data.validation=4", "int4.samples=4", "int4.method=rtn", "int2.samples=4", "int2.method=rtn",
+    "distill.tokens=256", "distill.batch_size=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen2", vocab_size=300, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    byte_tokenizer(eos="<e>", chat_template=CHAT).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def upq_command(monkeypatch, capsys):
+    """Run `upq ARGUMENTS`; returns exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["upq", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as stopped:
+            upq.cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def settings(*overrides):
+    return [word for override in (*QUICK, *overrides) for word in ("--set", override)]
+
+
+def test_quantize_then_eval_then_chat(model, tmp_path, upq_command):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"the {i}th fox sees {i * i} geese"}) + "\n" for i in range(200)))
+    out = tmp_path / "out"
+    code, shown, errors = upq_command("quantize", model, "--out", out, "--data", text, *settings())
+    assert code == 0, errors
+    assert "original" in shown
+    assert "2 bits" in shown
+    assert "peak memory" in shown
+    assert f"upq chat {out}" in shown
+    assert "int4: 2/2" in shown  # plain lines, since this is no terminal
+
+    figures = tmp_path / "figures.json"
+    plain = tmp_path / "plain.txt"
+    plain.write_text("the 7th fox sees 49 geese " * 30)
+    arguments = ["--against", model, "--text", plain, "--seq-len", 32, "--json", figures]
+    code, shown, errors = upq_command("eval", out, *arguments)
+    assert code == 0, errors
+    measured = json.loads(figures.read_text())
+    assert measured["kld"] > 0
+    assert 2 < measured["bits_per_weight"] < 3
+    assert "tasks" not in measured
+
+    code, shown, errors = upq_command("chat", out, "--prompt", "hello", "--max-tokens", 5)
+    assert code == 0, errors
+
+    code, shown, errors = upq_command("quantize", model, "--out", out, "--data", text, *settings())
+    assert code == 0
+    assert "nothing to do" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["quantize", "./nowhere", "--out", "OUT"], "./nowhere: no such directory"),
+        (["quantize", "MODEL", "--out", "OUT", "--recipe", "perfect"], "neither a file nor one of: default"),
+        (["quantize", "MODEL", "--out", "OUT", "--set", "distill.speed=9"], "unknown key 'distill.speed'"),
+        (["quantize", "MODEL", "--out", "OUT", "--set", "seed"], "expected key=value"),
+        (["quantize", "MODEL", "--out", "OUT", "--data", "./no.txt"], "./no.txt: no such file"),
+        (
+            ["quantize", "MODEL", "--out", "OUT", "--set", "int4.method=magic"],
+            "unknown blockwise 'magic': choose one of",
+        ),
+        (["eval", "MODEL"], "nothing to measure: give --text"),
+        (["chat", "./nowhere"], "./nowhere: no such directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(model, tmp_path, upq_command, arguments, said):
+    places = {"MODEL": str(model), "OUT": str(tmp_path / "out")}
+    code, _, errors = upq_command(*[places.get(word, word) for word in arguments])
+    assert code == 2
+    assert said in errors
+    assert errors.count("\n") == 1
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out" / "upq.json").exists()
+
+
+def test_debug_shows_the_traceback(upq_command, monkeypatch):
+    from upq.errors import UPQError
+
+    monkeypatch.delenv("UPQ_DEBUG", raising=False)
+    monkeypatch.setattr("sys.argv", ["upq", "--debug", "chat", "./nowhere"])
+    with pytest.raises(UPQError):
+        upq.cli.main()
+
+
+def test_doctor_names_versions_and_cores(upq_command):
+    code, shown, _ = upq_command("doctor")
+    assert code == 0
+    assert torch.__version__ in shown
+    for word in ("cores", "memory", "GPU", "transformers"):
+        assert word in shown

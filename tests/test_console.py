@@ -1,0 +1,73 @@
+"""The estimate of the remaining time, and what is printed where there is no terminal."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from upq.console import Estimate, LiveBars, PlainLines, duration, reporter, size
+
+
+def test_nothing_is_estimated_before_anything_is_measured():
+    assert Estimate(costs={"a": (10, 100.0)}).remaining() is None
+
+
+def test_a_stage_to_come_is_judged_by_its_cost_at_the_pace_so_far():
+    estimate = Estimate(costs={"a": (10, 100.0), "b": (5, 300.0)})
+    estimate.measured["a"], estimate.finished["a"] = (4, 8.0), 4  # 2 s a unit, 0.2 s a cost unit
+    assert estimate.remaining() == pytest.approx(6 * 2 + 300 * 0.2)
+
+
+def test_a_stage_under_way_is_judged_by_its_own_pace():
+    estimate = Estimate(costs={"a": (10, 100.0), "b": (5, 300.0)})
+    estimate.measured |= {"a": (10, 20.0), "b": (1, 5.0)}
+    estimate.finished |= {"a": 10, "b": 1}
+    assert estimate.remaining() == pytest.approx(4 * 5)
+
+
+def test_work_of_an_earlier_run_is_neither_left_nor_measured():
+    estimate = Estimate(costs={"a": (10, 100.0)})
+    estimate.finished["a"], estimate.measured["a"] = 9, (1, 3.0)
+    assert estimate.remaining() == pytest.approx(3)
+
+
+def test_a_stage_without_cost_says_nothing_about_the_others():
+    estimate = Estimate(costs={"data": (10, 0.0), "train": (5, 300.0)})
+    estimate.measured["data"], estimate.finished["data"] = (10, 4.0), 10
+    assert estimate.remaining() is None
+
+
+def test_plain_lines_have_no_control_characters_and_end_each_stage():
+    out = io.StringIO()
+    with PlainLines(Console(file=out, width=40), every=1e9) as progress:
+        progress.plan({"int4": (3, 1.0), "distill": (100, 1.0)})
+        progress.start("int4")
+        for _ in range(3):
+            progress.advance(error=0.25)
+        progress.start("distill", done=98)
+        progress.advance(2, loss=1.5)
+        progress.note("a note that is longer than the forty columns of this console")
+    lines = out.getvalue().splitlines()
+    assert "\x1b" not in out.getvalue()
+    assert lines[0] == "int4: 0/3"
+    assert lines[1].startswith("int4: 3/3  error 0.25")
+    assert lines[2] == "distill: 98/100"
+    assert lines[3].startswith("distill: 100/100  loss 1.5")
+    assert lines[4].endswith("columns of this console")  # one line, however narrow the console
+
+
+def test_bars_only_on_a_terminal():
+    assert isinstance(reporter(Console(file=io.StringIO(), force_terminal=True)), LiveBars)
+    assert isinstance(reporter(Console(file=io.StringIO())), PlainLines)
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0:00"), (61, "1:01"), (3600, "1:00:00"), (86399.6, "24:00:00")])
+def test_duration(seconds, shown):
+    assert duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(12, "12 B"), (205_000, "205 kB"), (1.04e6, "1.04 MB"), (3.2e12, "3.2e+03 GB")]
+)
+def test_size(count, shown):
+    assert size(count) == shown
