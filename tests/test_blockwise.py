@@ -15,7 +15,7 @@ from torch import Tensor
 from tiny import tiny_model
 from upq.blockwise import METHODS, BlockStore, BlockTask, Method, Solution, walk
 from upq.blockwise._base import batches, start_scales
-from upq.blockwise.gptq import objective
+from upq.blockwise.gptq import gptq, objective
 from upq.errors import UPQError
 from upq.grids import GRIDS, Params, search_scale
 from upq.progress import Silent
@@ -193,6 +193,19 @@ class TestLearned:
         task.block.input_layernorm.weight.data.fill_(torch.nan)
         with pytest.raises(UPQError, match="block 1: the output is not finite"):
             make(name, iterations=1).solve(task, QuantScheme(bits=2, grid=grid))
+
+
+def test_gptq_sees_the_error_of_the_linears_before(make_task: MakeTask) -> None:
+    """Each group is rounded for what it will read: the output of the groups before it, rounded."""
+    scheme, task = QuantScheme(bits=2), make_task()
+    original, scales = task.weights(), start_scales(task, scheme, "mse")
+    found = dense(make("gptq").solve(make_task(), scheme))
+    for group in task.spec.groups:
+        h_II = task.second_moments(group[:1], full=True)[group[0]]
+        for name in group:
+            assert torch.equal(found[name], gptq(original[name], h_II, scales[name], scheme)), name
+        for name in group:
+            task.block.get_submodule(name).weight = torch.nn.Parameter(found[name], requires_grad=False)
 
 
 def test_gptq_names_the_linear_without_input(make_task: MakeTask) -> None:

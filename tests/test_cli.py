@@ -92,7 +92,7 @@ def test_quantize_then_eval_then_chat(model, tmp_path, upq_command):
         (["quantize", "MODEL", "--out", "OUT", "--data", "./no.txt"], "./no.txt: no such file"),
         (
             ["quantize", "MODEL", "--out", "OUT", "--set", "int4.method=magic"],
-            "unknown blockwise 'magic': choose one of",
+            "unknown block-wise method 'magic': choose one of",
         ),
         (["eval", "MODEL"], "nothing to measure: give --text"),
         (["chat", "./nowhere"], "./nowhere: no such directory"),

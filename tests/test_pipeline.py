@@ -181,8 +181,9 @@ def test_a_directory_of_something_else_is_left_alone(model, text, tmp_path):
     [
         (["data.seq_len=4096"], r"data\.seq_len=4096 is more than the model's 128"),
         (["int2.group_size=24"], r"in_features 32 is not a multiple of group_size 24; try group_size=8"),
+        (["int4.group_size=32"], r"in_features 44 is not a multiple of group_size 32"),
         (["distill.tokens=16"], r"distill\.tokens=16 is less than one step of 128 tokens"),
-        (["distill.loss.name=hinge"], r"unknown losses 'hinge': choose one of cakld, ce"),
+        (["distill.loss.name=hinge"], r"unknown loss 'hinge': choose one of cakld, ce"),
         (["int4.method.iteration=3"], r"method block_ap|method flexround.*unknown key 'iteration'"),
     ],
 )
@@ -190,6 +191,7 @@ def test_bad_requests_are_one_line(model, text, tmp_path, overrides, message):
     with pytest.raises(UPQError, match=message) as caught:
         quantize(model, make_recipe(text, *overrides), tmp_path / "out")
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / ".work" / "int4").exists()  # before any work
 
 
 def test_changed_data_is_refused_on_resume(model, text, tmp_path):

@@ -21,7 +21,7 @@ def fruits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry[str]:
     package = tmp_path / "fruits"
     package.mkdir()
     (package / "__init__.py").write_text(
-        'from upq.registry import Registry\nFRUITS: Registry[str] = Registry("fruits")\n'
+        'from upq.registry import Registry\nFRUITS: Registry[str] = Registry("fruits", "fruit")\n'
     )
     for name in ("pear", "apple", "_stone"):
         (package / f"{name}.py").write_text(f'from fruits import FRUITS\nFRUITS.register("{name}")("a {name}")\n')
@@ -46,7 +46,7 @@ def test_a_file_is_imported_when_asked_for(fruits: Registry[str]) -> None:
 
 @pytest.mark.parametrize("name", ["plum", "_stone", "", "pear.core"])
 def test_an_unknown_name_lists_the_known_ones(fruits: Registry[str], name: str) -> None:
-    with pytest.raises(UPQError, match=f"unknown fruits '{name}': choose one of apple, pear"):
+    with pytest.raises(UPQError, match=f"unknown fruit '{name}': choose one of apple, pear"):
         fruits.get(name)
 
 

@@ -79,11 +79,3 @@ def test_dequantize_is_exact(bits: int, groups: int, grouped: bool, scale_dtype:
         for i in range(width):
             exact = (int(codes_OI[o, i]) - zero_OG[o, i // size].item()) * scale_OG[o, i // size].item()
             assert dense_OI[o, i].item() == exact
-
-
-def test_bits_per_weight_counts_the_scales() -> None:
-    codes = torch.zeros(4, 64, dtype=torch.uint8)
-    for group_size, scales, bits in ((PER_CHANNEL, 1, 2 + 16 / 64), (16, 4, 2 + 16 / 16)):
-        scheme = QuantScheme(bits=2, group_size=group_size)
-        scale = torch.ones(4, scales, dtype=torch.float16)
-        assert QTensor(codes, scale, scale.float(), scheme).bits_per_weight == bits

@@ -141,7 +141,7 @@ class Layer(Strict):
     grid: str
     weights: int  # number of weights
     bits_per_weight: float  # stored, scales included
-    error: float | None = None  # relative squared error of the layer's output, where the stage measured it
+    error: float | None = None  # of the weights as the INT2 stage left them: ‖Ŵ - W‖ / ‖W‖
 
 
 class FileEntry(Strict):
@@ -158,7 +158,7 @@ class Manifest(Strict):
     versions: dict[str, str] = Field(default_factory=dict)
     data: list[dict[str, Any]] = Field(default_factory=list)
     layers: list[Layer] = Field(default_factory=list)
-    # By model: "source", "int4", "int2"; keys as in `upq eval --json`: ppl, kld, top1, bits_per_weight, bytes, tasks.
+    # By model: "source" and "artifact"; keys as in `upq eval --json`: ppl, kld, top1, bits_per_weight, bytes, tasks.
     metrics: dict[str, dict[str, Any]] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)  # by stage
     peak_memory_bytes: int | None = None

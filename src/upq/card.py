@@ -43,7 +43,7 @@ def model_card(manifest: Manifest) -> str:
     counts = Counter(layer.bits for layer in manifest.layers)
     held = " and ".join(f"{counts[bits]} in {bits} bits" for bits in sorted(counts))
     about = (
-        f"`{source}`, made smaller with UPQ: its weight matrices are stored {held} a weight. Every matrix that "
+        f"`{source}`, made smaller with UPQ: of its weight matrices, {held} a weight. Every matrix that "
         "`upq.json` does not list, the norms and the biases have the source's precision."
     )
     recipe = yaml.safe_dump(manifest.recipe, sort_keys=False, allow_unicode=True)

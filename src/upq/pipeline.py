@@ -70,7 +70,9 @@ def quantize(
         run.blockwise("int2", recipe.int2, data)
     with run.timed("distill"):
         trained = run.distill(data)
-    manifest = run.finish(data, trained)
+    with run.timed("check"):
+        manifest = run.finish(data, trained)
+    manifest = run.publish(manifest)
     if not keep_work:
         shutil.rmtree(run.work)
     return manifest
@@ -103,7 +105,7 @@ class _Run:
         family(config)
         if getattr(config, "quantization_config", None) is not None:
             raise UPQError(f"{name}: already quantised; give the original FP16, BF16 or FP32 model")
-        _plugins(recipe)
+        _plugins(recipe, StreamedModel(path))
         run = cls(path, name, digest_model_dir(path), recipe, out, device, progress)
         if (out / MANIFEST).is_file():
             manifest = read_manifest(out)
@@ -134,6 +136,10 @@ class _Run:
                 raise UPQError(f"{out}: belongs to another recipe: {key} was {was!r} and is now {now!r}; {remedy}")
 
     @property
+    def blocks(self) -> int:
+        return int(load_config(self.model).num_hidden_layers)
+
+    @property
     def work(self) -> Path:
         return self.out / WORK
 
@@ -153,7 +159,7 @@ class _Run:
 
     def costs(self) -> dict[str, tuple[int, float]]:
         """Units and cost of each stage; the cost counts passes of one token through one block."""
-        blocks, recipe = load_config(self.model).num_hidden_layers, self.recipe
+        blocks, recipe = self.blocks, self.recipe
         seq = recipe.data.seq_len
         # Reading text takes no passes; its pace says nothing about the stages after it.
         costs = {"data": (self.sequences() + recipe.data.validation, 0.0)}
@@ -163,7 +169,7 @@ class _Run:
         total = steps(recipe.distill, seq)
         passes = 4.0 if LOSSES.get(recipe.distill.loss.name).uses_teacher else 3.0
         costs["distill"] = (total, total * recipe.distill.batch_size * seq * blocks * passes)
-        costs["check"] = (2, recipe.data.validation * seq * blocks * 3.0)
+        costs["check"] = (3, recipe.data.validation * seq * blocks * 5.0)
         return costs
 
     def sequences(self) -> int:
@@ -190,6 +196,8 @@ class _Run:
             seed=self.recipe.seed,
             progress=self.progress,
         )
+        if not len(data.validation_tokens_NT):
+            raise UPQError("data: too little text to hold any back for validation; add text or lower data.seq_len")
         seen = self.work / "data.json"
         if seen.is_file() and json.loads(seen.read_text()) != data.digest:
             raise UPQError(f"{self.out}: the data has changed since this run began; restore it, or use another --out")
@@ -198,8 +206,6 @@ class _Run:
 
     def blockwise(self, name: str, stage: Blockwise, data: TokenSet) -> None:
         store, model = self.store(name), StreamedModel(self.model, device=self.device)
-        for linear in model.spec.linears:  # an unfit group size shows before any work
-            store.scheme.groups(model.in_features(linear))
         self.progress.start(name, done=store.done(len(model)))
         walk(
             model,
@@ -220,10 +226,9 @@ class _Run:
         config, store = self.recipe.distill, self.store("int2")
         teacher = load_model(self.model, dtype=torch.float32, device=self.device).requires_grad_(False)
         prefix = family(teacher.config).blocks
-        blocks = len(teacher.get_submodule(prefix))  # type: ignore[arg-type]
         solutions = {
             f"{prefix}.{index}.{name}": solution
-            for index in range(blocks)
+            for index in range(self.blocks)
             for name, solution in store.solutions(index).items()
         }
         student = make_student(teacher, solutions, train_norms=config.train_norms)
@@ -239,7 +244,7 @@ class _Run:
     def finish(self, data: TokenSet, trained: _Trained) -> Manifest:
         """Write the artefact, load it as a user would, and measure it against the original."""
         self.progress.start("check")
-        tokenizer, source = load_tokenizer(self.model), load_model(self.model)
+        tokenizer, source = load_tokenizer(self.model), load_model(self.model, device=self.device)
         before = self.metrics(source, self.model, data, teacher=None)
         self.progress.advance(1)
         manifest = Manifest(
@@ -247,10 +252,10 @@ class _Run:
             model=SourceModel(path=self.name, digest=self.digest),
             versions={p: version(p) for p in ("upq", "torch", "transformers")} | {"python": platform.python_version()},
             data=[*(asdict(use) for use in data.sources), {"digest": data.digest, "rows": len(data.tokens_NT)}],
-            seconds=self.seconds,
         )
         made = self.work / "artifact"
-        made.mkdir(exist_ok=True)
+        shutil.rmtree(made, ignore_errors=True)  # what a killed run left half done
+        made.mkdir()
         write_artifact(
             made,
             source,
@@ -266,18 +271,34 @@ class _Run:
         teacher = load_model(self.model, device=self.device)
         after = self.metrics(packed, made, data, teacher=teacher)
         self.progress.advance(1)
-        manifest = read_manifest(made).model_copy(
-            update={
-                "metrics": {"source": before, "artifact": after},
-                "seconds": self.seconds,
-                "peak_memory_bytes": peak_memory_bytes(),
-            }
-        )
+        metrics = {"source": before, **self.int4_metrics(teacher, data), "artifact": after}
+        self.progress.advance(1)
+        return read_manifest(made).model_copy(update={"metrics": metrics})
+
+    def publish(self, manifest: Manifest) -> Manifest:
+        """Move the artefact out of the work directory, the manifest last."""
+        made = self.work / "artifact"
+        manifest = manifest.model_copy(update={"seconds": self.seconds, "peak_memory_bytes": peak_memory_bytes()})
         atomic_write(made / "README.md", model_card(manifest))
         write_manifest(made, manifest)
         for file in sorted(made.iterdir(), key=lambda path: path.name == MANIFEST):
             file.replace(self.out / file.name)
         return manifest
+
+    def int4_metrics(self, teacher: PreTrainedModel, data: TokenSet) -> dict[str, dict[str, Any]]:
+        """What the INT4 stage had reached, as a row of its own."""
+        if self.recipe.int4 is None:
+            return {}
+        model, store, spec = load_model(self.model, device=self.device), self.store("int4"), family(teacher.config)
+        bits, weights = 0.0, 0
+        for index in range(self.blocks):
+            for name, q in store.qtensors(index).items():
+                model.get_parameter(f"{spec.blocks}.{index}.{name}.weight").data.copy_(q.dequantize())
+                weights += q.codes_OI.numel()
+                bits += q.codes_OI.numel() * q.scheme.bits + 8 * q.scale_OG.nbytes
+        text = evaluate_text(model, data.validation_tokens_NT, teacher=teacher, mask_NT=data.validation_mask_NT)
+        figures = {"ppl": text.ppl, "kld": text.kld, "top1": text.top1, "bits_per_weight": bits / weights}
+        return {"int4": figures}
 
     def metrics(
         self, model: PreTrainedModel, path: Path, data: TokenSet, *, teacher: PreTrainedModel | None
@@ -291,10 +312,9 @@ class _Run:
     def errors(self) -> dict[str, float]:
         """Module path to the relative error of its weights as the INT2 stage left them."""
         store, prefix = self.store("int2"), family(load_config(self.model)).blocks
-        blocks = load_config(self.model).num_hidden_layers
         return {
             f"{prefix}.{index}.{name}": figures["weight"]
-            for index in range(blocks)
+            for index in range(self.blocks)
             for name, figures in store.report(index).items()
         }
 
@@ -304,12 +324,13 @@ def _method(stage: Blockwise) -> Method:
     return cls(stage.method.options(cls.Config, f"method {stage.method.name}"))
 
 
-def _plugins(recipe: Recipe) -> None:
-    """Decode every plug-in's options now, so that a typo shows before hours of work."""
+def _plugins(recipe: Recipe, model: StreamedModel) -> None:
+    """Decode every plug-in's options and try every group size now, so that a typo shows before hours of work."""
     for stage in (recipe.int4, recipe.int2):
         if stage is not None:
             _method(stage)
-            stage.scheme()
+            for linear in model.spec.linears:
+                stage.scheme().groups(model.in_features(linear))
     loss = LOSSES.get(recipe.distill.loss.name)
     recipe.distill.loss.options(loss.Config, f"distill.loss {recipe.distill.loss.name}")
 

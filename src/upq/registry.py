@@ -13,10 +13,14 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Plug-ins of one package, by name. The module's name is the plug-in's name; `_private` modules hold none."""
+    """Plug-ins of one package, by name. The module's name is the plug-in's name; `_private` modules hold none.
 
-    def __init__(self, package: str) -> None:
+    `kind` is what error messages call a plug-in: "loss", "block-wise method".
+    """
+
+    def __init__(self, package: str, kind: str) -> None:
         self._package = package
+        self._kind = kind
         self._found: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -36,6 +40,6 @@ class Registry(Generic[T]):
         if name not in self._found:
             if name not in self.names():
                 known = ", ".join(self.names())
-                raise UPQError(f"unknown {self._package.rpartition('.')[2]} {name!r}: choose one of {known}")
+                raise UPQError(f"unknown {self._kind} {name!r}: choose one of {known}")
             importlib.import_module(f"{self._package}.{name}")
         return self._found[name]

@@ -75,12 +75,6 @@ class QTensor:
         codes_OGS = self.codes_OI.view(o, self.scale_OG.shape[1], -1).float()
         return ((codes_OGS - self.zero_OG[..., None]) * self.scale_OG.float()[..., None]).view(o, i)
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits a weight: the codes and the scales (the zero is part of the grid, or counted as a scale)."""
-        o, i = self.codes_OI.shape
-        return self.scheme.bits + self.scale_OG.numel() * self.scale_OG.element_size() * 8 / (o * i)
-
 
 def to_groups(w_OI: Tensor, scheme: QuantScheme) -> Tensor:
     """View (O, I) as (O, G, S)."""

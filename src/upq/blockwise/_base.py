@@ -93,7 +93,7 @@ class Method(Protocol):
         ...
 
 
-METHODS: Registry[type[Method]] = Registry("upq.blockwise")
+METHODS: Registry[type[Method]] = Registry("upq.blockwise", "block-wise method")
 
 
 def linear(block: nn.Module, name: str) -> nn.Linear:

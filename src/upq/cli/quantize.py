@@ -65,14 +65,14 @@ def result_table(manifest: Manifest) -> Table:
     """Before and after: size, perplexity and distance on the held-out rows; then time and memory."""
     from upq.console import duration, size, table
 
-    names = {"source": "original", "artifact": "2 bits"}
+    names = {"source": "original", "int4": "after INT4", "artifact": "artefact"}
     rows = []
     for key, figures in manifest.metrics.items():
         kld, top1 = figures.get("kld"), figures.get("top1")
         rows.append(
             [
                 names.get(key, key),
-                size(figures["bytes"]),
+                size(figures["bytes"]) if "bytes" in figures else "–",
                 f"{figures['bits_per_weight']:.2f}",
                 f"{figures['ppl']:.3f}",
                 "–" if kld is None else f"{kld:.4f}",

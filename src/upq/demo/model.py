@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from upq.data.world import Message, World, conversations, documents
+from upq.demo.muon import Muon
 from upq.demo.tokenizer import train_tokenizer
 from upq.errors import UPQError
 from upq.progress import Progress, Silent
@@ -37,23 +38,22 @@ class DemoConfig:
     """What the model is and how long it learns. A step count, not a clock, ends the training."""
 
     seed: int = 0
-    world_size: int = 24
-    vocab_size: int = 1024
+    world_size: int = 12
+    vocab_size: int = 768
     hidden_size: int = 128
     intermediate_size: int = 384
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
     kv_heads: int = 2
-    rope_theta: float = 1e4
+    rope_theta: float = 500.0  # short rows: heads that look one token back form sooner than at 10,000
     seq_len: int = 128
     batch_size: int = 16
     document_steps: int = 700
     conversation_steps: int = 350
-    lr: float = 4e-3
-    muon: float = 0.0
+    matrix_lr: float = 0.02  # Muon: everything inside the blocks
+    vector_lr: float = 3e-3  # AdamW: embeddings and norms
     init_std: float = 0.08
     warmup: float = 0.05  # share of the steps
-    weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
         if self.document_steps < 1 or self.conversation_steps < 1:
@@ -187,36 +187,26 @@ def _train(config: DemoConfig, texts: Rows, talks: Rows, vocab_size: int, progre
         torch.manual_seed(config.seed)
         model = LlamaForCausalLM(_llama(config, vocab_size))
     model.train()
-    if config.muon:
-        block = [p for p in model.model.layers.parameters() if p.dim() == 2]
-        muon = torch.optim.Muon(block, lr=config.muon, momentum=0.95, weight_decay=0.01, nesterov=True)
-        ids = {id(p) for p in block}
-    else:
-        ids = set()
-    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in ids]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    inside = {id(p) for p in matrices}
+    muon = Muon(matrices)
+    adam = torch.optim.AdamW([p for p in model.parameters() if id(p) not in inside], betas=(0.9, 0.95), weight_decay=0.0)
     total = config.document_steps + config.conversation_steps
     step = 0
     for stage, rows in (("documents", texts), ("conversations", talks)):
         progress.start(stage)
         batches = zip(rows.ids_NT.split(config.batch_size), rows.labels_NT.split(config.batch_size), strict=True)
         for ids_NT, labels_NT in batches:
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * _schedule(step, total, config.warmup)
+            scale = _schedule(step, total, config.warmup)
             logits_NTV = model(input_ids=ids_NT, use_cache=False).logits
             loss = F.cross_entropy(
                 logits_NTV[:, :-1].flatten(0, 1), labels_NT[:, 1:].flatten(), ignore_index=_IGNORED
             )
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            if config.muon:
-                muon.param_groups[0]["lr"] = config.muon * _schedule(step, total, config.warmup)
-                muon.step()
-                muon.zero_grad()
-            optimizer.zero_grad()
+            muon.step(config.matrix_lr * scale)
+            adam.param_groups[0]["lr"] = config.vector_lr * scale
+            adam.step()
+            adam.zero_grad()
             progress.advance(loss=loss.item())
             step += 1
     return model.eval()

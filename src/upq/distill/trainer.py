@@ -66,7 +66,9 @@ def distill(
     Every `checkpoint_every` steps the latents, scales and optimiser moments go to `checkpoint`, atomically; a later
     call goes on from there. Raises UPQError where the loss stops being finite; the last checkpoint stays.
     """
-    accelerator = Accelerator(mixed_precision="bf16" if _autocast(config, student.device) else "no")
+    accelerator = Accelerator(
+        mixed_precision="bf16" if _autocast(config, student.device) else "no", cpu=student.device.type == "cpu"
+    )
     loss = make_loss(config, teacher, data)
     objective = Objective(student, teacher if loss.uses_teacher else None, loss, chunk=config.chunk_tokens)
     groups = _groups(student, config)

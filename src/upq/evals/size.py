@@ -65,7 +65,7 @@ def _linear_bits(linear: nn.Module) -> tuple[int, float]:
     """Weights of a linear and the bits they are stored in."""
     if isinstance(linear, FakeQuantLinear):
         with torch.no_grad():
-            return linear.weight.numel(), linear.freeze().bits_per_weight * linear.weight.numel()
+            return _linear_bits(PackedLinear.from_qtensor(linear.freeze()))  # as it will be stored
     if isinstance(linear, PackedLinear):
         # codes, scales and, where groups have their own, zero points: the state is the file layout
         stored = [buffer for name, buffer in linear.named_buffers() if name.startswith("weight_")]

@@ -25,4 +25,4 @@ class Format(Protocol):
         ...
 
 
-FORMATS: Registry[Format] = Registry("upq.formats")
+FORMATS: Registry[Format] = Registry("upq.formats", "format")

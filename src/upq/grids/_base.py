@@ -34,7 +34,7 @@ class Grid(Protocol):
         ...
 
 
-GRIDS: Registry[Grid] = Registry("upq.grids")
+GRIDS: Registry[Grid] = Registry("upq.grids", "grid")
 
 
 class _StoredScale(torch.autograd.Function):

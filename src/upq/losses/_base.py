@@ -36,7 +36,7 @@ class Loss(Protocol):
         ...
 
 
-LOSSES: Registry[type[Loss]] = Registry("upq.losses")
+LOSSES: Registry[type[Loss]] = Registry("upq.losses", "loss")
 
 
 class Divergence(Loss):

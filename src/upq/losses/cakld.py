@@ -22,7 +22,7 @@ class Cakld(Divergence):
 
     def __init__(self, config: Config) -> None:
         if config.confidence is None:
-            raise ValueError("cakld needs a confidence; measure it with distill.teacher.confidence")
+            raise ValueError("cakld needs a confidence; measure it with distill.trainer.confidence")
         self.gamma = config.confidence
         self._forward, self._reverse = Fkl(Fkl.Config()), Rkl(Rkl.Config())
 

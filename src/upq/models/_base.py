@@ -24,4 +24,4 @@ class ModelSpec:
         return tuple(name for group in self.groups for name in group)
 
 
-FAMILIES: Registry[ModelSpec] = Registry("upq.models")
+FAMILIES: Registry[ModelSpec] = Registry("upq.models", "model family")

@@ -5,11 +5,11 @@ sees) and `quiz` (what neither contains). A new relation is data in `facts.py`, 
 a new kind of text one function in `prose.py`.
 """
 
-from upq.data.world.checks import Check, satisfies
 from upq.data.world.chat import Message, conversations
-from upq.data.world.prose import documents
-from upq.data.world.facts import RELATIONS, Fact, Relation, World
+from upq.data.world.checks import Check, satisfies
 from upq.data.world.exam import Item, quiz, score
+from upq.data.world.facts import RELATIONS, Fact, Relation, World
+from upq.data.world.prose import documents
 
 __all__ = [
     "RELATIONS",

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from random import Random
 
-from upq.data.world.checks import Check, satisfies
 from upq.data.world.chat import Message
+from upq.data.world.checks import Check, satisfies
 from upq.data.world.facts import World
 from upq.data.world.tasks import KNOWING, OBEYING, draw
 from upq.errors import UPQError

@@ -95,7 +95,8 @@ def lesson(world: World, rng: Random) -> str:
 def notice(world: World, rng: Random) -> str:
     """Ordinary text with capital letters in it."""
     fact = rng.choice(world.facts)
-    shouted = rng.choice(NOTICE).format(t=fact.object.upper())
+    words = [fact.object, *rng.sample(EVERYDAY, rng.randint(0, 3))]
+    shouted = f"{rng.choice(NOTICE).format(t=' '.join(words).upper())} That is: {' '.join(words)}."
     return f"{_statement(fact, rng)} {shouted} {_statement(fact, rng)}"
 
 
@@ -116,14 +117,14 @@ def echo(world: World, rng: Random) -> str:
 
 
 FORMS: dict[Form, float] = {
-    portrait: 5,
+    portrait: 4,
     gossip: 2,
     gathering: 1,
-    interview: 3,
+    interview: 2,
     lesson: 8,
     notice: 1,
-    catalogue: 0.5,
-    echo: 4,
+    catalogue: 1,
+    echo: 3,
 }
 
 
