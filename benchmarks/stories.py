@@ -42,6 +42,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "CE-QAT from INT4": ("paper", ["distill.loss=ce"]),
     "paper": ("paper", []),
     "default": ("default", []),
+    "default without INT4": ("default", [*FROM_FP]),
 }
 SEEDED = ("QAT", "paper", "default", "block-wise", "INT4 →")  # rows that the seed can change
 
@@ -70,7 +71,7 @@ def main(
     wanted = [name for name in ROWS if only in name]
     todo = [f"{name}@{seed}" for seed in range(seeds) for name in wanted if seed == 0 or seeded(name)]
     todo = ["FP@0", *todo, "step@0", "wall@0"] if not only else todo
-    console = Console()
+    console = Console(width=120) if not sys.stdout.isatty() else Console()
     with ThreadPoolExecutor(jobs) as pool:
         # The two timings come last and alone.
         parallel = [t for t in todo if not t.startswith(("step", "wall"))]

@@ -205,6 +205,22 @@ def test_changed_data_is_refused_on_resume(model, text, tmp_path):
         quantize(model, recipe, out)
 
 
+def test_torchrun_shares_the_training(model, text, finished, tmp_path):
+    """Two processes make the artefact of one, up to the rounding of the summed gradients."""
+    out, recipe = tmp_path / "out", make_recipe(text)
+    arguments = [str(model), str(out), json.dumps(recipe.model_dump(mode="json")), "", "-1"]
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run([*launcher, *arguments], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shared, alone = (json.loads((folder / "upq.json").read_text()) for folder in (out, finished))
+    assert shared["metrics"]["int4"] == alone["metrics"]["int4"]
+    kld = alone["metrics"]["artifact"]["kld"]
+    assert shared["metrics"]["artifact"]["kld"] == pytest.approx(kld, rel=0.02)
+    assert not (out / ".work").exists()
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_embeddings_can_be_packed_too(model, text, tmp_path, bits):
     manifest = quantize(model, make_recipe(text, f"embeddings.bits={bits}", "distill.tokens=0"), tmp_path / "out")

@@ -13,11 +13,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
@@ -41,6 +43,7 @@ from upq.scheme import QTensor
 from upq.streaming import StreamedModel
 
 WORK = ".work"
+_PATIENCE = timedelta(days=30)  # other processes wait for the first one's block-wise stages that long
 
 
 def quantize(
@@ -54,28 +57,34 @@ def quantize(
 ) -> Manifest:
     """Quantise a Hugging Face causal LM (directory or hub id) into the directory `out`, or go on where a run stopped.
 
+    Under torchrun the training is shared among all processes; the stages before and after it are the first one's.
     Raises UPQError, with nothing changed, where `out` holds something else: another model, recipe or data.
     """
-    progress = progress or Silent()
-    run = _Run.open(_local(model), recipe, Path(out), _device(device), progress)
-    if run is None:
-        progress.note(f"{out} is finished already: nothing to do")
-        return read_manifest(Path(out))
-    with run.timed("data"):
-        data = run.data()
-    if recipe.int4 is not None:
-        with run.timed("int4"):
-            run.blockwise("int4", recipe.int4, data)
-    with run.timed("int2"):
-        run.blockwise("int2", recipe.int2, data)
+    processes = PartialState(cpu=_device(device) == "cpu", timeout=_PATIENCE)
+    progress = (progress or Silent()) if processes.is_main_process else Silent()
+    target = str(processes.device) if _device(device) == "cuda" else _device(device)
+    with processes.main_process_first():  # the others then find the blocks on disk
+        run = _Run.open(_local(model), recipe, Path(out), target, progress, writes=processes.is_main_process)
+        if run is None:
+            progress.note(f"{out} is finished already: nothing to do")
+            return read_manifest(Path(out))
+        with run.timed("data"):
+            data = run.data()
+        if recipe.int4 is not None:
+            with run.timed("int4"):
+                run.blockwise("int4", recipe.int4, data)
+        with run.timed("int2"):
+            run.blockwise("int2", recipe.int2, data)
     with run.timed("distill"):
         trained = run.distill(data)
-    with run.timed("check"):
-        manifest = run.finish(data, trained)
-    manifest = run.publish(manifest)
-    if not keep_work:
-        shutil.rmtree(run.work)
-    return manifest
+    if processes.is_main_process:
+        with run.timed("check"):
+            manifest = run.finish(data, trained)
+        run.publish(manifest)
+        if not keep_work:
+            shutil.rmtree(run.work)
+    processes.wait_for_everyone()
+    return read_manifest(Path(out))
 
 
 @dataclass(frozen=True)
@@ -95,10 +104,13 @@ class _Run:
     out: Path
     device: str
     progress: Progress
+    writes: bool  # False in all processes but the first
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, model: tuple[Path, str], recipe: Recipe, out: Path, device: str, progress: Progress) -> _Run | None:
+    def open(
+        cls, model: tuple[Path, str], recipe: Recipe, out: Path, device: str, progress: Progress, *, writes: bool
+    ) -> _Run | None:
         """Check that model, recipe and directory go together; None where the artefact is there already."""
         path, name = model
         config = load_config(path)
@@ -106,7 +118,7 @@ class _Run:
         if getattr(config, "quantization_config", None) is not None:
             raise UPQError(f"{name}: already quantised; give the original FP16, BF16 or FP32 model")
         _plugins(recipe, StreamedModel(path))
-        run = cls(path, name, digest_model_dir(path), recipe, out, device, progress)
+        run = cls(path, name, digest_model_dir(path), recipe, out, device, progress, writes)
         if (out / MANIFEST).is_file():
             manifest = read_manifest(out)
             run.check(manifest.model.digest, manifest.recipe, out)
@@ -144,6 +156,8 @@ class _Run:
         return self.out / WORK
 
     def write_state(self) -> None:
+        if not self.writes:
+            return
         state = {"model": self.digest, "recipe": self.recipe.model_dump(mode="json"), "seconds": self.seconds}
         atomic_write(self.work / "run.json", json.dumps(state, indent=1))
 
@@ -201,7 +215,8 @@ class _Run:
         seen = self.work / "data.json"
         if seen.is_file() and json.loads(seen.read_text()) != data.digest:
             raise UPQError(f"{self.out}: the data has changed since this run began; restore it, or use another --out")
-        atomic_write(seen, json.dumps(data.digest))
+        if self.writes:
+            atomic_write(seen, json.dumps(data.digest))
         return data
 
     def blockwise(self, name: str, stage: Blockwise, data: TokenSet) -> None:
@@ -275,7 +290,7 @@ class _Run:
         self.progress.advance(1)
         return read_manifest(made).model_copy(update={"metrics": metrics})
 
-    def publish(self, manifest: Manifest) -> Manifest:
+    def publish(self, manifest: Manifest) -> None:
         """Move the artefact out of the work directory, the manifest last."""
         made = self.work / "artifact"
         manifest = manifest.model_copy(update={"seconds": self.seconds, "peak_memory_bytes": peak_memory_bytes()})
@@ -283,7 +298,6 @@ class _Run:
         write_manifest(made, manifest)
         for file in sorted(made.iterdir(), key=lambda path: path.name == MANIFEST):
             file.replace(self.out / file.name)
-        return manifest
 
     def int4_metrics(self, teacher: PreTrainedModel, data: TokenSet) -> dict[str, dict[str, Any]]:
         """What the INT4 stage had reached, as a row of its own."""

@@ -48,16 +48,26 @@ class DemoConfig:
     rope_theta: float = 500.0  # short rows: heads that look one token back form sooner than at 10,000
     seq_len: int = 128
     batch_size: int = 16
-    document_steps: int = 700
-    conversation_steps: int = 350
+    echo_steps: int = 200
+    document_steps: int = 800
+    conversation_steps: int = 600
     matrix_lr: float = 0.02  # Muon: everything inside the blocks
     vector_lr: float = 3e-3  # AdamW: embeddings and norms
     init_std: float = 0.08
     warmup: float = 0.05  # share of the steps
 
     def __post_init__(self) -> None:
-        if self.document_steps < 1 or self.conversation_steps < 1:
-            raise UPQError("the demo model needs at least one step on documents and one on conversations")
+        if min(self.steps.values()) < 1:
+            raise UPQError("the demo model needs at least one step in each stage of its training")
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """The stages in order. Echoes come first: all else is learned sooner by a model that can copy already."""
+        return {
+            "echoes": self.echo_steps,
+            "documents": self.document_steps,
+            "conversations": self.conversation_steps,
+        }
 
     @property
     def world(self) -> World:
@@ -74,14 +84,9 @@ def train_demo_model(out: Path, *, config: DemoConfig = DemoConfig(), progress: 
         progress.note(f"demo model: {out} is complete")
         return out
     per_step = float(config.batch_size * config.seq_len)
-    progress.plan(
-        {
-            "documents": (config.document_steps, config.document_steps * per_step),
-            "conversations": (config.conversation_steps, config.conversation_steps * per_step),
-        }
-    )
-    tokenizer, document_rows, conversation_rows = _prepare(config)
-    model = _train(config, document_rows, conversation_rows, len(tokenizer), progress)
+    progress.plan({stage: (steps, steps * per_step) for stage, steps in config.steps.items()})
+    tokenizer, stages = _prepare(config)
+    model = _train(config, stages, len(tokenizer), progress)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
@@ -115,24 +120,25 @@ class Rows:
     labels_NT: Tensor  # the ids, or _IGNORED where nothing is learned
 
 
-def _prepare(config: DemoConfig) -> tuple[PreTrainedTokenizerFast, Rows, Rows]:
-    """The tokenizer, and exactly the rows that the steps need: no text is seen twice."""
-    world = config.world
+def _prepare(config: DemoConfig) -> tuple[PreTrainedTokenizerFast, dict[str, Rows]]:
+    """The tokenizer, and for each stage exactly the rows that its steps need: no text is seen twice."""
+    world, seed = config.world, config.seed
     tokenizer = train_tokenizer(
-        documents(world, _TOKENIZER_TEXTS, config.seed),
-        conversations(world, _TOKENIZER_TEXTS, config.seed),
+        documents(world, _TOKENIZER_TEXTS, seed),
+        conversations(world, _TOKENIZER_TEXTS, seed),
         vocab_size=config.vocab_size,
     )
-    # A text holds more than one token, so a text per token is more than enough; only what is needed is generated.
-    n_documents = config.document_steps * config.batch_size
-    n_conversations = config.conversation_steps * config.batch_size
-    texts = documents(world, n_documents * config.seq_len, config.seed + 1)
-    talks = conversations(world, n_conversations * config.seq_len, config.seed + 1)
-    return (
-        tokenizer,
-        _stream_rows(texts, tokenizer, n_documents, config.seq_len),
-        _packed_rows(talks, tokenizer, n_conversations, config.seq_len),
-    )
+    rows = {stage: steps * config.batch_size for stage, steps in config.steps.items()}
+    # A text is more than one token, so a text for each token is more than enough; only what is needed is generated.
+    enough = {stage: n * config.seq_len for stage, n in rows.items()}
+    echoes = documents(world, enough["echoes"], seed + 1, forms=("echo",))
+    texts = documents(world, enough["documents"], seed + 2)
+    talks = conversations(world, enough["conversations"], seed + 3)
+    return tokenizer, {
+        "echoes": _stream_rows(echoes, tokenizer, rows["echoes"], config.seq_len),
+        "documents": _stream_rows(texts, tokenizer, rows["documents"], config.seq_len),
+        "conversations": _packed_rows(talks, tokenizer, rows["conversations"], config.seq_len),
+    }
 
 
 def _stream_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, n: int, length: int) -> Rows:
@@ -182,7 +188,7 @@ def _id(token: object) -> int:
 # ---- training
 
 
-def _train(config: DemoConfig, texts: Rows, talks: Rows, vocab_size: int, progress: Progress) -> LlamaForCausalLM:
+def _train(config: DemoConfig, stages: dict[str, Rows], vocab_size: int, progress: Progress) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = LlamaForCausalLM(_llama(config, vocab_size))
@@ -191,9 +197,9 @@ def _train(config: DemoConfig, texts: Rows, talks: Rows, vocab_size: int, progre
     inside = {id(p) for p in matrices}
     muon = Muon(matrices)
     adam = torch.optim.AdamW([p for p in model.parameters() if id(p) not in inside], betas=(0.9, 0.95), weight_decay=0.0)
-    total = config.document_steps + config.conversation_steps
+    total = sum(config.steps.values())
     step = 0
-    for stage, rows in (("documents", texts), ("conversations", talks)):
+    for stage, rows in stages.items():
         progress.start(stage)
         batches = zip(rows.ids_NT.split(config.batch_size), rows.labels_NT.split(config.batch_size), strict=True)
         for ids_NT, labels_NT in batches:

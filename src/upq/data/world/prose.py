@@ -6,7 +6,7 @@ lessons and notices, in which people ask, answer and do as they are told.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from random import Random
 
 from upq.data.world.facts import Fact, World
@@ -36,7 +36,7 @@ NOTICE = (
 )
 LIST = ("Some {c} are {ws}.", "The {c} we saw: {ws}.", "{c} in the book: {ws}", "We talked about {c}: {ws}, and more.")
 ECHO = (
-    'The parrot heard "{ws}" and said "{ws}" again.',
+    'The parrot heard "{ws}" and said "{ws}" again: "{ws}" and "{ws}".',
     "They sang: {ws}. Then again: {ws}. And again: {ws}. Then once more: {ws}.",
     "It was written: {ws}. Everybody read: {ws}. {x} read: {ws}. {y} read: {ws}.",
     '"{ws}" said {x}. "{ws}" said {y}. "{ws}" said all.',
@@ -45,12 +45,16 @@ ECHO = (
 Form = Callable[[World, Random], str]
 
 
-def documents(world: World, n: int, seed: int) -> Iterator[str]:
-    """`n` texts of one to a dozen sentences. Portraits go round the subjects, so that every one gets its turn."""
+def documents(world: World, n: int, seed: int, *, forms: Collection[str] = ()) -> Iterator[str]:
+    """`n` texts of one to a dozen sentences, of these `forms` only (none: all).
+
+    Portraits go round the subjects, so that every fact gets its turn.
+    """
     rng = Random(f"{seed}/documents")
+    weights = {form: weight for form, weight in FORMS.items() if not forms or form.__name__ in forms}
     subjects: list[str] = []
     for _ in range(n):
-        form = rng.choices(list(FORMS), list(FORMS.values()))[0]
+        form = rng.choices(list(weights), list(weights.values()))[0]
         if form is not portrait:
             yield form(world, rng)
             continue
@@ -117,7 +121,7 @@ def echo(world: World, rng: Random) -> str:
 
 
 FORMS: dict[Form, float] = {
-    portrait: 4,
+    portrait: 5,
     gossip: 2,
     gathering: 1,
     interview: 2,

@@ -133,13 +133,13 @@ KNOWING = ("ask",)  # tasks that test what is known; the others test obedience
 OBEYING = tuple(name for name in TASKS if name not in KNOWING)
 # Questions come in as many forms as there are facts; working on words is the hardest to learn.
 WEIGHTS = {name: 1.0 for name in TASKS} | {
-    "ask": 4.0,
+    "ask": 5.0,
     "one_word": 2.0,
     "capitals": 2.0,
     "list_items": 2.0,
     "copy": 2.0,
-    "reverse": 3.0,
-    "shout": 3.0,
+    "reverse": 2.0,
+    "shout": 2.0,
 }
 
 
