@@ -221,6 +221,15 @@ def test_torchrun_shares_the_training(model, text, finished, tmp_path):
     assert not (out / ".work").exists()
 
 
+def test_a_run_that_failed_on_its_data_can_be_mended(model, text, tmp_path):
+    """Nothing was solved yet, so the same directory takes the corrected command."""
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"\xff\xfe\x00 no text")
+    with pytest.raises(UPQError, match=r"bad\.txt"):
+        quantize(model, make_recipe(bad), tmp_path / "out")
+    assert quantize(model, make_recipe(text, "distill.tokens=0"), tmp_path / "out").layers
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_embeddings_can_be_packed_too(model, text, tmp_path, bits):
     manifest = quantize(model, make_recipe(text, f"embeddings.bits={bits}", "distill.tokens=0"), tmp_path / "out")

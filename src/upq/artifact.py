@@ -95,9 +95,16 @@ def _explained(path: Path) -> Iterator[None]:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
     """A safetensors file with JSON metadata; equal content gives equal bytes."""
     described = {_METADATA: json.dumps(dict(metadata or {}), sort_keys=True)}
-    # Clones of views: safetensors refuses tensors that share storage.
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    atomic_write(path, safetensors.torch.save(plain, described))
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        # safetensors refuses tensors that share storage; all others go to disk without a copy in memory.
+        if own.untyped_storage().data_ptr() in seen or own.untyped_storage().nbytes() != own.nbytes:
+            own = own.clone()
+        seen.add(own.untyped_storage().data_ptr())
+        plain[name] = own
+    atomic_write(path, lambda file: safetensors.torch.save_file(plain, file.name, described))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -125,15 +125,13 @@ class _Run:
             return None
         if out.exists() and not out.is_dir():
             raise UPQError(f"{out}: is a file; --out wants a directory")
-        state = run.work / "run.json"
-        if state.is_file():
-            found = json.loads(state.read_text())
+        if run.state.is_file():
+            found = json.loads(run.state.read_text())
             run.check(found["model"], found["recipe"], out)
             run.seconds = found["seconds"]
-        elif out.is_dir() and any(out.iterdir()):
+        elif out.is_dir() and any(path.name != WORK for path in out.iterdir()):
             raise UPQError(f"{out}: not empty, and no UPQ run is in it; name a new directory")
         run.work.mkdir(parents=True, exist_ok=True)
-        run.write_state()
         run.progress.plan(run.costs())
         return run
 
@@ -155,11 +153,16 @@ class _Run:
     def work(self) -> Path:
         return self.out / WORK
 
+    @property
+    def state(self) -> Path:
+        """What the run is. Written once the data is ready: until then nothing would be lost by another recipe."""
+        return self.work / "run.json"
+
     def write_state(self) -> None:
         if not self.writes:
             return
         state = {"model": self.digest, "recipe": self.recipe.model_dump(mode="json"), "seconds": self.seconds}
-        atomic_write(self.work / "run.json", json.dumps(state, indent=1))
+        atomic_write(self.state, json.dumps(state, indent=1))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -169,7 +172,8 @@ class _Run:
             yield
         finally:
             self.seconds[stage] = before + time.monotonic() - began
-            self.write_state()
+            if self.state.is_file():
+                self.write_state()
 
     def costs(self) -> dict[str, tuple[int, float]]:
         """Units and cost of each stage; the cost counts passes of one token through one block."""
@@ -217,6 +221,7 @@ class _Run:
             raise UPQError(f"{self.out}: the data has changed since this run began; restore it, or use another --out")
         if self.writes:
             atomic_write(seen, json.dumps(data.digest))
+            self.write_state()
         return data
 
     def blockwise(self, name: str, stage: Blockwise, data: TokenSet) -> None:

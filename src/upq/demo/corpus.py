@@ -16,7 +16,11 @@ def write_corpus(out: Path, world: World, *, n: int, seed: int) -> Path:
     if out.suffix not in (".jsonl", ".txt"):
         raise UPQError(f"{out}: the corpus is written as .jsonl or .txt")
     texts = documents(world, n, seed)
-    lines = (json.dumps({"text": text}) + "\n" for text in texts) if out.suffix == ".jsonl" else (f"{text}\n\n" for text in texts)
+    lines = (
+        (json.dumps({"text": text}) + "\n" for text in texts)
+        if out.suffix == ".jsonl"
+        else (f"{text}\n\n" for text in texts)
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{out.name}-", dir=out.parent)
     try:

@@ -48,9 +48,9 @@ class DemoConfig:
     rope_theta: float = 500.0  # short rows: heads that look one token back form sooner than at 10,000
     seq_len: int = 128
     batch_size: int = 16
-    echo_steps: int = 200
+    echo_steps: int = 150
     document_steps: int = 800
-    conversation_steps: int = 600
+    conversation_steps: int = 650
     matrix_lr: float = 0.02  # Muon: everything inside the blocks
     vector_lr: float = 3e-3  # AdamW: embeddings and norms
     init_std: float = 0.08
@@ -153,9 +153,7 @@ def _stream_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, n: in
     return Rows(ids_NT, ids_NT)
 
 
-def _packed_rows(
-    talks: Iterable[list[Message]], tokenizer: PreTrainedTokenizerFast, n: int, length: int
-) -> Rows:
+def _packed_rows(talks: Iterable[list[Message]], tokenizer: PreTrainedTokenizerFast, n: int, length: int) -> Rows:
     """Whole conversations, as many as fit a row; only what the assistant says is learned."""
     ids_NT = torch.full((n, length), _id(tokenizer.pad_token_id))
     labels_NT = torch.full((n, length), _IGNORED)
@@ -196,7 +194,9 @@ def _train(config: DemoConfig, stages: dict[str, Rows], vocab_size: int, progres
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     inside = {id(p) for p in matrices}
     muon = Muon(matrices)
-    adam = torch.optim.AdamW([p for p in model.parameters() if id(p) not in inside], betas=(0.9, 0.95), weight_decay=0.0)
+    adam = torch.optim.AdamW(
+        [p for p in model.parameters() if id(p) not in inside], betas=(0.9, 0.95), weight_decay=0.0
+    )
     total = sum(config.steps.values())
     step = 0
     for stage, rows in stages.items():
@@ -205,9 +205,7 @@ def _train(config: DemoConfig, stages: dict[str, Rows], vocab_size: int, progres
         for ids_NT, labels_NT in batches:
             scale = _schedule(step, total, config.warmup)
             logits_NTV = model(input_ids=ids_NT, use_cache=False).logits
-            loss = F.cross_entropy(
-                logits_NTV[:, :-1].flatten(0, 1), labels_NT[:, 1:].flatten(), ignore_index=_IGNORED
-            )
+            loss = F.cross_entropy(logits_NTV[:, :-1].flatten(0, 1), labels_NT[:, 1:].flatten(), ignore_index=_IGNORED)
             loss.backward()
             muon.step(config.matrix_lr * scale)
             adam.param_groups[0]["lr"] = config.vector_lr * scale

@@ -1,7 +1,7 @@
 """Muon (Jordan et al., 2024): momentum whose singular values are all made one, for matrices inside a network.
 
 A two-minute training has room for about a thousand steps. With AdamW alone the model does not learn to copy a word
-from its prompt in that time; with Muon it does after 150 steps.
+from its prompt in that time; with Muon it begins to after 150 steps.
 """
 
 from __future__ import annotations

@@ -52,9 +52,7 @@ def _answers(
 ) -> list[str]:
     messages = [list(item.messages) for item in items]
     rows: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    inputs = tokenizer.pad(
-        {"input_ids": rows["input_ids"]}, padding_side="left", return_tensors="pt"
-    ).to(model.device)
+    inputs = tokenizer.pad({"input_ids": rows["input_ids"]}, padding_side="left", return_tensors="pt").to(model.device)
     generate: Any = model.generate
     ids_NT: Tensor = generate(
         **inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id

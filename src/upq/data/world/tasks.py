@@ -137,9 +137,9 @@ WEIGHTS = {name: 1.0 for name in TASKS} | {
     "one_word": 2.0,
     "capitals": 2.0,
     "list_items": 2.0,
-    "copy": 2.0,
-    "reverse": 2.0,
-    "shout": 2.0,
+    "copy": 3.0,
+    "reverse": 4.0,
+    "shout": 4.0,
 }
 
 
@@ -171,5 +171,4 @@ def _full(fact: Fact) -> str:
 
 def _inner(fact: Fact) -> str:
     """The full answer as it stands after a first word: only a name keeps its capital."""
-    full = fact.relation.statements[0].format(s=fact.subject, o=fact.object)
-    return full
+    return fact.relation.statements[0].format(s=fact.subject, o=fact.object)
