@@ -1,1 +1,1 @@
-"""The demonstration: a small instruction-tuned model, trained on the spot, and the quiz that follows it down to 2 bits."""
+"""The demonstration: a small instruction-tuned model, trained on the spot, and the quiz it has to pass at 2 bits."""

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,11 +75,12 @@ class DemoConfig:
         return World(self.seed, self.world_size)
 
 
-def train_demo_model(out: Path, *, config: DemoConfig = DemoConfig(), progress: Progress = Silent()) -> Path:
+def train_demo_model(out: Path, *, config: DemoConfig = DemoConfig(), progress: Progress | None = None) -> Path:
     """A Hugging Face directory at `out` (safetensors, float32) with tokenizer and chat template.
 
     Does nothing if `out` already holds the model of this configuration; any other content is an error.
     """
+    progress = progress or Silent()
     identity = digest(dataclasses.asdict(config))
     if _already_there(out, identity):
         progress.note(f"demo model: {out} is complete")
@@ -160,7 +162,7 @@ def _packed_rows(talks: Iterable[list[Message]], tokenizer: PreTrainedTokenizerF
     talks = iter(talks)
     row = at = 0
     while row < n:
-        batch = tokenizer.apply_chat_template(
+        batch: Any = tokenizer.apply_chat_template(
             list(islice(talks, 256)), return_dict=True, return_assistant_tokens_mask=True
         )
         for ids, spoken in zip(batch["input_ids"], batch["assistant_masks"], strict=True):
@@ -189,7 +191,7 @@ def _id(token: object) -> int:
 def _train(config: DemoConfig, stages: dict[str, Rows], vocab_size: int, progress: Progress) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = LlamaForCausalLM(_llama(config, vocab_size))
+        model: LlamaForCausalLM = LlamaForCausalLM(_llama(config, vocab_size))
     model.train()
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     inside = {id(p) for p in matrices}
@@ -201,19 +203,21 @@ def _train(config: DemoConfig, stages: dict[str, Rows], vocab_size: int, progres
     step = 0
     for stage, rows in stages.items():
         progress.start(stage)
-        batches = zip(rows.ids_NT.split(config.batch_size), rows.labels_NT.split(config.batch_size), strict=True)
+        batches = zip(
+            torch.split(rows.ids_NT, config.batch_size), torch.split(rows.labels_NT, config.batch_size), strict=True
+        )
         for ids_NT, labels_NT in batches:
             scale = _schedule(step, total, config.warmup)
             logits_NTV = model(input_ids=ids_NT, use_cache=False).logits
             loss = F.cross_entropy(logits_NTV[:, :-1].flatten(0, 1), labels_NT[:, 1:].flatten(), ignore_index=_IGNORED)
-            loss.backward()
+            torch.autograd.backward(loss)
             muon.step(config.matrix_lr * scale)
             adam.param_groups[0]["lr"] = config.vector_lr * scale
             adam.step()
             adam.zero_grad()
             progress.advance(loss=loss.item())
             step += 1
-    return model.eval()
+    return model
 
 
 def _llama(config: DemoConfig, vocab_size: int) -> LlamaConfig:

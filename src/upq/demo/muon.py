@@ -44,9 +44,9 @@ def orthogonal(matrices_NOI: Tensor, *, iterations: int = 5) -> Tensor:
     """Near the closest (semi-)orthogonal matrices: the same singular vectors, singular values within 0.7 to 1.2."""
     a, b, c = _NEWTON_SCHULZ
     wide = matrices_NOI.shape[-2] <= matrices_NOI.shape[-1]
-    x = matrices_NOI if wide else matrices_NOI.mT
+    x: Tensor = matrices_NOI if wide else matrices_NOI.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(iterations):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, b * gram + c * gram @ gram, x, beta=a)
     return x if wide else x.mT

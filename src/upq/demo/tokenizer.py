@@ -41,7 +41,7 @@ def train_tokenizer(
         show_progress=False,
     )
     core.train_from_iterator(chain(documents, _turns(conversations)), trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core, bos_token=BOS, eos_token=END, pad_token=PAD, chat_template=CHAT_TEMPLATE
     )
 

@@ -35,7 +35,6 @@ LIST = (
     "Tell me {n} {w}, with a comma after each but the last.",
 )
 COPY = ("Copy these words: {ws}", "Say after me: {ws}", "Repeat these words in the same order: {ws}")
-REVERSE = ("Say these words backwards: {ws}", "Reverse the order: {ws}", "Write these words from last to first: {ws}")
 SHOUT = ("Write in capital letters: {ws}", "Turn into capitals: {ws}", "Say in capitals: {ws}")
 
 
@@ -101,7 +100,7 @@ def repeat(world: World, rng: Random) -> Exchange:
 
 
 def list_items(world: World, rng: Random) -> Exchange:
-    category, n = rng.choice(list(CATEGORIES)), rng.choice(list(NUMBERS))
+    category, n = rng.choice(list(CATEGORIES)), rng.choice((2, 3))
     pool = CATEGORIES[category]
     # A run through the category from a random start: of all ways to be different, the one easiest to learn.
     start = rng.randrange(len(pool))
@@ -115,11 +114,6 @@ def copy(world: World, rng: Random) -> Exchange:
     return _wording("copy", rng.choice(COPY).format(ws=" ".join(words)), " ".join(words))
 
 
-def reverse(world: World, rng: Random) -> Exchange:
-    words = _some_words(rng)
-    return _wording("reverse", rng.choice(REVERSE).format(ws=" ".join(words)), " ".join(reversed(words)))
-
-
 def shout(world: World, rng: Random) -> Exchange:
     words = _some_words(rng)
     return _wording("shout", rng.choice(SHOUT).format(ws=" ".join(words)), " ".join(words).upper())
@@ -127,19 +121,18 @@ def shout(world: World, rng: Random) -> Exchange:
 
 TASKS: dict[str, Task] = {
     f.__name__: f
-    for f in (ask, one_word, full_sentence, capitals, starts_with, ends_with, repeat, list_items, copy, reverse, shout)
+    for f in (ask, one_word, full_sentence, capitals, starts_with, ends_with, repeat, list_items, copy, shout)
 }
 KNOWING = ("ask",)  # tasks that test what is known; the others test obedience
 OBEYING = tuple(name for name in TASKS if name not in KNOWING)
 # Questions come in as many forms as there are facts; working on words is the hardest to learn.
-WEIGHTS = {name: 1.0 for name in TASKS} | {
+WEIGHTS = dict.fromkeys(TASKS, 1.0) | {
     "ask": 5.0,
     "one_word": 2.0,
     "capitals": 2.0,
     "list_items": 2.0,
     "copy": 3.0,
-    "reverse": 4.0,
-    "shout": 4.0,
+    "shout": 3.0,
 }
 
 
