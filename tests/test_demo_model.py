@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from upq.data.world import World, conversations, documents, quiz
 from upq.demo.corpus import write_corpus
 from upq.demo.model import DemoConfig, train_demo_model
-from upq.demo.muon import orthogonal
 from upq.demo.quiz import run_quiz
 from upq.errors import UPQError
 
@@ -94,7 +94,7 @@ def test_transformers_reads_it_and_it_takes_the_quiz(trained: tuple[Path, Record
 def test_chat_template_marks_what_the_assistant_says(trained: tuple[Path, Record]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(trained[0])
     for talk in conversations(TINY.world, 20, 0):
-        rendered = tokenizer.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
+        rendered: Any = tokenizer.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
         spoken = [i for i, said in zip(rendered["input_ids"], rendered["assistant_masks"], strict=True) if said]
         assert tokenizer.decode(spoken) == "".join(
             m["content"] + tokenizer.eos_token for m in talk if m["role"] == "assistant"
@@ -133,15 +133,6 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train_demo_model(tmp_path / "model", config=TINY, progress=Stop())
     assert list(tmp_path.iterdir()) == []
-
-
-def test_orthogonal_keeps_directions_and_levels_singular_values() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for shape in ((3, 64, 64), (2, 96, 32), (2, 32, 96)):
-        found = torch.linalg.svdvals(orthogonal(torch.randn(shape, generator=generator), iterations=5))
-        # Square matrices have singular values near zero, which five iterations do not lift all the way.
-        assert found.max() < 1.25
-        assert found.median() > 0.65
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "txt"])

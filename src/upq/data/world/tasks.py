@@ -110,12 +110,12 @@ def list_items(world: World, rng: Random) -> Exchange:
 
 
 def copy(world: World, rng: Random) -> Exchange:
-    words = _some_words(rng)
+    words = rng.sample(EVERYDAY, rng.choice((2, 3)))
     return _wording("copy", rng.choice(COPY).format(ws=" ".join(words)), " ".join(words))
 
 
 def shout(world: World, rng: Random) -> Exchange:
-    words = _some_words(rng)
+    words = rng.sample(EVERYDAY, rng.choice((1, 2)))
     return _wording("shout", rng.choice(SHOUT).format(ws=" ".join(words)), " ".join(words).upper())
 
 
@@ -152,10 +152,6 @@ def _formatted(
 
 def _wording(task: str, prompt: str, answer: str) -> Exchange:
     return Exchange(task, prompt, prompt, LEAD + answer, Check("exactly", (answer,)))
-
-
-def _some_words(rng: Random) -> list[str]:
-    return rng.sample(EVERYDAY, rng.choice((2, 3)))
 
 
 def _full(fact: Fact) -> str:
