@@ -19,6 +19,7 @@ LAYERS = (
     ("blockwise", "distill", "formats", "evals", "demo"),
     ("hf", "card", "pipeline", "console", "quiet"),
     ("cli",),
+    ("__main__",),
 )
 LAYER = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 ROOMS_APART = 3  # the layer whose rooms know nothing of one another
