@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from upq.artifact import Manifest
     from upq.demo.quiz import QuizResult
 
-QUESTIONS = 200
+QUESTIONS = 120
 SHOWN = 3  # prompts answered side by side
 DOCUMENTS = 12_000
 
