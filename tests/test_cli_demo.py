@@ -29,7 +29,7 @@ def test_the_demo_runs_to_its_end(tmp_path, monkeypatch, capsys):
         conversation_steps=2,
     )
     monkeypatch.setattr("upq.demo.model.DemoConfig", lambda: tiny)
-    monkeypatch.setattr(demo_command, "QUESTIONS", 10)
+    monkeypatch.setattr(demo_command, "QUESTIONS", 20)
     monkeypatch.setattr(demo_command, "DOCUMENTS", 300)
     monkeypatch.setenv("COLUMNS", "160")
     recipe = tmp_path / "recipe.yaml"

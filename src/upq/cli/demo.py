@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from upq.demo.quiz import QuizResult
 
 QUESTIONS = 120
-SHOWN = 3  # prompts answered side by side
+SHOWN = ("ask", "capitals", "repeat")  # kinds of which one prompt each is answered side by side
 DOCUMENTS = 12_000
 
 
@@ -91,7 +91,7 @@ def _scores(results: dict[str, QuizResult], manifests: dict[str, Manifest]) -> T
 
 
 def _answers(results: dict[str, QuizResult], prompts: list[str], kinds: list[str]) -> Table:
-    """Prompts of different kinds with every model's answer."""
+    """A prompt of each kind in SHOWN with every model's answer."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -99,9 +99,7 @@ def _answers(results: dict[str, QuizResult], prompts: list[str], kinds: list[str
     made.add_column("asked")
     for name in results:
         made.add_column(name)
-    shown: set[str] = set()
-    for i, kind in enumerate(kinds):
-        if kind not in shown and len(shown) < SHOWN:
-            shown.add(kind)
-            made.add_row(escape(prompts[i]), *(escape(result.answers[i]) for result in results.values()))
+    for kind in SHOWN:
+        i = kinds.index(kind)
+        made.add_row(escape(prompts[i]), *(escape(result.answers[i]) for result in results.values()))
     return made
