@@ -199,6 +199,13 @@ def step_times(data_dir: Path) -> dict[str, Any]:
         ours.step()
         ours.zero_grad()
 
+    def qat_bf16() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = objective(tokens, mask)
+        loss.backward()
+        ours.step()
+        ours.zero_grad()
+
     def fine_tuning() -> None:
         plain(tokens, labels=tokens).loss.backward()
         theirs.step()
@@ -208,8 +215,9 @@ def step_times(data_dir: Path) -> dict[str, Any]:
         with torch.no_grad():
             teacher(tokens)
 
-    times = {f.__name__: [] for f in (qat, fine_tuning, teacher_forward)}
-    for f in (qat, fine_tuning, teacher_forward) * 23:
+    functions = (qat, qat_bf16, fine_tuning, teacher_forward)
+    times: dict[str, list[float]] = {f.__name__: [] for f in functions}
+    for f in functions * 23:
         times[f.__name__].append(clocked(f))
     medians = {name: statistics.median(values[3:]) for name, values in times.items()}
     return {**medians, "ratio": medians["qat"] / (medians["fine_tuning"] + medians["teacher_forward"])}

@@ -146,7 +146,7 @@ def _step(
 
 
 def _autocast(config: Distill, device: torch.device) -> bool:
-    # On CPU the casts cost more than the products save: 251 ms a micro-batch against 152 (LOG.md).
+    # On CPU the casts cost more than the products save: 249 ms a step against 150 (LOG.md).
     return config.precision == "bf16" or (config.precision == "auto" and device.type != "cpu")
 
 
