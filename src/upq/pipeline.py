@@ -60,9 +60,11 @@ def quantize(
     Under torchrun the training is shared among all processes; the stages before and after it are the first one's.
     Raises UPQError, with nothing changed, where `out` holds something else: another model, recipe or data.
     """
-    processes = PartialState(cpu=_device(device) == "cpu", timeout=_PATIENCE)
+    target = _device(device)
+    processes = PartialState(cpu=target == "cpu", timeout=_PATIENCE)
+    if target == "cuda":
+        target = str(processes.device)  # a GPU for each process
     progress = (progress or Silent()) if processes.is_main_process else Silent()
-    target = str(processes.device) if _device(device) == "cuda" else _device(device)
     with processes.main_process_first():  # the others then find the blocks on disk
         run = _Run.open(_local(model), recipe, Path(out), target, progress, writes=processes.is_main_process)
         if run is None:

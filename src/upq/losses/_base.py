@@ -9,6 +9,7 @@ Shape suffixes: T = tokens, V = vocabulary. p = teacher, q = student, both as pr
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -40,7 +41,7 @@ LOSSES: Registry[type[Loss]] = Registry("upq.losses", "loss")
 
 
 class Divergence(Loss):
-    """A loss between two distributions. A subclass gives, per token, the value and d value / d log q."""
+    """A loss between two distributions. A subclass gives the value and the gradient of each token."""
 
     uses_teacher = True
 
@@ -56,9 +57,9 @@ class Divergence(Loss):
         scattered_TV[mask_T] = grad_TV
         return ValueAndGrad(value_T.sum(), scattered_TV)
 
+    @abstractmethod
     def per_token(self, logq_TV: Tensor, logp_TV: Tensor) -> tuple[Tensor, Tensor]:
         """Value (T,) and its gradient (T, V) with respect to the student's logits."""
-        raise NotImplementedError
 
 
 def log_softmax(logits_TV: Tensor) -> Tensor:
