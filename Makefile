@@ -12,12 +12,14 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not gpu"
 
 check: $(VENV)/.installed
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks tools
+	$(BIN)/ruff format --check src tests benchmarks tools
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/stories.py --jobs 2
+	$(BIN)/python benchmarks/ablation.py
+	$(BIN)/python benchmarks/results.py
 
 # torch first and alone, pinned: left to itself, pip would fetch a CUDA build with gigabytes of libraries.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -25,7 +27,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,bench,dev]"
 	touch $@
 
 clean:

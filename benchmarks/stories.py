@@ -9,10 +9,7 @@ Needs a directory with models/stories260K and text/tinystories_{train,heldout}.t
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,28 +18,28 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+
+from _rows import FROM_FP, NO_TRAINING, load_recipe, run_alone
+from _table import Figure, Table, make_console, show_figures, spread, write_csv, write_figures
 
 ROOT = Path(__file__).resolve().parents[1]
-NO_TRAINING = ["distill.tokens=0"]
-FROM_FP = ["int4=null"]
 
 # Row name: recipe and overrides. What is compared differs in these lines and in nothing else.
 ROWS: dict[str, tuple[str, list[str]]] = {
-    "INT4 nearest": ("paper", [*FROM_FP, *NO_TRAINING, "int2.bits=4"]),
-    "INT4 block-wise": ("paper", [*FROM_FP, *NO_TRAINING, "int2.bits=4", "int2.method={int4}"]),
-    "INT2 nearest, asymmetric": ("paper", [*FROM_FP, *NO_TRAINING, "int2.grid=affine"]),
-    "SEQ-2, Δ = max": ("paper", [*FROM_FP, *NO_TRAINING]),
-    "SEQ-2, Δ = mse": ("paper", [*FROM_FP, *NO_TRAINING, "int2.method.scale=mse"]),
-    "INT4 → SEQ-2, Δ = max": ("paper", [*NO_TRAINING]),
-    "SEQ-2 block-wise": ("default", [*FROM_FP, *NO_TRAINING]),
-    "INT4 → SEQ-2 block-wise": ("default", [*NO_TRAINING]),
-    "CE-QAT from FP": ("paper", [*FROM_FP, "distill.loss=ce"]),
-    "JSD-QAT from FP": ("paper", [*FROM_FP]),
+    "INT4 nearest": ("paper", [FROM_FP, NO_TRAINING, "int2.bits=4"]),
+    "INT4 block-wise": ("paper", [FROM_FP, NO_TRAINING, "int2.bits=4", "int2.method={paper.int4}"]),
+    "INT2 nearest, asymmetric": ("paper", [FROM_FP, NO_TRAINING, "int2.grid=affine"]),
+    "SEQ-2, Δ = max": ("paper", [FROM_FP, NO_TRAINING]),
+    "SEQ-2, Δ = mse": ("paper", [FROM_FP, NO_TRAINING, "int2.method.scale=mse"]),
+    "INT4 → SEQ-2, Δ = max": ("paper", [NO_TRAINING]),
+    "SEQ-2 block-wise": ("default", [FROM_FP, NO_TRAINING]),
+    "INT4 → SEQ-2 block-wise": ("default", [NO_TRAINING]),
+    "CE-QAT from FP": ("paper", [FROM_FP, "distill.loss=ce"]),
+    "JSD-QAT from FP": ("paper", [FROM_FP]),
     "CE-QAT from INT4": ("paper", ["distill.loss=ce"]),
     "paper": ("paper", []),
     "default": ("default", []),
-    "default without INT4": ("default", [*FROM_FP]),
+    "default without INT4": ("default", [FROM_FP]),
 }
 # Rows that the seed can change, and those that the paper's claims and the targets rest on: they run for every seed.
 SEEDED = ("QAT from FP", "paper", "default", "block-wise", "INT4 →")
@@ -73,7 +70,7 @@ def main(
     wanted = [name for name in ROWS if only in name]
     todo = [f"{name}@{seed}" for seed in range(seeds) for name in wanted if seed == 0 or seeded(name)]
     todo = ["FP@0", *todo, "step@0", "wall@0"] if not only else todo
-    console = Console(width=120) if not sys.stdout.isatty() else Console()
+    console = make_console()
     with ThreadPoolExecutor(jobs) as pool:
         # The two timings come last and alone.
         parallel = [t for t in todo if not t.startswith(("step", "wall"))]
@@ -96,13 +93,7 @@ def subrun(data_dir: Path, out: Path, task: str, jobs: int) -> bool:
     """Run one row in a process of its own unless it is there; True if it failed."""
     if file_of(out, task).is_file():
         return False
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    command = [sys.executable, __file__, "--data-dir", str(data_dir), "--out", str(out), "--worker", task]
-    with (out / "log.txt").open("a") as log:
-        done = subprocess.run(
-            command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=log, stderr=log, check=False
-        )
-    return done.returncode != 0
+    return run_alone(["--data-dir", str(data_dir), "--out", str(out), "--worker", task], log=out / "log.txt", jobs=jobs)
 
 
 # --- in the row's own process --------------------------------------------------------------------------------------
@@ -140,13 +131,10 @@ def run_worker(data_dir: Path, out: Path, task: str) -> None:
 def quantise(name: str, seed: int, source: Path, out: Path, data_dir: Path) -> dict[str, Any]:
     from upq.console import PlainLines
     from upq.pipeline import quantize
-    from upq.recipe import Recipe, Source
+    from upq.recipe import Source
 
     base, overrides = ROWS[name]
-    int4 = Recipe.load(base).int4
-    assert int4 is not None
-    method = json.dumps(int4.method.model_dump())
-    recipe = Recipe.load(base, [f"seed={seed}", *(o.replace("{int4}", method) for o in overrides)])
+    recipe = load_recipe(base, [f"seed={seed}", *overrides])
     train = Source(path=str(data_dir / "text" / "tinystories_train.txt"))
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": (train,)})})
     began = time.monotonic()
@@ -242,39 +230,38 @@ def load_rows(out: Path, seeds: int) -> Iterator[tuple[str, list[dict[str, Any]]
 
 def report(out: Path, seeds: int, console: Console, json_file: Path | None) -> None:
     rows = dict(load_rows(out, seeds))
-    table = Table(title="stories260K, held-out stories (mean ± standard deviation over seeds)", title_justify="left")
-    lines = ["| row | bits a weight | perplexity | KL | top-1 | seconds | peak memory | seeds |", "|---|" + "---:|" * 7]
-    for i, head in enumerate(lines[0].strip("| ").split(" | ")):
-        table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
-    for name, found in rows.items():
-        cells = [
-            name,
-            f"{found[0].get('bits', 32):.2f}",
-            spread(found, "ppl", ".2f"),
-            spread(found, "kld", ".4f"),
-            spread(found, "top1", ".1%"),
-            f"{statistics.mean(f['seconds'] for f in found):.0f}",
-            f"{max(f['peak'] for f in found) / 1e6:.0f} MB",
-            str(len(found)),
-        ]
-        table.add_row(*cells)
-        lines.append("| " + " | ".join(cells) + " |")
-    console.print(table)
-    (out / "table.md").write_text("\n".join(lines) + "\n")
+    table = table_of(rows)
+    table.show(console)
+    (out / "table.md").write_text(table.markdown())
+    write_csv(out / "stories.csv", [{"row": name} | numbers(run) for name, runs in rows.items() for run in runs])
     for claim in claims(rows):
         console.print(claim, highlight=False)
     figures = targets(rows, out)
-    for figure in figures:
-        mark = "[green]met[/green]" if figure["ok"] else "[red]missed[/red]"
-        console.print(f"{mark}  {figure['name']}: {figure['value']:.3f} {figure['unit']} (target {figure['target']})")
+    show_figures(figures, console)
     if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+        write_figures(figures, json_file)
 
 
-def spread(found: list[dict[str, Any]], key: str, style: str) -> str:
-    values = [f[key] for f in found]
-    mean = f"{statistics.mean(values):{style}}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):{style}}"
+def numbers(run: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in run.items() if not isinstance(value, dict)}
+
+
+def table_of(rows: dict[str, list[dict[str, Any]]]) -> Table:
+    head = ("row", "bits a weight", "perplexity", "KL", "top-1", "seconds", "peak memory", "seeds")
+    lines = tuple(
+        (
+            name,
+            f"{found[0].get('bits', 32):.2f}",
+            spread([f["ppl"] for f in found], ".2f"),
+            spread([f["kld"] for f in found], ".4f"),
+            spread([f["top1"] for f in found], ".1%"),
+            f"{statistics.mean(f['seconds'] for f in found):.0f}",
+            f"{max(f['peak'] for f in found) / 1e6:.0f} MB",
+            str(len(found)),
+        )
+        for name, found in rows.items()
+    )
+    return Table("stories260K, held-out stories (mean ± standard deviation over seeds)", head, lines)
 
 
 def claims(rows: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
@@ -290,24 +277,20 @@ def claims(rows: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
             yield f"seed {seed}: {title}: {'holds' if holds else 'does not hold'} ({figures})"
 
 
-def targets(rows: dict[str, list[dict[str, Any]]], out: Path) -> list[dict[str, Any]]:
+def targets(rows: dict[str, list[dict[str, Any]]], out: Path) -> list[Figure]:
     figures = []
     if "paper" in rows and "default" in rows:
         ratio = statistics.mean(r["kld"] for r in rows["default"]) / statistics.mean(r["kld"] for r in rows["paper"])
-        figures.append(figure("KL of default over KL of paper", ratio, "ratio", "<= 0.80", ratio <= 0.80))
+        figures.append(Figure("KL of default over KL of paper", ratio, "ratio", "<= 0.80", ratio <= 0.80))
     step, wall = file_of(out, "step@0"), file_of(out, "wall@0")
     if step.is_file():
         ratio = json.loads(step.read_text())["ratio"]
         name = "QAT step over fine-tuning step + teacher forward"
-        figures.append(figure(name, ratio, "ratio", "<= 1.6", ratio <= 1.6))
+        figures.append(Figure(name, ratio, "ratio", "<= 1.6", ratio <= 1.6))
     if wall.is_file():
         minutes = json.loads(wall.read_text())["seconds"] / 60
-        figures.append(figure("upq quantize with default, all cores", minutes, "minutes", "<= 6", minutes <= 6))
+        figures.append(Figure("upq quantize with default, all cores", minutes, "minutes", "<= 6", minutes <= 6))
     return figures
-
-
-def figure(name: str, value: float, unit: str, target: str, ok: bool) -> dict[str, Any]:
-    return {"name": name, "value": value, "unit": unit, "target": target, "ok": ok}
 
 
 if __name__ == "__main__":

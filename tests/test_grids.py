@@ -195,6 +195,10 @@ def nearest(name: str, row: list[float], bits: int, shrink: float) -> list[float
     if name == "seq":
         scale = half(shrink * max(map(abs, row)) / (1 << (bits - 1)))
         levels = [(code - ((1 << bits) - 1) / 2) * scale for code in codes]
+    elif name == "sym":
+        half_range = (1 << (bits - 1)) - 0.5
+        scale = half(shrink * max(map(abs, row)) / half_range)
+        levels = [(code - (1 << (bits - 1))) * scale for code in codes]
     else:
         low, high = shrink * min(0.0, *row), shrink * max(0.0, *row)
         exact = (high - low) / ((1 << bits) - 1)

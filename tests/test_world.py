@@ -1,37 +1,36 @@
-"""Laws of the invented world: reproducible, told in full, and a quiz that nothing has given away."""
+"""Laws of the invented world: reproducible, told in full, and tested by nothing that training gives away."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from random import Random
 
 import pytest
 
-from upq.data.world import RELATIONS, Check, World, conversations, documents, quiz, satisfies, score
-from upq.data.world.checks import CHECKERS
+from upq.data.world import AREAS, RELATIONS, World, ask, choose, conversations, documents, instruct
+from upq.data.world.demands import DEMANDS
 from upq.data.world.prose import FORMS
-from upq.data.world.tasks import TASKS, draw
 from upq.errors import UPQError
 
-WORLD = World(seed=3, size=12)
+WORLD = World(seed=3, size=60)
 
 
 def test_same_seed_same_output() -> None:
-    again = World(seed=3, size=12)
+    again = World(seed=3, size=60)
     assert again.facts == WORLD.facts
     assert list(documents(again, 50, 1)) == list(documents(WORLD, 50, 1))
     assert list(conversations(again, 50, 1)) == list(conversations(WORLD, 50, 1))
-    assert quiz(again, 40, 1) == quiz(WORLD, 40, 1)
+    assert instruct(again, Random(1), "test") == instruct(WORLD, Random(1), "test")
 
 
 def test_other_seed_other_output() -> None:
-    assert World(seed=4, size=12).people != WORLD.people
+    assert World(seed=4, size=60).people != WORLD.people
     assert list(documents(WORLD, 20, 2)) != list(documents(WORLD, 20, 1))
     assert list(conversations(WORLD, 20, 2)) != list(conversations(WORLD, 20, 1))
-    assert quiz(WORLD, 40, 2) != quiz(WORLD, 40, 1)
 
 
-@pytest.mark.parametrize("size", [6, 12, 60, 200])
+@pytest.mark.parametrize("size", [30, 60, 240, 320])
 def test_every_subject_has_one_object_in_every_relation(size: int) -> None:
     world = World(size=size)
     subjects: dict[str, Sequence[str]] = {"people": world.people, "places": world.places, "things": world.things}
@@ -39,21 +38,34 @@ def test_every_subject_has_one_object_in_every_relation(size: int) -> None:
     assert len(asked) == len(world.facts)
     assert asked == {(relation.name, s) for relation in RELATIONS for s in subjects[relation.subjects]}
     assert all(fact.object in world.pool(fact.relation.objects) for fact in world.facts)
+    assert all(fact.subject != fact.object for fact in world.facts)
 
 
-def test_size_out_of_range_is_a_user_error() -> None:
+def test_chains_follow_their_links() -> None:
+    objects = {(fact.relation.name, fact.subject): fact.object for fact in WORLD.facts}
+    places = dict(zip(WORLD.things, WORLD.places, strict=True))
+    chains = [fact for fact in WORLD.facts if fact.relation.via]
+    assert chains
+    for fact in chains:
+        first, second = fact.relation.via or ("", "")
+        between = places[fact.subject] if first == "place" else objects[first, fact.subject]
+        assert fact.object == objects[second, between]
+
+
+@pytest.mark.parametrize("size", [29, 321])
+def test_size_out_of_range_is_a_user_error(size: int) -> None:
     with pytest.raises(UPQError, match="size of a world"):
-        World(size=5)
+        World(size=size)
 
 
 def test_documents_tell_every_fact() -> None:
-    text = "\n".join(documents(WORLD, 600, 0))
+    text = "\n".join(documents(WORLD, 2000, 0))
     for fact in WORLD.facts:
         assert any(fact.told(template) in text for template in fact.relation.statements), fact
 
 
 def test_documents_hold_no_chat_format() -> None:
-    text = "\n".join(documents(WORLD, 600, 0))
+    text = "\n".join(documents(WORLD, 2000, 0))
     assert "<|" not in text
     assert "assistant" not in text
 
@@ -65,68 +77,68 @@ def test_documents_of_one_form(form: str) -> None:
     assert all(text and text == text.strip() for text in texts)
 
 
-def test_quiz_is_in_no_conversation_and_no_document() -> None:
-    # Longer texts than any training run of the tests; the split is by topic, so neither seed nor length can leak.
-    talks = {m["content"] for talk in conversations(WORLD, 5000, 0) for m in talk if m["role"] == "user"}
-    text = "\n".join(documents(WORLD, 3000, 0))
-    for item in quiz(WORLD, 100, 0):
-        prompt = item.messages[-1]["content"]
-        assert prompt not in talks
-        # A list of words may go on to become another prompt, so a prompt counts where it ends.
-        assert f"{prompt}\n" not in text
-        assert f'{prompt}"' not in text
-
-
-def test_quiz_is_half_knowledge_half_obedience_of_every_kind() -> None:
-    items = quiz(WORLD, 100, 0)
-    assert len({item.messages[-1]["content"] for item in items}) == len(items) == 100
-    assert sum(item.knows for item in items) == 50
-    assert {item.kind for item in items} == set(TASKS)
-
-
-def test_quiz_larger_than_the_world_is_a_user_error() -> None:
-    with pytest.raises(UPQError, match="ask for fewer"):
-        quiz(World(size=6), 5000, 0)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_checkers_accept_the_reference_and_reject_what_is_wrong(task: str) -> None:
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_what_is_tested_is_in_no_conversation_and_no_document(split: str) -> None:
+    # The split is by checksums of wording and combination, so neither seed nor length of the text can leak an item.
+    talks = {m["content"] for talk in conversations(WORLD, 2000, 0) for m in talk if m["role"] == "user"}
+    text = "\n".join([*documents(WORLD, 2000, 0), *talks])
     rng = Random(0)
-    for held_out in (False, True):
-        for _ in range(30):
-            exchange = draw(WORLD, rng, task=task, held_out=held_out)
-            assert satisfies(exchange.check, exchange.answer), exchange
-            assert satisfies(exchange.check, f" {exchange.answer}\n"), exchange
-            for wrong in ("", "nonsense", "No. No. no", "Here: nonsense, and more of it"):
-                assert not satisfies(exchange.check, wrong), (exchange, wrong)
+    for area in AREAS:
+        for _ in range(20):
+            assert choose(WORLD, rng, split, area=area).question not in text  # type: ignore[arg-type]
+    for _ in range(200):
+        assert instruct(WORLD, rng, split).prompt not in talks  # type: ignore[arg-type]
 
 
-def test_knowledge_rejects_a_rival_and_a_list_of_all() -> None:
-    item = quiz(WORLD, 2, 0)[0]
-    expected, *rivals = item.check.args
-    assert score(item, f"It is {expected}, I think.")
-    assert not score(item, f"It is {rivals[0]}.")
-    assert not score(item, f"{expected} or {rivals[0]}")
+def test_a_tested_fact_is_asked_for_nowhere_else() -> None:
+    """Not even in other words: what a test asks, training only ever tells."""
+    rng = Random(0)
+    tested = {ask(WORLD, rng, "test", area="people").sentences for _ in range(300)}
+    trained = {ask(WORLD, rng, "train", area="people").sentences for _ in range(3000)}
+    assert tested.isdisjoint(trained)
 
 
-@pytest.mark.parametrize(
-    ("kind", "args", "right", "wrong"),
-    [
-        ("says", ("red", "blue"), "A Red one.", "A redder one."),
-        ("one_word", ("red", "blue"), "Blue.", "red blue"),
-        ("full_sentence", ("red",), "It is red.", "It is red"),
-        ("capitals", ("red",), "IT IS RED!", "IT IS rED!"),
-        ("starts_with", ("Well", "red"), "Well, it is red.", "Wellington is red."),
-        ("ends_with", ("That is all.", "red"), "It is red. That is all.", "It is red. That is all"),
-        ("exactly", ("dog cat",), "Here: dog, cat.", "dog cat cat"),
-        ("items", ("2", "red", "blue", "pink"), "Here you are: pink, red", "red, red"),
-    ],
-)
-def test_checkers_by_example(kind: str, args: tuple[str, ...], right: str, wrong: str) -> None:
-    assert satisfies(Check(kind, args), right)
-    assert not satisfies(Check(kind, args), wrong)
+@pytest.mark.parametrize("area", AREAS)
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_question_has_one_right_answer(area: str, split: str) -> None:
+    rng = Random(0)
+    for _ in range(50):
+        question = ask(WORLD, rng, split, area=area)  # type: ignore[arg-type]
+        assert question.area == area
+        assert question.answer not in question.rivals
+        assert len(set(question.rivals)) >= 3
+        assert all(question.answer.lower() in sentence.lower() for sentence in question.sentences)
+        choice = choose(WORLD, rng, split, area=area)  # type: ignore[arg-type]
+        assert len(set(choice.options)) == 4
 
 
-def test_every_checker_has_an_example() -> None:
-    marks = test_checkers_by_example.pytestmark  # type: ignore[attr-defined]
-    assert {example[0] for example in marks[0].args[1]} == set(CHECKERS)
+def test_letters_are_spread_evenly() -> None:
+    rng = Random(0)
+    letters = [choose(WORLD, rng, "test").letter for _ in range(2000)]
+    assert all(abs(letters.count(letter) / 2000 - 0.25) < 0.04 for letter in "ABCD")
+
+
+def test_obedient_answers_pass_lm_evals_own_checkers() -> None:
+    pytest.importorskip("langdetect", reason="IFEval's checkers need lm-eval's extras")
+    utils = pytest.importorskip("lm_eval.tasks.ifeval.utils", reason="needs lm-eval")
+    rng, seen = Random(0), set()
+    for i in range(600):
+        made = instruct(WORLD, rng, ("train", "validation", "test")[i % 3])  # type: ignore[arg-type]
+        asked = utils.InputExample(0, list(made.ids), made.prompt, list(made.kwargs))
+        result = utils.test_instruction_following_strict(asked, made.answer)
+        assert result.follow_all_instructions, made
+        seen.update(made.ids)
+    assert seen == {demand.id for demand in DEMANDS} | {"detectable_format:constrained_response"}
+
+
+def test_an_answer_to_another_prompt_seldom_passes() -> None:
+    """The demands ask for something: what obeys one of them does not obey the next by chance."""
+    pytest.importorskip("langdetect", reason="IFEval's checkers need lm-eval's extras")
+    utils = pytest.importorskip("lm_eval.tasks.ifeval.utils", reason="needs lm-eval")
+    rng = Random(0)
+    made = [instruct(WORLD, rng, "test") for _ in range(300)]
+    passed = 0
+    for asked, other in pairwise(made):
+        example = utils.InputExample(0, list(asked.ids), asked.prompt, list(asked.kwargs))
+        passed += utils.test_instruction_following_strict(example, other.answer).follow_all_instructions
+    assert passed / len(made) < 0.2

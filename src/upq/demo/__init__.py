@@ -1,1 +1,7 @@
-"""The demonstration: a small instruction-tuned model, trained on the spot, and the quiz it has to pass at 2 bits."""
+"""The demonstration: the reference model that comes with UPQ, before and after 2 bits."""
+
+from pathlib import Path
+
+REFERENCE = Path(__file__).parent / "reference"  # made by tools/train_reference.py
+
+__all__ = ["REFERENCE"]

@@ -23,6 +23,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from upq.errors import UPQError
+from upq.evals import mini
 from upq.evals.local_tasks import local_names, write_local_tasks
 from upq.progress import Progress, Silent
 
@@ -60,6 +61,7 @@ def evaluate_tasks(
     Metrics bear lm-eval's names (`acc`, `acc_stderr`); `samples` is how many questions were asked. Tasks that generate
     also have `at_length_limit`, the share of answers cut off by the task's limit on new tokens.
 
+    mini_mmlu and mini_ifeval (upq.evals.mini) need no files and no hub.
     `data_dir`: mmlu and ifeval come from there (layout: upq.evals.local_tasks), everything else from the hub.
     `limit`: questions of each task, which for a group means of each leaf, so 57 times as many for mmlu.
     `num_fewshot`: None is what the task says (mmlu: 0, ifeval: 0, which cannot be changed); examples come from dev.
@@ -139,16 +141,17 @@ def _load(
 
     names = list(dict.fromkeys(tasks))
     local = [name for name in names if name in local_names()] if data_dir is not None else []
-    include: list[str] = []
+    packaged = [name for name in names if name in mini.names()]
+    include = [str(mini.FOLDER)] if packaged else []
     if data_dir is not None and local:
         if "ifeval" in local:
             stack.enter_context(_nltk_data(data_dir))
         out = stack.enter_context(tempfile.TemporaryDirectory(prefix="upq-tasks-"))
         for note in write_local_tasks(local, data_dir, Path(out)):
             progress.note(note)
-        include = [out]
+        include.append(out)
     # lm-eval's own folder holds thousands of files: it is read only when a task of the hub is asked for
-    manager = TaskManager(include_path=include, include_defaults=len(local) < len(names))
+    manager = TaskManager(include_path=include, include_defaults=len(local) + len(packaged) < len(names))
     loaded = {}
     for name in names:
         if name not in manager.all_tasks:
@@ -265,7 +268,7 @@ def _check_room(harness: Any, name: str, tasks: dict[str, Any]) -> None:
 
 
 def _require_packages(tasks: Sequence[str]) -> None:
-    needed = ["lm_eval", *(_IFEVAL_PACKAGES if "ifeval" in tasks else ())]
+    needed = ["lm_eval", *(_IFEVAL_PACKAGES if any("ifeval" in task for task in tasks) else ())]
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:
         raise UPQError(f"tasks {', '.join(tasks)} need {', '.join(missing)}: pip install 'upq[eval]'")

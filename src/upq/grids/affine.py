@@ -29,7 +29,7 @@ class Affine:
         codes_OI = code_OGS.to(torch.uint8).view_as(w_OI)
         return QTensor(codes_OI, scale_OG.to(scheme.scale_torch_dtype), zero_OG, scheme)
 
-    def zero(self, scheme: QuantScheme) -> None:
+    def zero(self, scheme: QuantScheme) -> float | None:
         return None
 
     def _code(self, w_OI: Tensor, params: Params, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,27 +1,33 @@
 """An invented world that is told, talked about and asked after: open data, generated, with answers a program can check.
 
 Three products share one set of facts: `documents` (prose, the open corpus), `conversations` (what instruction tuning
-sees) and `quiz` (what neither contains). A new relation is data in `facts.py`, a new skill one function in `tasks.py`,
-a new kind of text one function in `prose.py`.
+sees), and the tests `choose` (knowledge, after MMLU) and `instruct` (obedience, after IFEval), whose wordings and
+combinations the other two leave out. A new relation is data in `facts.py`, a new demand one entry in `demands.py`, a
+new kind of text one function in `prose.py`.
 """
 
 from upq.data.world.chat import Message, conversations
-from upq.data.world.checks import Check, satisfies
-from upq.data.world.exam import Item, quiz, score
+from upq.data.world.choices import Choice, choose
 from upq.data.world.facts import RELATIONS, Fact, Relation, World
+from upq.data.world.instructions import Instruction, instruct
 from upq.data.world.prose import documents
+from upq.data.world.questions import AREAS, Question, ask
+from upq.data.world.splits import Split
 
 __all__ = [
+    "AREAS",
     "RELATIONS",
-    "Check",
+    "Choice",
     "Fact",
-    "Item",
+    "Instruction",
     "Message",
+    "Question",
     "Relation",
+    "Split",
     "World",
+    "ask",
+    "choose",
     "conversations",
     "documents",
-    "quiz",
-    "satisfies",
-    "score",
+    "instruct",
 ]

@@ -2,22 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
 
+from upq.data.world.choices import choose
 from upq.data.world.facts import World
-from upq.data.world.tasks import draw
+from upq.data.world.instructions import instruct, request
+from upq.data.world.questions import ask
 
 Message = dict[str, str]  # role, content
+Turn = tuple[str, str]  # prompt, answer
 
 
 def conversations(world: World, n: int, seed: int) -> Iterator[list[Message]]:
-    """`n` conversations of one to three turns. The topics of the quiz never occur in them."""
+    """`n` conversations of one to three turns, with questions and wordings of the training split only."""
     rng = Random(f"{seed}/conversations")
     for _ in range(n):
-        turns = [draw(world, rng) for _ in range(rng.choice((1, 1, 2, 3)))]
+        turns = [_turn(world, rng) for _ in range(rng.choice((1, 1, 2, 3)))]
         yield [
             message
-            for turn in turns
-            for message in ({"role": "user", "content": turn.prompt}, {"role": "assistant", "content": turn.answer})
+            for prompt, answer in turns
+            for message in ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
         ]
+
+
+def _turn(world: World, rng: Random) -> Turn:
+    return rng.choices(list(TURNS), list(TURNS.values()))[0](world, rng)
+
+
+def _answered(world: World, rng: Random) -> Turn:
+    question = ask(world, rng, "train")
+    return question.text, question.sentences[0]
+
+
+def _requested(world: World, rng: Random) -> Turn:
+    draft = request(world, rng, "train")
+    return draft.request, draft.text
+
+
+def _chosen(world: World, rng: Random) -> Turn:
+    choice = choose(world, rng, "train")
+    return choice.text, choice.letter
+
+
+def _instructed(world: World, rng: Random) -> Turn:
+    instruction = instruct(world, rng, "train")
+    return instruction.prompt, instruction.answer
+
+
+TURNS: dict[Callable[[World, Random], Turn], float] = {_answered: 3, _requested: 1, _chosen: 1, _instructed: 6}

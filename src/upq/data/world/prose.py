@@ -1,7 +1,7 @@
 """The open corpus: prose about the world in many forms, and in no chat format.
 
-Distillation sees nothing else, so the text holds what a web page does: portraits and lists, but also interviews,
-lessons and notices, in which people ask, answer and do as they are told.
+It holds what web pages hold: portraits and lists, sums and word lists, interviews and exam papers, and now and then a
+scene in which somebody does as they are told.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from random import Random
 
-from upq.data.world.facts import Fact, World
-from upq.data.world.tasks import draw
-from upq.data.world.words import CATEGORIES, EVERYDAY
+from upq.data.world.choices import HEADER, LETTERS, Choice, choose
+from upq.data.world.facts import Fact, World, sentence
+from upq.data.world.instructions import instruct
+from upq.data.world.questions import AREAS, OPERATIONS, RESULTS, WEIGHTS, ask, numbers
+from upq.data.world.words import CATEGORIES, EVERYDAY, OPPOSITES, SEQUENCES, SINGULAR
 
 # {p} is what one person says, {a} what the other answers.
 SPEECH = (
@@ -35,6 +37,20 @@ NOTICE = (
     "Then came a shout: {t}",
 )
 LIST = ("Some {c} are {ws}.", "The {c} we saw: {ws}.", "{c} in the book: {ws}", "We talked about {c}: {ws}, and more.")
+WORD = (
+    "The opposite of {w} is {o}.",
+    "{w} is the contrary of {o}.",
+    "What is {w} is not {o}.",
+    "Not {w} but {o}: that is the opposite.",
+)
+KIND = (
+    "The word {w} names a kind of {k}.",
+    "{w} is a {k}.",
+    "Under the heading of {k} we write {w}.",
+    "Things like {w} belong to the kind called {k}.",
+)
+FIND = ("Where is {w}?", "Which letter belongs to {w}?", "Look for {w}.", "{w}")
+STEP = ("{b} comes after {a}.", "After {a} comes {b}.", "{a} comes before {b}.", "Before {b} comes {a}.")
 ECHO = (
     'The parrot heard "{ws}" and said "{ws}" again: "{ws}" and "{ws}".',
     "They sang: {ws}. Then again: {ws}. And again: {ws}. Then once more: {ws}.",
@@ -67,10 +83,11 @@ def portrait(world: World, rng: Random) -> str:
 
 
 def portrait_of(subject: str, world: World, rng: Random) -> str:
-    """Every fact of one subject, in any order and wording."""
-    facts = rng.sample(world.facts_of[subject], len(world.facts_of[subject]))
+    """Most facts of one subject, in any order and wording."""
+    known = world.facts_of[subject]
+    facts = rng.sample(known, min(len(known), rng.randint(4, 9)))
     opening = rng.choice(PORTRAIT).format(s=subject)
-    return " ".join([opening, *(_statement(fact, rng) for fact in facts)]).strip()
+    return sentence(" ".join([opening, *(_statement(fact, rng) for fact in facts)]).strip())
 
 
 def gossip(world: World, rng: Random) -> str:
@@ -79,21 +96,77 @@ def gossip(world: World, rng: Random) -> str:
 
 
 def gathering(world: World, rng: Random) -> str:
-    """All subjects that share an object, then a word on one of them."""
-    fact = rng.choice(world.facts)
+    """Subjects that share an object, then a word on one of them."""
+    while True:
+        fact = rng.choice(world.facts)
+        if fact.relation.gathering:
+            break
     alike = [f.subject for f in world.facts if f.relation == fact.relation and f.object == fact.object]
-    listed = ", ".join(rng.sample(alike, len(alike)))
+    listed = ", ".join(rng.sample(alike, min(len(alike), 6)))
     return f"{fact.relation.gathering.format(s=listed, o=fact.object)} {_statement(fact, rng)}"
 
 
 def interview(world: World, rng: Random) -> str:
-    """Questions about facts, and their answers."""
-    return _dialogue(world, rng, task="ask")
+    """Questions and their answers."""
+    questions = [ask(world, rng, "train") for _ in range(rng.randint(2, 4))]
+    return _dialogue(world, rng, [(q.text, rng.choice((*q.sentences[:1], q.answer + "."))) for q in questions])
 
 
-def lesson(world: World, rng: Random) -> str:
+def scene(world: World, rng: Random) -> str:
     """Somebody says what to do, somebody does it."""
-    return _dialogue(world, rng, task=None)
+    asked = instruct(world, rng, "train")
+    return _dialogue(world, rng, [(asked.prompt, asked.answer)])
+
+
+def exam(world: World, rng: Random) -> str:
+    """A page of multiple choice, with the answers."""
+    area = rng.choices(list(AREAS), list(WEIGHTS.values()))[0]
+    items = [choose(world, rng, "train", area=area) for _ in range(rng.randint(2, 4))]
+    return "\n\n".join([HEADER.format(area=area), *(f"{item.text} {item.letter}" for item in items)])
+
+
+def key(world: World, rng: Random) -> str:
+    """Words with letters, and which letter belongs to which: what reading an exam paper takes."""
+    if rng.random() < 0.5:
+        words = rng.sample(EVERYDAY + world.people, 4)
+        lettered = list(zip(LETTERS, words, strict=True))
+        listed = rng.choice((" ", "\n")).join(f"{letter}. {word}" for letter, word in lettered)
+        return "\n".join([listed, *(f"{word}\nAnswer: {letter}" for letter, word in rng.choices(lettered, k=4))])
+    lines = []
+    for _ in range(rng.randint(2, 4)):
+        words = rng.sample(EVERYDAY + world.people, 4)
+        right = rng.randrange(4)
+        item = Choice("", rng.choice(FIND).format(w=words[right]), tuple(words), right)
+        lines.append(f"{item.text} {item.letter}")
+    return "\n\n".join(lines)
+
+
+def table(world: World, rng: Random) -> str:
+    """Sums and their results."""
+    lines = []
+    for _ in range(rng.randint(4, 8)):
+        operation = rng.choice(list(OPERATIONS))
+        a, b, c = numbers(operation, rng)
+        lines.append(rng.choice(RESULTS[operation]).format(a=a, b=b, c=c))
+    return " ".join(lines)
+
+
+def word_list(world: World, rng: Random) -> str:
+    """Opposites, kinds, and what comes after what."""
+    lines = []
+    for _ in range(rng.randint(4, 8)):
+        kind = rng.randrange(3)
+        if kind == 0:
+            w, o = rng.sample(rng.choice(OPPOSITES), 2)
+            lines.append(rng.choice(WORD).format(w=w, o=o))
+        elif kind == 1:
+            category = rng.choice(list(CATEGORIES))
+            lines.append(rng.choice(KIND).format(w=rng.choice(CATEGORIES[category]), k=SINGULAR[category]))
+        else:
+            row = SEQUENCES[rng.choice(list(SEQUENCES))]
+            i = rng.randrange(len(row) - 1)
+            lines.append(rng.choice(STEP).format(a=row[i], b=row[i + 1]))
+    return " ".join(map(sentence, lines))
 
 
 def notice(world: World, rng: Random) -> str:
@@ -109,8 +182,7 @@ def catalogue(world: World, rng: Random) -> str:
     category = rng.choice(list(CATEGORIES))
     start, pool = rng.randrange(len(CATEGORIES[category])), CATEGORIES[category]
     listed = ", ".join((pool + pool)[start : start + rng.randint(2, 5)])
-    text = rng.choice(LIST).format(c=category, ws=listed)
-    return text[:1].upper() + text[1:]
+    return sentence(rng.choice(LIST).format(c=category, ws=listed))
 
 
 def echo(world: World, rng: Random) -> str:
@@ -121,14 +193,18 @@ def echo(world: World, rng: Random) -> str:
 
 
 FORMS: dict[Form, float] = {
-    portrait: 5,
-    gossip: 2,
+    portrait: 8,
+    gossip: 3,
     gathering: 1,
-    interview: 2,
-    lesson: 8,
+    interview: 4,
+    scene: 1,
+    exam: 4,
+    key: 2,
+    table: 1.5,
+    word_list: 1.5,
     notice: 1,
     catalogue: 1,
-    echo: 3,
+    echo: 2,
 }
 
 
@@ -136,9 +212,8 @@ def _statement(fact: Fact, rng: Random) -> str:
     return fact.told(rng.choice(fact.relation.statements))
 
 
-def _dialogue(world: World, rng: Random, task: str | None) -> str:
+def _dialogue(world: World, rng: Random, turns: list[tuple[str, str]]) -> str:
     speech = rng.random() < 0.5
     frame, separator = (rng.choice(SPEECH), " ") if speech else (rng.choice(SCRIPT), "\n")
     x, y = rng.sample(world.people, 2)
-    turns = [draw(world, rng, task=task) for _ in range(rng.randint(2, 4))]
-    return separator.join(frame.format(p=turn.prompt, a=turn.answer, x=x, y=y) for turn in turns)
+    return separator.join(frame.format(p=prompt, a=answer, x=x, y=y) for prompt, answer in turns)

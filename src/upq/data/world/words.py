@@ -7,26 +7,64 @@ from random import Random
 
 # No word starts with a vowel sound, so that every template can say "a {o}".
 CATEGORIES: dict[str, tuple[str, ...]] = {
-    "colours": ("red", "blue", "green", "black", "white", "pink", "brown", "grey"),
-    "foods": ("bread", "soup", "fish", "rice", "cake", "honey", "cheese", "beans", "plums", "toast"),
-    "animals": ("cat", "dog", "goat", "horse", "duck", "parrot", "rabbit", "snail", "fox", "hen"),
-    "jobs": ("baker", "teacher", "tailor", "doctor", "farmer", "painter", "singer", "sailor", "potter", "weaver"),
-    "materials": ("wood", "stone", "glass", "copper", "silver", "clay"),
+    "colours": ("red", "blue", "green", "black", "white", "pink", "brown", "grey", "yellow", "purple"),
+    "foods": ("bread", "soup", "fish", "rice", "cake", "honey", "cheese", "beans", "plums", "toast", "pears", "nuts"),
+    "animals": ("cat", "dog", "goat", "horse", "duck", "parrot", "rabbit", "snail", "fox", "hen", "sheep", "turtle"),
+    "jobs": (
+        *("baker", "teacher", "tailor", "doctor", "farmer", "painter"),
+        *("singer", "sailor", "potter", "weaver", "hunter", "judge"),
+    ),
+    "tools": ("hammer", "needle", "spoon", "knife", "ladder", "broom", "basket", "kettle", "lamp", "rope"),
+    "materials": ("wood", "stone", "glass", "copper", "silver", "clay", "brick", "marble"),
+    "games": ("chess", "cards", "football", "tennis", "marbles", "bowls", "darts", "dominoes"),
+    "plants": ("rose", "pine", "fern", "lily", "willow", "clover", "thistle", "moss"),
 }
+SINGULAR = {
+    "colours": "colour",
+    "foods": "food",
+    "animals": "animal",
+    "jobs": "job",
+    "tools": "tool",
+    "materials": "material",
+    "games": "game",
+    "plants": "plant",
+}
+SEQUENCES: dict[str, tuple[str, ...]] = {
+    "day": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
+    "month": (
+        *("January", "February", "March", "April", "May", "June"),
+        *("July", "August", "September", "October", "November", "December"),
+    ),
+    "letter": tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
+    "number": tuple(str(n) for n in range(1, 41)),
+}
+OPPOSITES = (
+    *(("hot", "cold"), ("big", "small"), ("old", "new"), ("long", "short"), ("high", "low"), ("hard", "soft")),
+    *(("wet", "dry"), ("fast", "slow"), ("rich", "poor"), ("light", "dark"), ("full", "hungry"), ("happy", "sad")),
+    *(("thick", "thin"), ("near", "far"), ("strong", "weak"), ("clean", "dirty"), ("loud", "quiet"), ("good", "bad")),
+)
 LANDMARKS = ("bridge", "tower", "gate", "mill", "fountain", "wall", "theatre", "market")
+COUNTS = {2: "two", 3: "three", 4: "four"}
 
 PERSON = (
-    ("Al", "Be", "Da", "El", "Fa", "Ga", "Ha", "Jo", "Ka", "Li", "Ma", "Ne", "Or", "Pe", "Ro", "Sa", "Ti", "Vi", "Wa"),
-    ("ra", "lo", "min", "dis", "ven", "nor", "lia", "than", "bel", "kir", "mo", "sette"),
+    (
+        *("Al", "Be", "Da", "El", "Fa", "Ga", "Ha", "Jo", "Ka", "Li", "Ma", "Ne", "Or"),
+        *("Pe", "Ro", "Sa", "Ti", "Vi", "Wa", "Yo", "Zu", "Cle", "Fri", "Gus"),
+    ),
+    ("ra", "lo", "min", "dis", "ven", "nor", "lia", "than", "bel", "kir", "mo", "sette", "ton", "wick"),
 )
 PLACE = (
-    ("Nor", "Bram", "Thorn", "Kes", "Ash", "Wynd", "Tal", "Grim", "Sel", "Ald", "Hol", "Fern", "Mar", "Quin"),
-    ("vale", "ford", "mere", "wick", "stead", "burg", "dale", "port"),
+    (
+        *("Nor", "Bram", "Thorn", "Kes", "Ash", "Wynd", "Tal", "Grim", "Sel", "Ald"),
+        *("Hol", "Fern", "Mar", "Quin", "Dun", "Rav"),
+    ),
+    ("vale", "ford", "mere", "stead", "burg", "dale", "port", "combe"),
 )
 LAND = (
     ("Ost", "Vel", "Car", "Mor", "Lun", "Bel", "Tir", "Zan", "Pol", "Gar", "Sor", "Kal", "Dur", "Ith"),
     ("ria", "mark", "onia", "land", "avia", "esia"),
 )
+RIVER = (("Bro", "Sil", "Wen", "Tam", "Ild", "Ros", "Ever", "Kol"), ("na", "ber", "sa", "wen", "dle", "mar"))
 
 EVERYDAY = tuple(word for words in CATEGORIES.values() for word in words)
 

@@ -1,0 +1,48 @@
+"""Rows of a benchmark: each is a packaged recipe with overrides, and runs in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from upq.recipe import Recipe
+
+NO_TRAINING = "distill.tokens=0"
+FROM_FP = "int4=null"
+_METHOD = re.compile(r"\{(\w+)\.(int[24])\}")
+
+
+def load_recipe(name: str, overrides: Sequence[str]) -> Recipe:
+    """A packaged recipe; `{default.int2}` in an override stands for the method of that recipe's stage."""
+    from upq.recipe import Recipe
+
+    def method(match: re.Match[str]) -> str:
+        stage = getattr(Recipe.load(match[1]), match[2])
+        return json.dumps(stage.method.model_dump())
+
+    return Recipe.load(name, [_METHOD.sub(method, override) for override in overrides])
+
+
+def run_alone(arguments: Sequence[str], *, log: Path, jobs: int) -> bool:
+    """Run this benchmark's own file once more with `arguments`; True if it failed.
+
+    A process of its own has a peak memory of its own. The cores are shared out among `jobs` such processes.
+    """
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        done = subprocess.run(
+            [sys.executable, sys.argv[0], *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            stdout=file,
+            stderr=file,
+            check=False,
+        )
+    return done.returncode != 0

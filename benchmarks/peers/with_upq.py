@@ -1,0 +1,41 @@
+"""UPQ itself and the original, through the same measurements as the peers. Runs in the project's own environment."""
+
+from __future__ import annotations
+
+import peer
+from torch import nn
+
+ORIGINAL = "original"
+NO_TRAINING = ["int4=null", "distill.tokens=0"]
+# Variant: recipe and overrides; a group size is added to them.
+VARIANTS = {
+    "nearest": ("paper", [*NO_TRAINING, "int2.grid=affine"]),
+    "paper": ("paper", []),
+    "default": ("default", []),
+}
+
+
+def quantise(job: peer.Job) -> str:
+    from upq.pipeline import quantize
+    from upq.recipe import Recipe, Source
+
+    if job.variant == ORIGINAL:
+        peer.load_original(job).save_pretrained(job.stored)
+        return ""
+    name, overrides = VARIANTS[job.variant]
+    if job.group_size != -1:
+        overrides = [*overrides, f"int2.group_size={job.group_size}"]
+    recipe = Recipe.load(name, overrides)
+    data = recipe.data.model_copy(update={"sources": (Source(path=str(job.text)),)})
+    quantize(job.model, recipe.model_copy(update={"data": data}), job.stored, device="cpu")
+    return " ".join([f"--recipe {name}", *(f"--set {override}" for override in overrides)])
+
+
+def load(job: peer.Job) -> nn.Module:
+    import upq
+
+    return upq.load(job.stored)
+
+
+if __name__ == "__main__":
+    peer.run("upq", quantise, load)

@@ -1,0 +1,36 @@
+"""Greedy answers to chat prompts, so that before and after can stand side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 64,
+    max_new_tokens: int = 96,
+) -> list[str]:
+    """One answer a prompt through the chat template, in batches padded on the left."""
+    found: list[str] = []
+    for start in range(0, len(prompts), batch_size):
+        talks = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + batch_size]]
+        rows: Any = tokenizer.apply_chat_template(talks, add_generation_prompt=True, return_dict=True)
+        inputs = tokenizer.pad({"input_ids": rows["input_ids"]}, padding_side="left", return_tensors="pt")
+        generate: Any = model.generate
+        ids_NT: Tensor = generate(
+            **inputs.to(model.device),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        found += tokenizer.batch_decode(ids_NT[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return found

@@ -1,0 +1,29 @@
+"""Symmetric integers with a zero level, -2^(b-1) … 2^(b-1)-1 times the scale: the grid of most integer engines."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from upq.grids._base import GRIDS, SMALLEST_SCALE, Params
+from upq.grids.affine import Affine
+from upq.scheme import QuantScheme, to_groups
+
+
+class Sym(Affine):
+    """Parameter `log_scale` (O, G); the zero point is 2^(b-1) everywhere."""
+
+    def init(self, w_OI: Tensor, scheme: QuantScheme) -> Params:
+        peak_OG = to_groups(w_OI.detach().float(), scheme).abs().amax(-1)
+        scale_OG = peak_OG / (self.zero(scheme) - 0.5)  # the largest weight is half a step from the last level
+        return {"log_scale": scale_OG.clamp_min(SMALLEST_SCALE).log()}
+
+    def zero(self, scheme: QuantScheme) -> float:
+        return scheme.levels / 2
+
+    def _code(self, w_OI: Tensor, params: Params, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
+        zero_OG = torch.full_like(params["log_scale"], self.zero(scheme))
+        return super()._code(w_OI, {**params, "zero": zero_OG}, scheme)
+
+
+GRIDS.register("sym")(Sym())

@@ -1,0 +1,137 @@
+"""The parts of the benchmarks that compute: what is run, how answers are judged, how differences are told apart."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import _findings
+from _design import GROUPS, ORIGINAL, ROWS, UNSEEDED, Task, budget, plan
+from _findings import CLAIMS, KL, KNOWLEDGE, Results, Run, difference
+from _rows import load_recipe
+from _table import Table
+
+
+def results(*runs: Run) -> Results:
+    return Results(runs, 1000)
+
+
+def run(row: str, seed: int, right: str, **figures: float) -> Run:
+    share = right.count("1") / len(right) if right else 0.0
+    return Run(Task(row, seed, budget(row, 1000)), {"mini_mmlu": share, **figures}, {"mini_mmlu": right})
+
+
+# ---- what is run
+
+
+def test_every_name_is_a_row() -> None:
+    named = {row for group in GROUPS.values() for row in group.rows.values()}
+    named |= {row for claim in CLAIMS for c in claim.comparisons for row in (c.first, c.second)}
+    assert named == {ORIGINAL, *ROWS}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_is_a_recipe(name: str) -> None:
+    row = ROWS[name]
+    recipe = load_recipe(row.recipe, ["distill.tokens=1000", *row.overrides])
+    assert recipe.distill.tokens == budget(name, 1000)
+    assert "{" not in recipe.int2.method.name
+
+
+def test_plan_runs_nothing_twice() -> None:
+    tasks = plan((*GROUPS, "curves"), seeds=3, tokens=1000)
+    assert len(tasks) == len(set(tasks))
+    assert {task.seed for task in tasks if task.row in UNSEEDED} == {0}
+    assert {task.seed for task in tasks if task.row == "paper"} == {0, 1, 2}
+    assert {task.tokens for task in tasks if task.row == "int4"} == {0}
+    assert [Task.parse(str(task)) for task in tasks] == tasks
+
+
+# ---- differences
+
+
+def test_difference_is_paired_by_item() -> None:
+    found = difference(results(run("default", 0, "1110"), run("paper", 0, "1100")), "default", "paper", KNOWLEDGE)
+    assert found is not None
+    assert found.better == pytest.approx(0.25)
+    assert found.stderr == pytest.approx(math.sqrt(0.25 / 4))  # variance of (0, 0, 1, 0) is 0.25
+
+
+def test_difference_adds_the_variance_over_seeds() -> None:
+    runs = [run("default", 0, "1111"), run("default", 1, "1100"), run("paper", 0, "1100"), run("paper", 1, "1100")]
+    found = difference(results(*runs), "default", "paper", KNOWLEDGE)
+    assert found is not None
+    assert found.better == pytest.approx(0.25)
+    seeds, items = 0.125 / 2, (1 / 12) / 4  # of (0.5, 0) and of (0, 0, 0.5, 0.5)
+    assert found.stderr == pytest.approx(math.sqrt(seeds + items))
+
+
+def test_a_row_without_seeds_stands_for_all() -> None:
+    runs = [run(ORIGINAL, 0, "1111"), run("paper", 0, "1100"), run("paper", 1, "1110")]
+    found = difference(results(*runs), ORIGINAL, "paper", KNOWLEDGE)
+    assert found is not None
+    assert found.seeds == 2
+    assert found.better == pytest.approx(0.375)
+
+
+def test_less_is_better_for_kl() -> None:
+    runs = [run("default", 0, "1", kld=0.3), run("paper", 0, "1", kld=0.4)]
+    found = difference(results(*runs), "default", "paper", KL)
+    assert found is not None
+    assert found.better == pytest.approx(0.1)
+    assert found.errors == math.inf
+
+
+def test_files_hold_what_was_saved(tmp_path: Path) -> None:
+    runs = (run("default", 0, "1110", kld=0.25), run("paper", 1, "0110"))
+    _findings.save(runs, tmp_path / "runs.csv")
+    assert _findings.load(tmp_path / "runs.csv", 1000) == results(*runs)
+
+
+# ---- answers
+
+
+def test_table_as_markdown() -> None:
+    table = Table("title", ("row", "a"), (("x", "1"),))
+    assert table.markdown() == "| row | a |\n|---|---:|\n| x | 1 |\n"
+
+
+@pytest.fixture
+def judging() -> Any:
+    pytest.importorskip("lm_eval")
+    return importlib.import_module("_judge")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "looping"),
+    [
+        ([1, 2, 3, 4] * 3, True),
+        ([9, 8, 7] + [1, 2, 3, 4] * 3 + [1, 2], True),  # cut in the middle
+        ([5] * 12, True),
+        ([5] * 11, False),
+        ([1, 2, 3] * 3, False),  # nine tokens
+        ([1, 2, 3, 4] * 3 + [5], False),
+        (list(range(40)), False),
+        ([], False),
+    ],
+)
+def test_loops(judging: Any, tokens: list[int], looping: bool) -> None:
+    assert judging.loops(tokens) is looping
+
+
+def test_stderr_of_ratio_of_single_instructions_is_that_of_a_mean(judging: Any) -> None:
+    found = judging.stderr_of_ratio([1, 0, 1, 1], [1, 1, 1, 1])
+    assert found == pytest.approx(math.sqrt(0.25 / 4))
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_suites_are_tasks(judging: Any, split: str) -> None:
+    suites = judging.Suites(split)
+    assert {*suites.areas, suites.ifeval} <= judging.mini.names()
