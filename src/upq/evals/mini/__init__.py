@@ -8,6 +8,8 @@ twin for tuning, `mini_mmlu_validation` and `mini_ifeval_validation`, with items
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -63,17 +65,30 @@ def ifeval_docs(*, split: Split, **_metadata: Any) -> DatasetDict:
 
 def ifeval_results(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
     """Strict scores of one answer by lm-eval's own IFEval checkers."""
-    import langdetect
-    from lm_eval.tasks.ifeval import utils
-
-    # The checkers of letter case have the language of an answer detected, which is a matter of chance without a seed.
-    langdetect.DetectorFactory.seed = 0
+    utils = _checkers()
     asked = utils.InputExample(doc["key"], doc["instruction_id_list"], doc["prompt"], doc["kwargs"])
     strict = utils.test_instruction_following_strict(asked, results[0])
     return {
         "prompt_level_strict_acc": strict.follow_all_instructions,
         "inst_level_strict_acc": strict.follow_instruction_list,
     }
+
+
+def _checkers() -> Any:
+    """lm-eval's module. It would download a sentence splitter first, which no request here needs."""
+    import langdetect
+    import nltk
+
+    # Letter case is checked in the language that an answer is detected to have: a matter of chance without a seed.
+    langdetect.DetectorFactory.seed = 0
+    download = nltk.download
+    nltk.download = lambda *_args, **_kwargs: True
+    try:
+        with redirect_stdout(StringIO()):
+            from lm_eval.tasks.ifeval import utils
+    finally:
+        nltk.download = download
+    return utils
 
 
 def mean_of_all(items: list[list[bool]]) -> float:
