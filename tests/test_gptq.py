@@ -51,7 +51,7 @@ class TestLaws:
         exact_OI, nearest_OI = obq(w_OI, h_II, params, scheme, damp=0.01), GRIDS.get(grid).fake(w_OI, params, scheme)
         cost_exact_O, cost_nearest_O = (objective(x, w_OI, damped(h_II, 0.01)) for x in (exact_OI, nearest_OI))
         expected_OI = torch.where((cost_exact_O < cost_nearest_O)[:, None], exact_OI, nearest_OI.double())
-        assert (cost_exact_O < cost_nearest_O).float().mean() > 0.7  # the comparison is about OBQ
+        assert (cost_exact_O < cost_nearest_O).float().mean() > 0.5  # the comparison is about OBQ
         found_OI = gptq(w_OI, h_II, params, scheme, damp=0.01)
         torch.testing.assert_close(found_OI, expected_OI, rtol=0, atol=1e-9)
 
