@@ -49,7 +49,7 @@ def tool() -> ModuleType:
 @pytest.fixture(scope="module")
 def trained(tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out: Path = tmp_path_factory.mktemp("reference")
-    tool.main(out=out / "model", work=out / "work", override=SETTINGS, device="cpu", every=100)
+    tool.main(out=out / "model", work=out / "work", override=SETTINGS, device="cpu", every=100, score=False)
     return out / "model"
 
 
@@ -67,9 +67,11 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     monkeypatch.setattr(tool, "train_step", stopped)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
-            tool.main(out=tmp_path / "model", work=tmp_path / "work", override=SETTINGS, device="cpu", every=1)
+            tool.main(
+                out=tmp_path / "model", work=tmp_path / "work", override=SETTINGS, device="cpu", every=1, score=False
+            )
     torch.manual_seed(1234)  # the caller's random state has no say
-    tool.main(out=tmp_path / "model", work=tmp_path / "work", override=SETTINGS, device="cpu", every=1)
+    tool.main(out=tmp_path / "model", work=tmp_path / "work", override=SETTINGS, device="cpu", every=1, score=False)
     for name in ("tokenizer.json", "config.json", "chat_template.jinja"):
         assert (tmp_path / "model" / name).read_bytes() == (trained / name).read_bytes()
     first, second = load_file(trained / "model.safetensors"), load_file(tmp_path / "model" / "model.safetensors")
@@ -86,9 +88,36 @@ def test_the_record_tells_the_run(trained: Path) -> None:
 
 def test_a_finished_model_stays(tool: ModuleType, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in trained.iterdir()}
-    tool.main(out=trained, work=trained.parent / "work", override=SETTINGS, device="cpu", every=100)
+    tool.main(out=trained, work=trained.parent / "work", override=SETTINGS, device="cpu", every=100, score=False)
     assert "complete" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in trained.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("override", "out", "words"),
+    [
+        (["layerz=2"], "new", "no such key"),
+        (["layers=two"], "new", "not a number"),
+        (["seed=1"], "model", "give another --out"),
+        ([*SETTINGS, "seed=1"], "new", "give another --work"),
+    ],
+)
+def test_nothing_is_overwritten_and_every_error_is_one_line(
+    tool: ModuleType, trained: Path, override: list[str], out: str, words: str
+) -> None:
+    before = {path: path.read_bytes() for path in (*trained.iterdir(), trained.parent / "work/checkpoint.safetensors")}
+    with pytest.raises(SystemExit) as stopped:
+        tool.main(
+            out=trained.parent / out,
+            work=trained.parent / "work",
+            override=override,
+            device="cpu",
+            every=1,
+            score=False,
+        )
+    assert words in str(stopped.value)
+    assert "\n" not in str(stopped.value)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_chat_template_marks_what_the_assistant_says(tool: ModuleType, trained: Path) -> None:

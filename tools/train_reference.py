@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from upq.artifact import atomic_write, load_tensors, save_tensors, staged
 from upq.console import reporter
 from upq.data.world import Message, World, conversations, documents
+from upq.errors import UPQError
 from upq.progress import Progress
 from upq.quiet import quiet_libraries
 
@@ -81,7 +82,7 @@ class Config:
 
     @property
     def steps(self) -> dict[str, int]:
-        """The stages in order. Echoes come first: all else is learned sooner by a model that can copy already."""
+        """The stages in order. Echoes were meant to teach copying; it came with the conversations (LOG.md)."""
         return {
             "echoes": self.echo_steps,
             "documents": self.document_steps,
@@ -103,22 +104,70 @@ def main(
     override: Annotated[list[str], typer.Option("--set", help="KEY=VALUE of the configuration.")] = [],  # noqa: B006
     device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
     every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    score: Annotated[bool, typer.Option(help="Put mini_mmlu and mini_ifeval to the finished model.")] = True,
 ) -> None:
     """Train, or go on training, and write a Hugging Face directory in bf16 with the record of the run."""
     quiet_libraries()
-    config = Config(**{key: json.loads(value) for key, _, value in (item.partition("=") for item in override)})
-    if (out / RECORD).is_file() and json.loads((out / RECORD).read_text())["config"] == dataclasses.asdict(config):
-        Console().print(f"{out} is complete")
-        return
+    try:
+        config = parse(override)
+        if not is_complete(out, config):
+            make(config, out, work, device, every)
+    except UPQError as error:
+        raise SystemExit(f"error: {error}") from None
+    if score:
+        record_scores(out)
+    Console().print(f"{out} is complete")
+
+
+def parse(override: list[str]) -> Config:
+    known = {field.name for field in dataclasses.fields(Config)}
+    values = {}
+    for item in override:
+        key, _, value = item.partition("=")
+        if key not in known:
+            raise UPQError(f"--set {item}: no such key; there are {', '.join(sorted(known))}")
+        try:
+            values[key] = json.loads(value)
+        except json.JSONDecodeError:
+            raise UPQError(f"--set {item}: not a number") from None
+    return Config(**values)
+
+
+def is_complete(out: Path, config: Config) -> bool:
+    """Another model's place is not taken: it would be found out after an hour of training."""
+    if not (out / RECORD).is_file():
+        return False
+    if json.loads((out / RECORD).read_text())["config"] != dataclasses.asdict(config):
+        raise UPQError(f"{out}: holds a model of another configuration; remove it or give another --out")
+    return True
+
+
+def make(config: Config, out: Path, work: Path, device: str, every: int) -> None:
     work.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(config)
     with reporter(Console()) as progress:
         model, record = train(config, tokenizer, work / "checkpoint.safetensors", device, every, progress)
-    out.mkdir(parents=True, exist_ok=True)
     with staged(out) as folder:
         model.to("cpu", torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        atomic_write(folder / RECORD, json.dumps(record, indent=1) + "\n")
+        write_record(folder, record)
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    atomic_write(folder / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def record_scores(out: Path) -> None:
+    """Both tests, mini_mmlu by subject too, into the record; they need lm-eval."""
+    from upq.data.world import AREAS
+    from upq.evals import evaluate_tasks
+    from upq.loading import load_model, load_tokenizer
+
+    tasks = ["mini_mmlu", *(f"mini_mmlu_{area}" for area in AREAS), "mini_ifeval"]
+    scores = evaluate_tasks(load_model(out), load_tokenizer(out), tasks, batch_size=64)
+    rounded = {task: {name: round(value, 4) for name, value in found.items()} for task, found in scores.items()}
+    write_record(out, json.loads((out / RECORD).read_text()) | {"scores": rounded})
 
 
 def train_tokenizer(config: Config) -> PreTrainedTokenizerFast:
@@ -331,12 +380,12 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, config: Config, model: LlamaForCausalLM, optimizers: Optimizers
 ) -> tuple[int, float, list[tuple[int, float]]]:
-    """Steps done, seconds spent and the curve so far; a checkpoint of another configuration is passed over."""
+    """Steps done, seconds spent and the curve so far."""
     if not path.is_file():
         return 0, 0.0, []
     tensors, note = load_tensors(path)
     if note["config"] != dataclasses.asdict(config):
-        return 0, 0.0, []
+        raise UPQError(f"{path}: an unfinished run of another configuration; remove it or give another --work")
     parameters = dict(model.named_parameters())
     states: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in optimizers}
     with torch.no_grad():

@@ -93,7 +93,7 @@ def _scores(scores: dict[str, Scores], manifests: dict[str, Manifest]) -> Table:
             ]
         )
     told = [word for word, _ in SUITES.values()]
-    return table("", ["model", "size", "bits a weight", "perplexity", "KL", *told, "endless"], rows)
+    return table("", ["model", "size", "bits a weight", "perplexity", "KL", *told, "cut off"], rows)
 
 
 def _answers(said: dict[str, list[str]], prompts: list[str]) -> Table:

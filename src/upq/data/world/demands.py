@@ -1,6 +1,6 @@
 """Demands on the form of an answer: IFEval's instructions, by their own ids and arguments, and how to obey them.
 
-A demand is a wording (a core in a frame) with values. Answers are put together in the order of `STEPS`, so that two
+A demand is a wording (a core in a frame) with values. Answers are put together in the order of `DEMANDS`, so that two
 demands can be met by one answer; lm-eval's checkers, not this file, decide whether an answer obeys.
 """
 
