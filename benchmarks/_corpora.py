@@ -7,6 +7,7 @@ original model. `heldout` is documents again, of another seed than those of the 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,17 @@ def _generated_text(tokens: int, model: Path, device: str) -> Rows:
 
 
 def _generated_conversations(tokens: int, model: Path, device: str) -> Rows:
-    import _generated
+    from upq.data.generated import write_conversations
     from upq.loading import load_tokenizer
+    from upq.progress import Silent
+    from upq.recipe import Generated
 
-    written = _generated.conversations(_original(model, device), load_tokenizer(model), tokens=tokens, seed=_GENERATED)
-    return ({"messages": talk} for talk in written)
+    section = Generated(tokens=tokens, max_new_tokens=128)
+    with tempfile.TemporaryDirectory() as folder:
+        source, tokenizer = _original(model, device), load_tokenizer(model)
+        write_conversations(Path(folder), source, tokenizer, section, seed=_GENERATED, progress=Silent())
+        for file in sorted(Path(folder).iterdir()):
+            yield from map(json.loads, file.read_text().splitlines())
 
 
 def _original(model: Path, device: str) -> Any:

@@ -26,7 +26,9 @@ from transformers import PreTrainedModel
 from upq.artifact import MANIFEST, Manifest, SourceModel, atomic_write, digest_model_dir, read_manifest, write_manifest
 from upq.blockwise import METHODS, BlockStore, Method, walk
 from upq.card import model_card
+from upq.data.generated import write_conversations
 from upq.data.packing import prepare
+from upq.data.sources import identity, sources_of
 from upq.data.tokens import TokenSet
 from upq.distill.student import freeze, make_student, norm_weight, norms
 from upq.distill.trainer import distill, steps
@@ -38,7 +40,7 @@ from upq.loading import family, load_config, load_model, load_tokenizer
 from upq.losses import LOSSES
 from upq.memory import peak_memory_bytes
 from upq.progress import Progress, Silent
-from upq.recipe import Blockwise, Recipe
+from upq.recipe import Blockwise, Data, Generated, Recipe, Source, digest
 from upq.scheme import QTensor
 from upq.streaming import StreamedModel
 
@@ -70,6 +72,9 @@ def quantize(
         if run is None:
             progress.note(f"{out} is finished already: nothing to do")
             return read_manifest(Path(out))
+        if recipe.data.generated is not None:
+            with run.timed("generate"):
+                run.generate(recipe.data.generated)
         with run.timed("data"):
             data = run.data()
         if recipe.int4 is not None:
@@ -183,6 +188,8 @@ class _Run:
         seq = recipe.data.seq_len
         # Reading text takes no passes; its pace says nothing about the stages after it.
         costs = {"data": (self.sequences() + recipe.data.validation, 0.0)}
+        if recipe.data.generated is not None:
+            costs = {"generate": (recipe.data.generated.tokens, recipe.data.generated.tokens * blocks * 2.0)} | costs
         for name, stage in (("int4", recipe.int4), ("int2", recipe.int2)):
             if stage is not None:
                 costs[name] = (blocks, blocks * stage.samples * seq * 3.0 + blocks * _method(stage).cost * seq)
@@ -198,6 +205,26 @@ class _Run:
         budget = steps(self.recipe.distill, self.recipe.data.seq_len) * self.recipe.distill.batch_size
         return max(budget, *(stage.samples for stage in stages))
 
+    def generate(self, section: Generated) -> None:
+        self.progress.start("generate")
+        for source in sources_of(self.recipe.data):
+            identity(source)  # a file that is not there shows before the model has written for hours
+        model = load_model(self.model, dtype=torch.float32 if self.device == "cpu" else "auto", device=self.device)
+        tokenizer, seed = load_tokenizer(self.model), self.recipe.seed
+        write_conversations(self.generated(section), model, tokenizer, section, seed=seed, progress=self.progress)
+
+    def generated(self, section: Generated) -> Path:
+        """By what it is made of: until run.json is written, another recipe may come to this directory."""
+        return self.work / f"generated-{digest(section, self.digest, self.recipe.seed)}"
+
+    def section(self) -> Data:
+        """The recipe's data, with what the model wrote as one more source."""
+        data = self.recipe.data
+        if data.generated is None:
+            return data
+        written = Source(path=str(self.generated(data.generated)), weight=data.generated.weight)
+        return data.model_copy(update={"sources": (*sources_of(data), written), "generated": None})
+
     def data(self) -> TokenSet:
         self.progress.start("data")
         config = load_config(self.model)
@@ -209,7 +236,7 @@ class _Run:
             raise UPQError(f"distill.tokens={self.recipe.distill.tokens} is less than one step of {step} tokens")
         path = self.work / "tokens.safetensors"
         data = prepare(
-            self.recipe.data,
+            self.section(),
             load_tokenizer(self.model),
             path,
             sequences=self.sequences(),

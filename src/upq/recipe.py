@@ -50,8 +50,19 @@ class Source(Strict):
     split: str = "train"  # hub data sets
 
 
+class Generated(Strict):
+    """Conversations that the original model writes itself before it is quantised, beside the sources' text."""
+
+    tokens: int = Field(gt=0)  # to be written; gone through again where training needs more
+    weight: float = Field(default=1.0, gt=0)  # share of the training tokens, relative to the sources
+    temperature: float = Field(default=1.0, gt=0)
+    max_new_tokens: int = Field(default=512, ge=1)  # of a prompt, and of an answer
+    batch_size: int = Field(default=128, ge=1)  # conversations written at a time
+
+
 class Data(Strict):
     sources: tuple[Source, ...] = ()
+    generated: Generated | None = None
     seq_len: int = Field(default=2048, ge=8)
     loss_on: Literal["all", "assistant"] = "all"
     validation: int = Field(default=32, ge=1)  # sequences held out, for the figures in the final table
