@@ -4,7 +4,8 @@ An adapter (`with_<peer>.py`) is started with one argument, the directory of its
 
     model        Hugging Face directory of the original
     text         the calibration text
-    tokens       the same text as a safetensors file: `tokens_NT`, int64, rows of the subject's length
+    tokens       the same text as a safetensors file: `tokens_NT`, int64, rows of `seq_len`
+    seq_len      tokens of a row
     group_size   input features that share a scale; -1 is one scale for a whole row
     variant      which of the peer's algorithms, where it has several; else empty
 
@@ -42,15 +43,15 @@ class Job:
     model: Path
     text: Path
     tokens: Path
+    seq_len: int
     group_size: int
     variant: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> Job:
         raw = json.loads((folder / "job.json").read_text())
-        return cls(
-            folder, Path(raw["model"]), Path(raw["text"]), Path(raw["tokens"]), raw["group_size"], raw["variant"]
-        )
+        paths = {name: Path(raw.pop(name)) for name in ("model", "text", "tokens")}
+        return cls(folder, **paths, **raw)
 
     @property
     def stored(self) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +27,7 @@ GROUP_SIZES = (-1, 64, 32)
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and its texts; relative paths are within --data-dir."""
+    """A model and its texts."""
 
     name: str
     model: Path
@@ -36,14 +36,25 @@ class Subject:
     seq_len: int = 512
 
 
-SUBJECTS = {
-    "stories260K": Subject(
-        "stories260K",
-        Path("models/stories260K"),
-        Path("text/tinystories_train.txt"),
-        Path("text/tinystories_heldout.txt"),
-    ),
-}
+def stories(data_dir: Path, out: Path) -> Subject:
+    model, text = data_dir / "models/stories260K", data_dir / "text"
+    return Subject("stories260K", model, text / "tinystories_train.txt", text / "tinystories_heldout.txt")
+
+
+def reference(data_dir: Path, out: Path) -> Subject:
+    """Its texts are documents of its world; its rotary positions beyond 256 are untrained."""
+    from upq.data.world import World
+    from upq.demo.corpus import write_corpus
+
+    texts = {"train.jsonl": (30_000, 1), "heldout.jsonl": (1_000, 2)}  # documents, seed
+    for name, (n, seed) in texts.items():
+        if not (out / "reference" / name).is_file():
+            write_corpus(out / "reference" / name, World(), n=n, seed=seed)
+    return Subject("reference", ROOT / "src/upq/demo/reference", *(out / "reference" / name for name in texts), 256)
+
+
+# By name: from --data-dir and --out to the subject, whose files may still be missing.
+SUBJECTS: dict[str, Callable[[Path, Path], Subject]] = {"stories260K": stories, "reference": reference}
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,7 @@ def main(
     """Build what environments are missing, run what rows are missing, print the table."""
     from table import report
 
-    chosen = find_subject(subject, model, train, heldout, seq_len, data_dir)
+    chosen = find_subject(subject, model, train, heldout, seq_len, data_dir.resolve(), out.resolve())
     console = Console(width=160) if not Console().is_terminal else Console()
     folder = out.resolve() / chosen.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,14 +126,12 @@ def main(
 
 
 def find_subject(
-    name: str, model: Path | None, train: Path | None, heldout: Path | None, seq_len: int, data_dir: Path
+    name: str, model: Path | None, train: Path | None, heldout: Path | None, seq_len: int, data_dir: Path, out: Path
 ) -> Subject:
     if model is None:
         if name not in SUBJECTS:
             raise SystemExit(f"subject {name!r} is none of {', '.join(SUBJECTS)}; or name its files with --model")
-        known = SUBJECTS[name]
-        paths = [data_dir / path for path in (known.model, known.train, known.heldout)]
-        found = Subject(name, *(path.resolve() for path in paths), known.seq_len)
+        found = SUBJECTS[name](data_dir, out)
     elif train is None or heldout is None:
         raise SystemExit("--model needs --train and --heldout")
     elif name in SUBJECTS:
@@ -154,6 +163,7 @@ def run_adapter(row: Row, subject: Subject, folder: Path, python: Path) -> None:
         "model": str(subject.model),
         "text": str(subject.train),
         "tokens": str(calibration(subject, folder.parent)),
+        "seq_len": subject.seq_len,
         "group_size": row.group_size,
         "variant": row.variant,
     }

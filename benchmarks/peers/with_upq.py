@@ -22,9 +22,10 @@ def quantise(job: peer.Job) -> str:
     if job.variant == ORIGINAL:
         peer.load_original(job).save_pretrained(job.stored)
         return ""
-    name, overrides = VARIANTS[job.variant]
+    name, changes = VARIANTS[job.variant]
+    overrides = [f"data.seq_len={job.seq_len}", *changes]
     if job.group_size != -1:
-        overrides = [*overrides, f"int2.group_size={job.group_size}"]
+        overrides.append(f"int2.group_size={job.group_size}")
     recipe = Recipe.load(name, overrides)
     data = recipe.data.model_copy(update={"sources": (Source(path=str(job.text)),)})
     quantize(job.model, recipe.model_copy(update={"data": data}), job.stored, device="cpu")
