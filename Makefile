@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench sanitize cross clean
 
 demo: $(VENV)/.installed
 	$(BIN)/upq demo
@@ -21,8 +21,21 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/ablation.py
 	$(BIN)/python benchmarks/results.py
 
+# The C++ of the kernels without Python, against double: here under sanitizers, then on another processor.
+sanitize: $(VENV)/.installed
+	$(BIN)/cmake -S . -B build/sanitize -DUPQ_TEST=ON -DUPQ_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/kernels_test 40
+
+# Debian: apt install g++-aarch64-linux-gnu qemu-user
+cross: $(VENV)/.installed
+	$(BIN)/cmake -S . -B build/aarch64 -DUPQ_TEST=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	$(BIN)/cmake --build build/aarch64
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/kernels_test 20
+
 # torch first and alone, pinned: left to itself, pip would fetch a CUDA build with gigabytes of libraries.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/upq/kernels/cpu/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "UPQ needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -31,4 +44,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo runs build
+	rm -rf $(VENV) demo runs build CMakeCache.txt CMakeFiles CMakeInit.txt cmake_install.cmake build.ninja .ninja_* \
+		*.a src/upq/kernels/*.so

@@ -105,6 +105,7 @@ def run_worker(data_dir: Path, out: Path, task: str) -> None:
     from upq.artifact import atomic_write
     from upq.data import load_eval_text
     from upq.evals import evaluate_text
+    from upq.kernels import computing
     from upq.loading import load_model, load_tokenizer
     from upq.memory import peak_memory_bytes
     from upq.quiet import quiet_libraries
@@ -123,7 +124,8 @@ def run_worker(data_dir: Path, out: Path, task: str) -> None:
                 result = quantise("default" if name == "wall" else name, int(seed), source, model, data_dir)
             heldout = load_eval_text(data_dir / "text" / "tinystories_heldout.txt", load_tokenizer(source), 512)
             result["peak"] = result.get("peak") or peak_memory_bytes()
-            metrics = evaluate_text(load_model(model), heldout, teacher=load_model(source))
+            with computing("reference"):  # the figures are of the weights
+                metrics = evaluate_text(load_model(model), heldout, teacher=load_model(source))
             result |= {"ppl": metrics.ppl, "kld": metrics.kld, "top1": metrics.top1}
     atomic_write(file_of(out, task), json.dumps(result))
 

@@ -1,4 +1,7 @@
-"""Artefacts in transformers: every family, tied and untied, loads to what was trained and saves to what was loaded."""
+"""Artefacts in transformers: every family, tied and untied, loads to what was trained and saves to what was loaded.
+
+Logits are compared bit for bit, so products run through the reference kernels.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import upq
-from upq import artifact
+from upq import artifact, kernels
 from upq.artifact import Manifest, SourceModel
 from upq.errors import UPQError
 from upq.grids import GRIDS, search_scale
@@ -32,6 +35,12 @@ from upq.scheme import QTensor, QuantScheme
 IDS = torch.arange(2, 22).view(2, 10)
 MANIFEST = Manifest(model=SourceModel(path="org/tiny", digest="0"))
 SEQ2 = QuantScheme(bits=2)
+
+
+@pytest.fixture(autouse=True)
+def reference() -> Iterator[None]:
+    with kernels.computing("reference"):
+        yield
 
 
 def tiny(name: str = "llama", *, tied: bool = True, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

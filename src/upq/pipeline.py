@@ -36,6 +36,7 @@ from upq.errors import UPQError
 from upq.evals.size import model_size, weights_bytes
 from upq.evals.text import evaluate_text
 from upq.hf import load, write_artifact
+from upq.kernels import computing
 from upq.loading import family, load_config, load_model, load_tokenizer
 from upq.losses import LOSSES
 from upq.memory import peak_memory_bytes
@@ -318,7 +319,8 @@ class _Run:
         del source
         packed = load(made, device=self.device)
         teacher = load_model(self.model, device=self.device)
-        after = self.metrics(packed, made, data, teacher=teacher)
+        with computing("reference"):  # the figures are of the weights, and the same on every machine
+            after = self.metrics(packed, made, data, teacher=teacher) | {"compute": "reference"}
         self.progress.advance(1)
         metrics = {"source": before, **self.int4_metrics(teacher, data), "artifact": after}
         self.progress.advance(1)

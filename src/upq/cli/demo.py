@@ -34,6 +34,7 @@ def demo(
     from upq.demo.answers import answers
     from upq.demo.corpus import write_corpus
     from upq.evals import evaluate_tasks, mini
+    from upq.kernels import computing
     from upq.loading import load_model, load_tokenizer
     from upq.quiet import quiet_libraries
     from upq.recipe import Recipe, Source
@@ -60,7 +61,7 @@ def demo(
     scores: dict[str, Scores] = {}
     said: dict[str, list[str]] = {}
     for name, path in (("original", REFERENCE), ("2 bits, nearest", nearest), ("2 bits, UPQ", artifact)):
-        with console.status(f"testing {name}"):
+        with console.status(f"testing {name}"), computing("reference"):  # it compares weights, not kernels
             model = load_model(path)
             scores[name] = evaluate_tasks(model, tokenizer, list(SUITES), limit=limit, batch_size=64)
             said[name] = answers(model, tokenizer, prompts)

@@ -49,6 +49,7 @@ def doctor(
         row(package, found or "not installed", "" if found else f"pip install {package}")
     row("cores", f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads")
     row("instructions", torch.backends.cpu.get_cpu_capability())
+    row("kernels", *_kernels())
     total, free = _memory()
     row("memory", f"{size(total)}, {size(free)} free")
     disk = shutil.disk_usage(".").free
@@ -72,6 +73,17 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _kernels() -> tuple[str, str]:
+    """What products with packed weights run through on the CPU, and the remedy where they cannot."""
+    from upq.kernels import compute, cpu
+
+    try:
+        chosen = compute()
+        return (chosen, "") if chosen == "reference" else (f"{chosen} on {cpu.instruction_set()}", "")
+    except UPQError as error:
+        return "not usable", str(error)
 
 
 def _memory() -> tuple[int, int]:

@@ -30,6 +30,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task (of each subject for mmlu).")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows or questions computed at a time.")] = 4,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    compute: Annotated[
+        str, typer.Option(help="Products of a packed MODEL on the CPU: reference (exact), w2a16 or w2a8 (as in use).")
+    ] = "reference",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
 ) -> None:
     """Measure MODEL on a text (perplexity, distance from a teacher) and on tasks; at least one of the two."""
@@ -42,9 +45,12 @@ def evaluate(
     from upq.artifact import atomic_write
     from upq.console import reporter, table
     from upq.evals import evaluate_tasks, evaluate_text, model_size, weights_bytes
+    from upq.kernels import COMPUTES, computing
     from upq.loading import load_model, load_tokenizer
     from upq.quiet import quiet_libraries
 
+    if compute not in COMPUTES:
+        raise UPQError(f"--compute must be one of {', '.join(COMPUTES)}, got {compute!r}")
     quiet_libraries()
     errors = Console(stderr=True)
     target = _device(device)
@@ -55,6 +61,8 @@ def evaluate(
         "bits_per_weight": model_size(student).bits_per_weight,
         "bytes": weights_bytes(model),
     }
+    if getattr(student, "hf_quantizer", None) is not None:
+        figures["compute"] = compute if target == "cpu" else "reference"  # what the figures below are figures of
     if text is not None:
         from upq.data import load_eval_text
 
@@ -65,7 +73,7 @@ def evaluate(
         if against is not None:
             with errors.status(f"loading {against}"):
                 teacher = load_model(against, device=target)
-        with reporter(errors) as progress:
+        with computing(compute), reporter(errors) as progress:
             progress.plan({"text": (len(tokens_NT), 1.0)})
             progress.start("text")
             measured = evaluate_text(student, tokens_NT, teacher=teacher, batch_size=batch_size, progress=progress)
@@ -73,16 +81,17 @@ def evaluate(
         # room for the tasks
         del teacher
     if names:
-        figures["tasks"] = evaluate_tasks(
-            student,
-            tokenizer,
-            names,
-            data_dir=data_dir,
-            limit=limit,
-            batch_size=batch_size,
-            num_fewshot=fewshot,
-            progress=reporter(errors),  # for its notes: lm-eval has bars of its own
-        )
+        with computing(compute):
+            figures["tasks"] = evaluate_tasks(
+                student,
+                tokenizer,
+                names,
+                data_dir=data_dir,
+                limit=limit,
+                batch_size=batch_size,
+                num_fewshot=fewshot,
+                progress=reporter(errors),  # for its notes: lm-eval has bars of its own
+            )
     Console().print(table(escape(model), ["measure", "value"], _rows(figures, limit)))
     if json_file is not None:
         atomic_write(json_file, json.dumps(figures, indent=2) + "\n")
@@ -127,6 +136,8 @@ def _rows(figures: dict[str, Any], limit: int | None) -> list[list[str]]:
     from upq.console import size
 
     rows = [["bits per weight", f"{figures['bits_per_weight']:.4g}"], ["weight files", size(figures["bytes"])]]
+    if "compute" in figures:
+        rows.append(["computed by", figures["compute"]])
     if "ppl" in figures:
         rows.append(["perplexity", f"{figures['ppl']:.4f}"])
     if "kld" in figures:

@@ -1,5 +1,91 @@
-"""Products with packed weights. Layers call these names only; what runs behind them is chosen here."""
+"""Products with packed weights. Layers call these names only; what runs behind them is chosen here.
 
-from upq.kernels.reference import dequantize, embedding, linear, pack, unpack
+On the CPU, by `set_compute`, `computing` or the environment variable UPQ_KERNELS:
 
-__all__ = ["dequantize", "embedding", "linear", "pack", "unpack"]
+    w2a8        compiled, activations in int8: the default
+    w2a16       compiled, activations in float32
+    reference   plain torch: exactly what was trained, and slow
+
+Other devices always run the reference. Nothing falls back to it in silence: without the compiled module, w2a8 and
+w2a16 are an UPQError.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from upq.errors import UPQError
+from upq.kernels import cpu, reference
+from upq.kernels.reference import dequantize, embedding, pack, unpack
+from upq.kernels.weight import Weight
+
+__all__ = [
+    "COMPUTES",
+    "Compute",
+    "Weight",
+    "compute",
+    "computing",
+    "dequantize",
+    "embedding",
+    "linear",
+    "linears",
+    "pack",
+    "set_compute",
+    "unpack",
+]
+
+Compute = Literal["w2a8", "w2a16", "reference"]
+COMPUTES: tuple[Compute, ...] = get_args(Compute)
+
+# One choice for the process, and not one for each thread: a generation in a thread of its own runs as it was set.
+_chosen: Compute | None = None
+
+
+def compute() -> Compute:
+    """What CPU products run through now."""
+    return _chosen or _named(os.environ.get("UPQ_KERNELS", "w2a8"), "UPQ_KERNELS")
+
+
+def set_compute(name: str | None) -> None:
+    """Choose for this process; None goes back to UPQ_KERNELS or the default."""
+    global _chosen
+    _chosen = None if name is None else _named(name, "set_compute")
+
+
+@contextmanager
+def computing(name: str) -> Iterator[None]:
+    """`set_compute` for a while."""
+    before = _chosen
+    set_compute(name)
+    try:
+        yield
+    finally:
+        set_compute(before)
+
+
+def linear(x: Tensor, weight: Weight, bias_O: Tensor | None = None) -> Tensor:
+    """`x · Ŵᵀ + b` for x (..., I), in the dtype of `x`."""
+    return linears(x, [weight], [bias_O])[0]
+
+
+def linears(x: Tensor, weights: Sequence[Weight], biases_O: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+    """The products of one x with several weights; on the CPU in one call that quantises x once."""
+    biases_O = [None] * len(weights) if biases_O is None else biases_O
+    if x.device.type == "cpu" and (how := compute()) != "reference":
+        return cpu.linears(x, [weight.matrix() for weight in weights], biases_O, compute=how)
+    return [
+        reference.linear(x, w.packed_OB, w.scale_OG, w.zero, bits=w.bits, in_features=w.in_features, bias_O=bias_O)
+        for w, bias_O in zip(weights, biases_O, strict=True)
+    ]
+
+
+def _named(name: str, where: str) -> Compute:
+    for known in COMPUTES:
+        if name == known:
+            return known
+    raise UPQError(f"{where}: unknown kernels {name!r}; choose one of {', '.join(COMPUTES)}")

@@ -1,0 +1,156 @@
+"""Products with packed weights on the CPU, compiled: `w2a8` multiplies integers, `w2a16` floats; codes stay packed.
+
+w2a8    Each token is quantised to int8 on its way in, q = round(127·x / max|x|), and the sums of products are integers,
+        exact. Only the rounding of the activations is an error: 4e-3 of a Gaussian token's products, relative.
+w2a16   Activations in float32 and weights as they are; what is lost is the rounding of float32 sums.
+
+Law (tests/test_kernels.py): an output depends on its token and its row alone, so batches, threads and the company of
+other matrices change no bit; and in w2a8 every instruction set computes the same bits.
+
+A token with NaN or infinity has NaN for every w2a8 product. The environment variable UPQ_CPU_ISA forces an instruction
+set. cpu/layout.hpp describes the layout in memory.
+
+Shape suffixes: O = out features, G = groups in a row, B = bytes in a row.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from upq.errors import UPQError
+from upq.kernels.reference import row_bytes
+
+if TYPE_CHECKING:
+    from upq.kernels import _cpu
+
+Compute = Literal["w2a8", "w2a16"]
+
+
+@cache
+def _extension() -> ModuleType:
+    try:
+        from upq.kernels import _cpu
+    except ImportError as error:
+        raise UPQError(
+            f"the CPU kernels are not there ({error}): install upq again where a C++ compiler is, or choose the slow "
+            "reference in torch, UPQ_KERNELS=reference"
+        ) from error
+    return _cpu
+
+
+def instruction_sets() -> list[str]:
+    """What this build has and this machine can run, the fastest first."""
+    return list(_extension().isas())
+
+
+@cache
+def instruction_set() -> str:
+    """The one in use: the fastest, or what UPQ_CPU_ISA says."""
+    known = instruction_sets()
+    name = os.environ.get("UPQ_CPU_ISA") or known[0]
+    if name not in known:
+        raise UPQError(f"UPQ_CPU_ISA={name}: this build on this machine runs {', '.join(known)}; name one or unset it")
+    return name
+
+
+@cache
+def _isa(name: str) -> int:
+    return instruction_sets().index(name)
+
+
+@cache
+def _real(dtype: torch.dtype) -> Any:
+    reals = _extension().Real
+    known = {torch.float32: reals.f32, torch.float16: reals.f16, torch.bfloat16: reals.bf16}
+    if dtype not in known:
+        raise UPQError(f"CPU kernels take float32, float16 and bfloat16, not {dtype}; cast, or UPQ_KERNELS=reference")
+    return known[dtype]
+
+
+def pack(
+    packed_OB: Tensor, scale_OG: Tensor, zero: Tensor | float, *, bits: int, in_features: int
+) -> _cpu.PackedMatrix:
+    """A weight in the canonical layout (reference.py) as the products below take it; a copy, rearranged."""
+    rows, groups = scale_OG.shape
+    if packed_OB.shape != (rows, row_bytes(in_features, bits)) or in_features % groups or not packed_OB.numel():
+        raise UPQError(
+            f"codes {tuple(packed_OB.shape)} and scales {tuple(scale_OG.shape)} are no weight of {in_features} columns "
+            f"at {bits} bits"
+        )
+    per_group = isinstance(zero, Tensor)
+    if isinstance(zero, Tensor) and zero.dtype != scale_OG.dtype:
+        scale_OG, zero = scale_OG.float(), zero.float()
+    matrix: _cpu.PackedMatrix = _extension().pack(
+        packed_OB.contiguous(),
+        scale_OG.contiguous().view(torch.uint8),
+        zero.contiguous().view(torch.uint8) if isinstance(zero, Tensor) else None,
+        0.0 if per_group else zero,
+        _real(scale_OG.dtype),
+        bits,
+        in_features,
+        torch.get_num_threads(),
+    )
+    return matrix
+
+
+def linears(
+    x: Tensor, matrices: Sequence[_cpu.PackedMatrix], biases_O: Sequence[Tensor | None], *, compute: Compute = "w2a8"
+) -> list[Tensor]:
+    """`x · Ŵᵀ + b` for every matrix, for x (..., I), in the dtype of `x`; x is quantised once."""
+    given = [b for b in biases_O if b is not None]
+    if torch.is_grad_enabled() and (x.requires_grad or any(b.requires_grad for b in given)):
+        return list(_WithoutGradient.apply(matrices, biases_O, compute, x, *given))  # type: ignore[no-untyped-call]
+    return _linears(x, matrices, biases_O, compute)
+
+
+def _linears(
+    x: Tensor, matrices: Sequence[_cpu.PackedMatrix], biases_O: Sequence[Tensor | None], compute: Compute
+) -> list[Tensor]:
+    extension, real = _extension(), _real(x.dtype)
+    *batch, columns = x.shape
+    for matrix, bias_O in zip(matrices, biases_O, strict=True):
+        if matrix.columns != columns:
+            raise UPQError(f"x has {columns} features, the packed weight {matrix.columns}")
+        assert bias_O is None or bias_O.shape == (matrix.rows,)
+    x = x.contiguous()
+    held = [None if b is None else b.contiguous() for b in biases_O]  # until the products are done
+    out = [x.new_empty((*batch, matrix.rows)) for matrix in matrices]
+    extension.multiply(
+        x.data_ptr(),
+        real,
+        x.numel() // columns,
+        matrices,
+        [y.data_ptr() for y in out],
+        [0 if b is None else b.data_ptr() for b in held],
+        [real if b is None else _real(b.dtype) for b in held],
+        getattr(extension.Compute, compute),
+        torch.get_num_threads(),
+        _isa(instruction_set()),
+    )
+    return out
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """The products inside a graph: they have no gradient, and asking for one must not be answered with silence."""
+
+    @staticmethod
+    def forward(
+        ctx: object,
+        matrices: Sequence[_cpu.PackedMatrix],
+        biases_O: Sequence[Tensor | None],
+        compute: Compute,
+        x: Tensor,
+        *given: Tensor,
+    ) -> tuple[Tensor, ...]:
+        return tuple(_linears(x, matrices, biases_O, compute))
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, ...]:
+        raise UPQError("the CPU kernels have no gradient; UPQ_KERNELS=reference has one, or load with dequantize=True")

@@ -1,0 +1,24 @@
+// What an instruction set offers: one table of functions each, all made from the same templates (table.hpp).
+
+#pragma once
+
+#include "layout.hpp"
+
+namespace upq::cpu {
+
+struct Kernels {
+    const char* name;
+
+    // Token `token` of `x`, int8 or float32, into its place in `out`; `scratch` takes x.columns floats.
+    void (*quantize)(const Rows& x, const Segments& segments, std::int64_t token, float* scratch, const IntTokens& out);
+    void (*widen)(const Rows& x, const Segments& segments, std::int64_t token, float* scratch, const FloatTokens& out);
+
+    // The products of some tokens with the rows of some panels.
+    void (*w2a8)(const Matrix& w, const IntTokens& x, const Output& y, Range panels, Range tokens);
+    void (*w2a16)(const Matrix& w, const FloatTokens& x, const Output& y, Range panels, Range tokens);
+};
+
+// Each defined in the source file of its name, where the compiler could build it.
+extern const Kernels avx512vnni, avxvnni, avx2, neon, portable;
+
+}  // namespace upq::cpu

@@ -1,0 +1,54 @@
+"""A packed weight as kernels get it: the canonical tensors, and what the CPU kernels make of them.
+
+Shape suffixes: O = out features, G = groups in a row, B = bytes in a row.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from upq.kernels import cpu
+
+if TYPE_CHECKING:
+    from upq.kernels import _cpu
+
+
+class Weight:
+    """Canonical tensors (reference.py) of a weight, and the same codes rearranged for the CPU from their first use on.
+
+    The canonical tensors stay as they are: of a loaded artefact they are pages of its file, which the system gives back
+    when memory is short. Only the rearranged copy is memory of the process, so a model takes its size once.
+    """
+
+    def __init__(
+        self, packed_OB: Tensor, scale_OG: Tensor, zero: Tensor | float, *, bits: int, in_features: int
+    ) -> None:
+        self.packed_OB, self.scale_OG, self.zero = packed_OB, scale_OG, zero
+        self.bits, self.in_features = bits, in_features
+        self._versions = self._current_versions()
+        self._matrix: _cpu.PackedMatrix | None = None
+
+    def is_of(self, packed_OB: Tensor, scale_OG: Tensor, zero: Tensor | float) -> bool:
+        """Whether these are the tensors it was made of, and nothing has been written to them since.
+
+        Tensors made in inference mode do not count what is written to them: replace those, do not change them.
+        """
+        same = packed_OB is self.packed_OB and scale_OG is self.scale_OG and zero is self.zero
+        return same and self._versions == self._current_versions()
+
+    def matrix(self) -> _cpu.PackedMatrix:
+        """Rearranged for the CPU kernels: at the first call, and kept."""
+        if self._matrix is None:
+            self._matrix = cpu.pack(
+                self.packed_OB, self.scale_OG, self.zero, bits=self.bits, in_features=self.in_features
+            )
+        return self._matrix
+
+    def _current_versions(self) -> list[int]:
+        tensors = [t for t in (self.packed_OB, self.scale_OG, self.zero) if isinstance(t, Tensor)]
+        return [0 if t.is_inference() else t._version for t in tensors]
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # copies and pickles of a layer leave it out: it is made again from their own tensors
