@@ -11,6 +11,7 @@ from upq.cli.chat import chat
 from upq.cli.demo import demo
 from upq.cli.doctor import doctor
 from upq.cli.evaluate import evaluate
+from upq.cli.export import export
 from upq.cli.quantize import quantize
 from upq.errors import UPQError
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize)
 app.command("eval")(evaluate)
+app.command("export")(export)
 app.command("chat")(chat)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
