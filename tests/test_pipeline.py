@@ -273,6 +273,16 @@ def test_a_failing_export_costs_neither_the_artefact_nor_the_other_exports(model
     assert (out / "exports" / "gguf.gguf").stat().st_mtime_ns == made
 
 
+def test_an_export_with_other_options_is_not_taken_for_the_one_asked_for(model, text, tmp_path):
+    out = tmp_path / "out"
+    quantize(model, make_recipe(text, "export=[dense]", "distill.tokens=0"), out)
+    with pytest.raises(UPQError, match=r"dense: is there with other options; delete it first"):
+        quantize(model, make_recipe(text, "export=[{name: dense, dtype: fp32}]", "distill.tokens=0"), out)
+    (out / "upq.json").write_text((out / "upq.json").read_text() + " ")
+    with pytest.raises(UPQError, match=r"dense: was made of another artefact; delete it first"):
+        quantize(model, make_recipe(text, "export=[dense]", "distill.tokens=0"), out)
+
+
 def test_a_wrong_export_shows_before_any_work(model, text, tmp_path):
     wrong = {"export=[zip]": "unknown export format 'zip'", "export=[{name: dense, x: 1}]": "unknown key 'x'"}
     for override, message in wrong.items():

@@ -35,7 +35,7 @@ from upq.distill.trainer import distill, steps
 from upq.errors import UPQError
 from upq.evals.size import model_size, weights_bytes
 from upq.evals.text import evaluate_text
-from upq.exports import export, exporter, report_path
+from upq.exports import beside, exporter
 from upq.hf import load, write_artifact
 from upq.loading import family, load_config, load_model, load_tokenizer
 from upq.losses import LOSSES
@@ -46,7 +46,6 @@ from upq.scheme import QTensor
 from upq.streaming import StreamedModel
 
 WORK = ".work"
-EXPORTED = "exports"
 _PATIENCE = timedelta(days=30)  # other processes wait for the first one's block-wise stages that long
 
 
@@ -73,7 +72,8 @@ def quantize(
         run = _Run.open(_local(model), recipe, Path(out), target, progress, writes=processes.is_main_process)
         if run is None:
             progress.note(f"{out} is finished already: nothing to do")
-            progress.plan({"export": (len(recipe.export), 1.0)})
+            if recipe.export:
+                progress.plan({"export": (len(recipe.export), 1.0)})
             if processes.is_main_process:
                 _export(recipe, Path(out), progress)
             return read_manifest(Path(out))
@@ -107,11 +107,8 @@ def _export(recipe: Recipe, out: Path, progress: Progress) -> None:
     progress.start("export")
     failed = []
     for plugin in recipe.export:
-        target = out / EXPORTED / f"{plugin.name}{exporter(plugin.name, plugin.model_extra).suffix or ''}"
         try:
-            if not report_path(target).is_file():
-                report = export(out, plugin.name, target, options=plugin.model_extra)
-                progress.note(f"{target}: {'exact' if report.exact else 'not exact'}, {report.bytes / 1e6:.1f} MB")
+            beside(out, plugin.name, options=plugin.model_extra, progress=progress)
         except UPQError as error:
             failed.append(f"{plugin.name} ({error})")
         progress.advance(1)

@@ -20,7 +20,9 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from upq.errors import UPQError
-from upq.exports._source import Source
+from upq.exports import dense
+from upq.exports._source import Source, Weight
+from upq.scheme import QuantScheme
 
 V = TypeVar("V")
 
@@ -107,6 +109,16 @@ class Shape:
             blocks=config.num_hidden_layers,
             eps=config.rms_norm_eps,
         )
+
+
+def dense_dtype(weight: Weight) -> torch.dtype:
+    """Of a weight that is not packed: vectors are float32, which is what they are added to or multiplied with."""
+    return dense.dense_dtype(weight) if len(weight.shape) == 2 else torch.float32
+
+
+def code_bits(scheme: QuantScheme) -> int:
+    """Bits of the codes in a graph, which has integers of 2, 4 and 8."""
+    return next(bits for bits in (2, 4, 8) if bits >= scheme.bits)
 
 
 def check(source: Source) -> None:

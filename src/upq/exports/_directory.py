@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from upq.artifact import load_rows, tensor_shapes
+from upq.exports._base import Rows
 from upq.exports._source import Source
 
 Stored = Callable[[int, int | None], Tensor]  # (start, stop) to these rows, as stored
@@ -65,7 +67,7 @@ def write_shards(
     if len(shards) == 1:
         _write(out / "model.safetensors", shards[0], written, metadata)
         return
-    index = {}
+    index: dict[str, str] = {}
     for i, shard in enumerate(shards):
         name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         _write(out / name, shard, written, metadata)
@@ -108,8 +110,12 @@ def copy_companions(source: Source, out: Path) -> None:
         shutil.copyfile(file, out / file.name)
 
 
+def in_float32(stored: Stored) -> Rows:
+    return lambda start, stop: stored(start, stop).float()
+
+
 def stored_rows(out: Path) -> Iterator[tuple[str, Stored]]:
     """Every tensor of a directory's safetensors files, and a reader of its rows."""
     for file in sorted(out.glob("*.safetensors")):
         for name in tensor_shapes(file):
-            yield name, lambda start, stop, file=file, name=name: load_rows(file, name, start, stop)
+            yield name, partial(load_rows, file, name)

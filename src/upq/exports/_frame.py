@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import torch
 from upq.artifact import MANIFEST, digest_file, whole
 from upq.errors import UPQError
 from upq.exports._base import EXPORTS, Exporter, Plan, Rows, type_name
-from upq.exports._report import REPORT, Carried, Report, write_report
+from upq.exports._report import REPORT, Carried, Report, read_report, report_path, write_report
 from upq.exports._source import Source, Weight
 from upq.progress import Progress, Silent
 from upq.recipe import decode
+
+_FOLDER = "exports"  # of an artefact
 
 
 def exporter(name: str, options: Mapping[str, Any] | None = None) -> Exporter:
@@ -62,7 +65,7 @@ def export(
         form.write(source, plan, scratch, progress)
         written = time.monotonic()
         progress.start("check")
-        carriers = _compare(form, source, plan, scratch, progress)
+        carriers = _compare(form.read(source, plan, scratch), plan, out.name, progress)
         seconds = {"write": written - begun, "check": time.monotonic() - written}
         files = [file for file in scratch.rglob("*") if file.is_file()] if scratch.is_dir() else [scratch]
         linears = [p for p in plan.placements if p.weight.name in source.linears]
@@ -86,6 +89,24 @@ def export(
     return report
 
 
+def beside(
+    artifact: str | Path, name: str, *, options: Mapping[str, Any] | None = None, progress: Progress | None = None
+) -> Path:
+    """The export in its place below the artefact, `exports/NAME`; made unless it is there."""
+    form, artifact, progress = exporter(name, options), Path(artifact), progress or Silent()
+    out = artifact / _FOLDER / f"{name}{form.suffix or ''}"
+    if not (out.exists() and report_path(out).is_file()):
+        report = export(artifact, name, out, options=options)
+        progress.note(f"{out}: {'exact' if report.exact else 'not exact'}, {report.bytes / 1e6:.1f} MB")
+        return out
+    found = read_report(report_path(out))
+    if found.artifact_digest != digest_file(artifact / MANIFEST):
+        raise UPQError(f"{out}: was made of another artefact; delete it first")
+    if found.options != form.options.model_dump():
+        raise UPQError(f"{out}: is there with other options; delete it first")
+    return out
+
+
 def _check_target(out: Path, suffix: str | None) -> None:
     """Nothing is ever overwritten: what is there may be an export that somebody uses."""
     if suffix is None:
@@ -98,25 +119,25 @@ def _check_target(out: Path, suffix: str | None) -> None:
             raise UPQError(f"{out}: exists already; name a new file, or delete it first")
 
 
-def _compare(form: Exporter, source: Source, plan: Plan, out: Path, progress: Progress) -> list[Carried]:
-    """Each weight against the artefact; a weight that is not as planned is an error."""
+def _compare(read: Iterable[tuple[str, Rows]], plan: Plan, shown: str, progress: Progress) -> list[Carried]:
+    """Each weight against the artefact; a weight that is not as planned is an error of what is `shown` to the user."""
     placements = {p.weight.name: p for p in plan.placements}
     sums: dict[str, list[float]] = {}  # carrier: largest error, squared error, squared norm
-    for name, rows in form.read(source, plan, out):
+    for name, rows in read:
         placement = placements.pop(name, None)
         if placement is None:
-            raise UPQError(f"{out.name}: reads back a weight {name} that is not in the artefact; please report this")
+            raise UPQError(f"{shown}: reads back a weight {name} that is not in the artefact; please report this")
         exact, found = _errors(placement.weight, rows, plan.compared_in)
         if placement.loss is None and not exact:
             raise UPQError(
-                f"{out.name}: {name} ({placement.carrier}) reads back wrong by up to {found[0]:.3g}; nothing was kept, "
+                f"{shown}: {name} ({placement.carrier}) reads back wrong by up to {found[0]:.3g}; nothing was kept, "
                 "please report this"
             )
         total = sums.setdefault(placement.carrier, [0.0, 0.0, 0.0])
         total[:] = [max(total[0], found[0]), total[1] + found[1], total[2] + found[2]]
         progress.advance(1)
     if placements:
-        raise UPQError(f"{out.name}: {next(iter(placements))} does not read back; nothing was kept, please report this")
+        raise UPQError(f"{shown}: {next(iter(placements))} does not read back; nothing was kept, please report this")
     result = []
     for carrier, (largest, error, norm) in sums.items():
         held = [p for p in plan.placements if p.carrier == carrier]
@@ -143,7 +164,7 @@ def _errors(weight: Weight, rows: Rows, dtype: torch.dtype) -> tuple[bool, list[
         norm += want.square().sum(dtype=torch.float64).item()
         if not torch.equal(got, want):
             exact = False
-            distance = (got - want).abs()
+            distance = (got - want).abs().nan_to_num(nan=math.inf)
             largest = max(largest, distance.max().item())
             error += distance.square().sum(dtype=torch.float64).item()
     return exact, [largest, error, norm]

@@ -103,7 +103,7 @@ class Q5_0(Symmetric):
     levels, offset = 32, 16
 
     def _fields(self, d_ONB: Tensor, stored_ONS: Tensor) -> list[Tensor]:
-        fifth = (stored_ONS >> 4).unflatten(-1, (4, 8))
+        fifth = (stored_ONS >> 4).reshape(*stored_ONS.shape[:-1], 4, 8)
         shifts = torch.arange(8, dtype=torch.uint8)
         return [d_ONB, (fifth << shifts).sum(-1, dtype=torch.uint8), _nibbles(stored_ONS & 15)]
 
@@ -164,7 +164,7 @@ class Q4_K(_K):
         # 12 bytes: the low six bits of sc and m of sub-blocks 0..3 with the top two of 4..7, then those's low nibbles
         low_sc, low_m = sc_ON1 & 63 | sc_ON1 >> 4 << 6, m_ON1 & 63 | m_ON1 >> 4 << 6
         scales = [x.expand(-1, -1, 4) for x in (low_sc, low_m, sc_ON1 & 15 | m_ON1 << 4)]
-        halves = codes_ONS.unflatten(-1, (4, 2, 32))
+        halves = codes_ONS.reshape(*codes_ONS.shape[:-1], 4, 2, 32)
         return [d_ONB, d_ONB, *scales, (halves[..., 0, :] | halves[..., 1, :] << 4).flatten(-2)]
 
 
@@ -182,7 +182,7 @@ BLOCKS: tuple[Block, ...] = (
 
 def _bytes(d_ON: Tensor) -> Tensor:
     """float16 (O, N) as its bytes (O, N, 2)."""
-    return d_ON.contiguous().view(torch.uint8).unflatten(-1, (-1, 2))
+    return d_ON.contiguous().view(torch.uint8).view(*d_ON.shape, 2)
 
 
 def _nibbles(stored_ONS: Tensor) -> Tensor:
@@ -193,6 +193,6 @@ def _nibbles(stored_ONS: Tensor) -> Tensor:
 
 def _quarters(stored_ONS: Tensor) -> Tensor:
     """Blocks of 256 as two runs of 32 bytes: bits 2j of byte l of run n are weight 128·n + 32·j + l."""
-    quarters = stored_ONS.unflatten(-1, (2, 4, 32))
+    quarters = stored_ONS.reshape(*stored_ONS.shape[:-1], 2, 4, 32)
     packed = quarters[..., 0, :] | quarters[..., 1, :] << 2 | quarters[..., 2, :] << 4 | quarters[..., 3, :] << 6
     return packed.flatten(-2)

@@ -43,7 +43,8 @@ class LlamaCpp:
     @cached_property
     def head_dim(self) -> int:
         config = self.config
-        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return dim
 
     @cached_property
     def rope(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from upq.nn.packed import PackedEmbedding, PackedLinear
 from upq.scheme import QTensor, QuantScheme
 
 _CHUNK = 1 << 22  # weights handled at one time: 16 MB in float32
+_FUSED = {f"{name}_proj": "qkv_proj" for name in "qkv"} | {f"{name}_proj": "gate_up_proj" for name in ("gate", "up")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +98,9 @@ class Source:
         model, quantization = empty_model(path, shards)
         schemes = quantization.schemes(model)
         files = {name: shard for shard in shards for name in tensor_shapes(shard)}
-        dtype = model.config.dtype or _dtype(files, family(model.config))
+        dtype = model.config.dtype
+        if not isinstance(dtype, torch.dtype):  # not said
+            dtype = _dtype(files, family(model.config))
         weights = {}
         for name, tensor in model.state_dict().items():
             module, _, kind = name.rpartition(".")
@@ -127,6 +130,15 @@ class Source:
     @property
     def tied(self) -> bool:
         return f"{self.spec.head}.weight" not in self.weights
+
+    def packs(self, weight: Weight) -> bool:
+        """Whether it is a quantised linear of the blocks: what most engines have packed products for."""
+        return weight.scheme is not None and weight.name in self.linears
+
+    def fused(self, paths: Iterable[str]) -> set[str]:
+        """What vLLM and SGLang call these linears where they keep several in one module, and know no other name."""
+        parts = (path.rpartition(".") for path in paths)
+        return {f"{block}.{_FUSED[linear]}" for block, _, linear in parts if linear in _FUSED}
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.path)

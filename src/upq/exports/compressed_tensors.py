@@ -18,7 +18,15 @@ from torch import Tensor
 from upq.errors import UPQError
 from upq.exports import _integers
 from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows, type_name
-from upq.exports._directory import Stored, TensorPlan, copy_companions, stored_rows, write_config, write_shards
+from upq.exports._directory import (
+    Stored,
+    TensorPlan,
+    copy_companions,
+    in_float32,
+    stored_rows,
+    write_config,
+    write_shards,
+)
 from upq.exports._source import Source, Weight
 from upq.exports.dense import DTYPES, dense_tensor, holds, place
 from upq.progress import Progress
@@ -77,7 +85,7 @@ class CompressedTensors(Exporter):
                 weight = name.removesuffix("_packed")
                 yield weight, partial(_decompressed, compressor, schemes[group[weight]], stored, weight)
             elif not name.endswith((".weight_scale", ".weight_shape")):
-                yield name, lambda start, stop, rows=rows: rows(start, stop).float()
+                yield name, in_float32(rows)
 
     def _dtype(self, source: Source) -> torch.dtype:
         if self.options.dtype != "auto":
@@ -85,12 +93,12 @@ class CompressedTensors(Exporter):
         if source.dtype == torch.float32:
             return torch.float32
         weights = source.weights.values()
-        scales = all(_integers.misfit(w, torch.float16) is None for w in weights if _packs(source, w))
-        others = all(holds(w, torch.float16) for w in weights if not _packs(source, w))
+        scales = all(_integers.misfit(w, torch.float16) is None for w in weights if source.packs(w))
+        others = all(holds(w, torch.float16) for w in weights if not source.packs(w))
         return torch.float16 if scales and others else torch.float32
 
     def _place(self, source: Source, weight: Weight, dtype: torch.dtype) -> Placement:
-        if not _packs(source, weight):
+        if not source.packs(weight):
             return place(weight, dtype)
         assert weight.scheme is not None
         least = _integers.bits(weight)
@@ -101,10 +109,6 @@ class CompressedTensors(Exporter):
         rows, columns = weight.shape
         size = rows * (4 * _words(columns, bits) + weight.scheme.groups(columns) * dtype.itemsize)
         return Placement(weight=weight, carrier=f"int{bits}", bytes=size, loss=_integers.misfit(weight, dtype))
-
-
-def _packs(source: Source, weight: Weight) -> bool:
-    return weight.scheme is not None and weight.name in source.linears
 
 
 def _words(columns: int, bits: int) -> int:
@@ -130,10 +134,15 @@ def _tensors(p: Placement, dtype: torch.dtype) -> list[TensorPlan]:
         scale_OG, zero_OG = weight.scale_zero()
         return [(scale_OG.float() / _integers.step(zero_OG)).to(dtype)]
 
-    wide = {"_packed": (torch.int32, (rows, _words(columns, bits)), packed)}
-    wide["_scale"] = (dtype, (rows, weight.scheme.groups(columns)), scales)
-    wide["_shape"] = (torch.int64, (2,), lambda: [torch.tensor(weight.shape)])
-    return [TensorPlan(name=weight.name + end, dtype=d, shape=s, parts=parts) for end, (d, s, parts) in wide.items()]
+    def shape() -> Iterable[Tensor]:
+        return [torch.tensor(weight.shape)]
+
+    groups = weight.scheme.groups(columns)
+    return [
+        TensorPlan(name=f"{weight.name}_packed", dtype=torch.int32, shape=(rows, _words(columns, bits)), parts=packed),
+        TensorPlan(name=f"{weight.name}_scale", dtype=dtype, shape=(rows, groups), parts=scales),
+        TensorPlan(name=f"{weight.name}_shape", dtype=torch.int64, shape=(2,), parts=shape),
+    ]
 
 
 def _groups(plan: Plan) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows, type_name
-from upq.exports._directory import TensorPlan, copy_companions, stored_rows, write_config, write_shards
+from upq.exports._directory import TensorPlan, copy_companions, in_float32, stored_rows, write_config, write_shards
 from upq.exports._source import Source, Weight
 from upq.progress import Progress
 
@@ -48,7 +48,7 @@ class Dense(Exporter):
 
     def read(self, source: Source, plan: Plan, out: Path) -> Iterator[tuple[str, Rows]]:
         for name, rows in stored_rows(out):
-            yield name, lambda start, stop, rows=rows: rows(start, stop).float()
+            yield name, in_float32(rows)
 
 
 def place(weight: Weight, dtype: torch.dtype, *, exact: bool = False) -> Placement:
@@ -56,6 +56,11 @@ def place(weight: Weight, dtype: torch.dtype, *, exact: bool = False) -> Placeme
     lost = not exact and not holds(weight, dtype)
     loss = f"rounded to {type_name(dtype)}" if lost else None
     return Placement(weight=weight, carrier=type_name(dtype), bytes=weight.numel * dtype.itemsize, loss=loss)
+
+
+def dense_dtype(weight: Weight) -> torch.dtype:
+    """The type that holds a weight as it is: its own, or float32 for the product of codes and scales."""
+    return weight.dtype if weight.scheme is None else torch.float32
 
 
 def dense_tensor(weight: Weight, dtype: torch.dtype) -> TensorPlan:

@@ -16,9 +16,17 @@ from torch import Tensor
 from upq import kernels
 from upq.errors import UPQError
 from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows, type_name
-from upq.exports._directory import Stored, TensorPlan, copy_companions, stored_rows, write_config, write_shards
+from upq.exports._directory import (
+    Stored,
+    TensorPlan,
+    copy_companions,
+    in_float32,
+    stored_rows,
+    write_config,
+    write_shards,
+)
 from upq.exports._source import Source, Weight
-from upq.exports.dense import dense_tensor, place
+from upq.exports.dense import dense_dtype, dense_tensor, place
 from upq.progress import Progress
 from upq.scheme import PER_CHANNEL
 
@@ -66,8 +74,7 @@ class Mlx(Exporter):
             if _group(p.weight):
                 yield p.weight.name, partial(_dequantized, stored, p.weight)
             else:
-                rows = stored[p.weight.name]
-                yield p.weight.name, lambda start, stop, rows=rows: rows(start, stop).float()
+                yield p.weight.name, in_float32(stored[p.weight.name])
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -76,7 +83,7 @@ class Mlx(Exporter):
     def _place(self, weight: Weight) -> Placement:
         group = _group(weight)
         if group is None:
-            return place(weight, torch.float32 if weight.scheme is not None else weight.dtype)
+            return place(weight, dense_dtype(weight))
         assert weight.scheme is not None
         dtype = self._dtype
         size = weight.numel * weight.scheme.bits // 8 + 2 * dtype.itemsize * weight.numel // group
@@ -84,12 +91,14 @@ class Mlx(Exporter):
         pair = (scale_OG.float(), -zero_OG * scale_OG.float())
         held = all(torch.equal(x.to(dtype).float(), x) for x in pair)
         loss = None if held else f"scale or zero·scale rounded to {type_name(dtype)}"
+        if weight.scheme.scale_dtype == "float32":
+            loss = "s·q + b with float32 scales is rounded twice"
         return Placement(weight=weight, carrier=f"affine {weight.scheme.bits}", bytes=size, loss=loss)
 
     def _tensors(self, p: Placement) -> list[TensorPlan]:
         weight, group = p.weight, _group(p.weight)
         if group is None:
-            return [dense_tensor(weight, torch.float32 if weight.scheme is not None else weight.dtype)]
+            return [dense_tensor(weight, dense_dtype(weight))]
         scheme, dtype = weight.scheme, self._dtype
         assert scheme is not None
         rows, columns = weight.shape

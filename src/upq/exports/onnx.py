@@ -95,11 +95,16 @@ class Onnx(Exporter):
     def _place(self, source: Source, weight: Weight) -> Placement:
         layout = _layout(source, weight, self._int8)
         if layout is None:
-            return place(weight, _dense_dtype(weight))
+            return place(weight, decoder.dense_dtype(weight))
+        stored = _stored(weight, layout, self._int8)
+        assert weight.scheme is not None
+        # code·s and zero·s are rounded each where s has more than 16 bits
+        twice = weight.scheme.scale_dtype == "float32" and len(stored) > 2
         return Placement(
             weight=weight,
             carrier=f"MatMulNBits {layout.bits}",
-            bytes=sum(tensor.bytes for tensor in _stored(weight, layout, self._int8)),
+            bytes=sum(tensor.bytes for tensor in stored),
+            loss="products with float32 scales are rounded twice" if twice else None,
         )
 
 
@@ -132,9 +137,9 @@ class _Stored:
 def _layout(source: Source, weight: Weight, int8: bool) -> _Layout | None:
     """How MatMulNBits holds a weight; None where it cannot."""
     scheme = weight.scheme
-    if scheme is None or weight.name not in source.linears:
+    if scheme is None or not source.packs(weight):
         return None
-    bits = next(b for b in (2, 4, 8) if b >= scheme.bits)
+    bits = decoder.code_bits(scheme)
     most = 128 if int8 and bits == 2 else 256  # the fast 2-bit kernel ends at 128
     if scheme.group_size == PER_CHANNEL:
         return _Layout(bits, min(most, max(16, 1 << (weight.shape[1] - 1).bit_length())))
@@ -142,14 +147,10 @@ def _layout(source: Source, weight: Weight, int8: bool) -> _Layout | None:
     return _Layout(bits, block) if block >= 16 else None
 
 
-def _dense_dtype(weight: Weight) -> torch.dtype:
-    return weight.dtype if weight.scheme is None and len(weight.shape) == 2 else torch.float32
-
-
 def _stored(weight: Weight, layout: _Layout, int8: bool) -> list[_Stored]:
     """Codes (O, blocks, bytes), scales (O·blocks), and what makes up for the zero point.
 
-    That is float zero points (O·blocks), or for int8 the column of each group (G, O).
+    That is float zero points (O·blocks), or the columns of the rank-one matrices (G, O).
     """
     scheme = weight.scheme
     assert scheme is not None
@@ -177,7 +178,7 @@ def _stored(weight: Weight, layout: _Layout, int8: bool) -> list[_Stored]:
     ]
     if GRIDS.get(scheme.grid).zero(scheme) == middle:
         return found
-    if int8:
+    if int8 or layout.bits == 8:  # MatMulNBits takes no float zero points at 8 bits
 
         def columns_GO() -> list[Tensor]:
             scale_OG, zero_OG = weight.scale_zero()
@@ -376,7 +377,7 @@ def _kinds() -> dict[torch.dtype, int]:
 
 
 def _dense_tensor(weight: Weight) -> _Stored:
-    dtype = _dense_dtype(weight)
+    dtype = decoder.dense_dtype(weight)
 
     def parts() -> Iterable[Tensor]:
         return (weight.dequantize(start, stop).to(dtype) for start, stop in weight.chunks())
@@ -427,7 +428,8 @@ def _bytes(out: Path, tensor: Any, start: int, stop: int) -> bytes:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     with (out / entries["location"]).open("rb") as file:
         file.seek(int(entries["offset"]) + start)
-        return file.read(stop - start)
+        content: bytes = file.read(stop - start)
+        return content
 
 
 def _numbers(out: Path, tensor: Any, start: int, stop: int) -> Tensor:

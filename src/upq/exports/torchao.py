@@ -17,7 +17,15 @@ from torch import Tensor
 
 from upq.errors import UPQError
 from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows
-from upq.exports._directory import Stored, TensorPlan, copy_companions, stored_rows, write_config, write_shards
+from upq.exports._directory import (
+    Stored,
+    TensorPlan,
+    copy_companions,
+    in_float32,
+    stored_rows,
+    write_config,
+    write_shards,
+)
 from upq.exports._source import Source, Weight
 from upq.exports.dense import dense_tensor, place
 from upq.progress import Progress
@@ -41,7 +49,7 @@ class TorchAo(Exporter):
     def plan(self, source: Source) -> Plan:
         placements = tuple(self._place(source, weight) for weight in source.weights.values())
         bits = {p.weight.scheme.bits for p in placements if p.carrier != "dense" and p.weight.scheme is not None}
-        if not any(_packs(source, weight) for weight in source.weights.values()):
+        if not any(source.packs(weight) for weight in source.weights.values()):
             raise UPQError(f"{source.path}: torchao cannot run it: no linear is quantised")
         notes = (f"one byte a weight on disk, {min(bits)} bits in ExecuTorch",) if bits else ()
         return Plan(placements=placements, notes=notes, dtype=source.dtype, compared_in=torch.float32)
@@ -53,7 +61,7 @@ class TorchAo(Exporter):
         tensors: list[TensorPlan] = []
         metadata: dict[str, str] = {}
         for p in plan.placements:
-            if _packs(source, p.weight):
+            if source.packs(p.weight):
                 tensors += _tensors(p.weight)
                 # what the library says of one row holds for all of them
                 _, about = flatten_tensor_state_dict({p.weight.name: self._rebuilt(p.weight, 0, 1, source.dtype)})
@@ -70,14 +78,13 @@ class TorchAo(Exporter):
     def read(self, source: Source, plan: Plan, out: Path) -> Iterator[tuple[str, Rows]]:
         stored = dict(stored_rows(out))
         for p in plan.placements:
-            if _packs(source, p.weight):
+            if source.packs(p.weight):
                 yield p.weight.name, partial(self._dequantized, stored, p.weight)
             else:
-                rows = stored[p.weight.name]
-                yield p.weight.name, lambda start, stop, rows=rows: rows(start, stop).float()
+                yield p.weight.name, in_float32(stored[p.weight.name])
 
     def _place(self, source: Source, weight: Weight) -> Placement:
-        if not _packs(source, weight):
+        if not source.packs(weight):
             return place(weight, source.dtype)
         scheme = weight.scheme
         assert scheme is not None
@@ -90,7 +97,7 @@ class TorchAo(Exporter):
         from torchao.quantization import PerAxis, PerGroup
         from transformers import TorchAoConfig
 
-        scheme = next(w.scheme for w in source.weights.values() if _packs(source, w))
+        scheme = next(w.scheme for w in source.weights.values() if source.packs(w))
         assert scheme is not None
         size, half = scheme.group_size, scheme.levels // 2
         intx = StretchedIntxWeightConfig(
@@ -100,9 +107,9 @@ class TorchAo(Exporter):
             quant_max=half - 1,
             activation_quantization=self._activations,
         )
-        dense = [name.removesuffix(".weight") for name in source.linears if not _packs(source, source.weights[name])]
+        dense = [name.removesuffix(".weight") for name in source.linears if not source.packs(source.weights[name])]
         config = TorchAoConfig(quant_type=intx, modules_to_not_convert=sorted([source.spec.head, *dense]))
-        described: dict[str, Any] = config.to_dict()
+        described: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]
         return described
 
     @property
@@ -132,10 +139,6 @@ class TorchAo(Exporter):
         parts = [stored[t.name](start, stop) for t in _tensors(weight)]
         dense: Tensor = self._tensor(weight, parts[0], parts[1], parts[2], torch.float32).dequantize()
         return dense
-
-
-def _packs(source: Source, weight: Weight) -> bool:
-    return weight.scheme is not None and weight.name in source.linears
 
 
 def _tensors(weight: Weight, first: int = 0, last: int | None = None) -> list[TensorPlan]:
