@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench sanitize cross clean
+ENGINES := .venv-engines
+
+.PHONY: demo test test-engines check bench sanitize cross clean
 
 demo: $(VENV)/.installed
 	$(BIN)/upq demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not gpu"
+
+test-engines: $(ENGINES)/.installed
+	$(ENGINES)/bin/python -m pytest tests/engines tests/test_exports*.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check src tests benchmarks tools
@@ -40,9 +45,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,bench,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,bench,dev,export]"
+	touch $@
+
+# An environment of its own, since llama.cpp is built from source: minutes on a fast machine, an hour on two cores.
+# humming-kernels without what it needs to run, a CUDA GPU: its descriptions of checkpoints are all that is used.
+$(ENGINES)/.installed: pyproject.toml constraints.txt
+	test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet --upgrade pip
+	$(ENGINES)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(ENGINES)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps humming-kernels
+	CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF" \
+	$(ENGINES)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,export,engines]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo runs build CMakeCache.txt CMakeFiles CMakeInit.txt cmake_install.cmake build.ninja .ninja_* \
+	rm -rf $(VENV) $(ENGINES) demo runs build CMakeCache.txt CMakeFiles CMakeInit.txt cmake_install.cmake build.ninja .ninja_* \
 		*.a src/upq/kernels/*.so

@@ -195,16 +195,37 @@ def nearest(name: str, row: list[float], bits: int, shrink: float) -> list[float
     if name == "seq":
         scale = half(shrink * max(map(abs, row)) / (1 << (bits - 1)))
         levels = [(code - ((1 << bits) - 1) / 2) * scale for code in codes]
-    elif name == "sym":
+    elif name in ("sym", "q2_0"):
         half_range = (1 << (bits - 1)) - 0.5
         scale = half(shrink * max(map(abs, row)) / half_range)
-        levels = [(code - (1 << (bits - 1))) * scale for code in codes]
+        lowest = 1 << (bits - 1) if name == "sym" else (1 << (bits - 1)) - 1
+        levels = [(code - lowest) * scale for code in codes]
     else:
         low, high = shrink * min(0.0, *row), shrink * max(0.0, *row)
         exact = (high - low) / ((1 << bits) - 1)
         zero, scale = round(-low / exact), half(exact)
         levels = [(code - zero) * scale for code in codes]
     return [min(levels, key=lambda level: abs(level - w)) for w in row]
+
+
+class TestSymmetricIntegers:
+    """`sym` is what engines call int2, `q2_0` its mirror image."""
+
+    @pytest.mark.parametrize(("name", "levels"), [("sym", [-2, -1, 0, 1]), ("q2_0", [-1, 0, 1, 2])])
+    def test_levels_at_two_bits(self, name: str, levels: list[int]) -> None:
+        params = {"log_scale": torch.zeros(1, 1)}
+        fake_OI = GRIDS.get(name).fake(torch.linspace(-4, 4, 97)[None], params, QuantScheme(bits=2))
+        assert fake_OI.unique().tolist() == levels
+
+    @pytest.mark.parametrize("group_size", GROUPS)
+    @pytest.mark.parametrize("bits", BITS)
+    def test_they_mirror_each_other(self, bits: int, group_size: int) -> None:
+        sym, q2_0 = GRIDS.get("sym"), GRIDS.get("q2_0")
+        a, b = (QuantScheme(bits=bits, group_size=group_size, grid=name) for name in ("sym", "q2_0"))
+        left = sym.freeze(weight(), search_scale(weight(), a), a)
+        right = q2_0.freeze(-weight(), search_scale(-weight(), b), b)
+        assert torch.equal(left.dequantize(), -right.dequantize())
+        assert torch.equal(left.codes_OI, a.levels - 1 - right.codes_OI)
 
 
 class TestSeq:

@@ -17,7 +17,7 @@ LAYERS = (
     ("grids", "losses", "kernels"),
     ("nn", "models", "loading", "streaming", "data"),
     ("blockwise", "distill", "formats", "evals", "demo"),
-    ("hf", "card", "pipeline", "console", "quiet"),
+    ("hf", "exports", "card", "pipeline", "console", "quiet"),
     ("cli",),
     ("__main__",),
 )

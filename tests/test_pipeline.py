@@ -244,3 +244,51 @@ def test_embeddings_can_be_packed_too(model, text, tmp_path, bits):
 def test_a_packed_model_is_no_source(finished, text, tmp_path):
     with pytest.raises(UPQError, match="already quantised"):
         quantize(Path(finished), make_recipe(text), tmp_path / "out")
+
+
+def test_exports_follow_the_artefact(model, text, tmp_path):
+    out = tmp_path / "out"
+    quantize(model, make_recipe(text, "export=[dense]", "distill.tokens=0"), out)
+    report = json.loads((out / "exports" / "dense" / "export.json").read_text())
+    assert report["exact"]
+    assert report["format"] == "dense"
+    tokens = torch.arange(20)[None]
+    dense = AutoModelForCausalLM.from_pretrained(out / "exports" / "dense")
+    assert torch.equal(dense(tokens).logits, upq.load(out)(tokens).logits)
+
+
+def test_a_failing_export_costs_neither_the_artefact_nor_the_other_exports(model, text, tmp_path, monkeypatch):
+    from upq.exports import EXPORTS
+
+    recipe, out = make_recipe(text, "export=[{name: dense, dtype: fp16}, gguf]", "distill.tokens=0"), tmp_path / "out"
+    pytest.importorskip("gguf")
+    with pytest.raises(UPQError, match=r"out is finished, but not its export dense \(.*cannot hold .*; mend it"):
+        quantize(model, recipe, out)
+    assert upq.load(out)
+    assert not (out / "exports" / "dense").exists()
+    made = (out / "exports" / "gguf.gguf").stat().st_mtime_ns
+    with monkeypatch.context() as patched:  # the same command tries what is missing, and only that
+        patched.setattr(EXPORTS.get("gguf"), "write", None)
+        with pytest.raises(UPQError, match="not its export dense"):
+            quantize(model, recipe, out)
+    quantize(model, make_recipe(text, "export=[dense, gguf]", "distill.tokens=0"), out)
+    assert (out / "exports" / "dense" / "export.json").is_file()
+    assert (out / "exports" / "gguf.gguf").stat().st_mtime_ns == made
+
+
+def test_an_export_with_other_options_is_not_taken_for_the_one_asked_for(model, text, tmp_path):
+    out = tmp_path / "out"
+    quantize(model, make_recipe(text, "export=[dense]", "distill.tokens=0"), out)
+    with pytest.raises(UPQError, match=r"dense: is there with other options; delete it first"):
+        quantize(model, make_recipe(text, "export=[{name: dense, dtype: fp32}]", "distill.tokens=0"), out)
+    (out / "upq.json").write_text((out / "upq.json").read_text() + " ")
+    with pytest.raises(UPQError, match=r"dense: was made of another artefact; delete it first"):
+        quantize(model, make_recipe(text, "export=[dense]", "distill.tokens=0"), out)
+
+
+def test_a_wrong_export_shows_before_any_work(model, text, tmp_path):
+    wrong = {"export=[zip]": "unknown export format 'zip'", "export=[{name: dense, x: 1}]": "unknown key 'x'"}
+    for override, message in wrong.items():
+        with pytest.raises(UPQError, match=message):
+            quantize(model, make_recipe(text, override), tmp_path / "out")
+        assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ import pytest
 
 from upq.blockwise import METHODS
 from upq.errors import UPQError
+from upq.exports import EXPORTS
 from upq.formats import FORMATS
 from upq.grids import GRIDS
 from upq.losses import LOSSES
@@ -57,7 +58,7 @@ def test_a_name_belongs_to_one_plugin(fruits: Registry[str]) -> None:
     assert fruits.get("pear") == "a pear"
 
 
-@pytest.mark.parametrize("registry", [GRIDS, LOSSES, METHODS, FAMILIES, FORMATS], ids=lambda r: r._package)
+@pytest.mark.parametrize("registry", [GRIDS, LOSSES, METHODS, FAMILIES, FORMATS, EXPORTS], ids=lambda r: r._package)
 def test_every_plugin_of_the_package_loads(registry: Registry[object]) -> None:
     assert registry.names()
     for name in registry.names():

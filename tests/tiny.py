@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from upq.artifact import Manifest, SourceModel
+from upq.grids import GRIDS, search_scale
+from upq.hf import block_linears, write_artifact
+from upq.loading import load_model, load_tokenizer
+from upq.scheme import QuantScheme
+
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def byte_tokenizer(
@@ -51,3 +63,35 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
+
+
+def tiny_artifact(
+    out: Path,
+    family: str = "llama",
+    *,
+    scheme: QuantScheme | None = None,
+    dtype: torch.dtype = torch.float32,
+    embeddings_bits: Any = None,
+    **overrides: Any,
+) -> Path:
+    """An artefact as `upq quantize` leaves it, of a random model: every linear of the blocks on `scheme`."""
+    model = tiny_model(family, **{"vocab_size": 300, "eos_token_id": 257, **overrides}).to(dtype)
+    tokenizer = byte_tokenizer(bos="<s>", eos="</s>", chat_template=CHAT, adds_bos=True)
+    return _artifact(out, model, tokenizer, scheme, embeddings_bits)
+
+
+def artifact_of(out: Path, source: Path, *, scheme: QuantScheme | None = None) -> Path:
+    """An artefact of a model on disk, its weights rounded to the nearest level."""
+    return _artifact(out, load_model(source), load_tokenizer(source), scheme, None)
+
+
+def _artifact(out: Path, model: Any, tokenizer: Any, scheme: QuantScheme | None, embeddings_bits: Any) -> Path:
+    scheme = scheme or QuantScheme(bits=2)
+    grid, qtensors = GRIDS.get(scheme.grid), {}
+    for path in block_linears(model):
+        weight = model.get_submodule(path).weight.float()
+        qtensors[path] = grid.freeze(weight, search_scale(weight, scheme), scheme)
+    out.mkdir(parents=True)
+    manifest = Manifest(model=SourceModel(path="org/tiny", digest="0"))
+    write_artifact(out, model, qtensors, manifest=manifest, tokenizer=tokenizer, embeddings_bits=embeddings_bits)
+    return out

@@ -78,6 +78,26 @@ def staged(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """A scratch path beside `out`, for a file or a directory, that gets its name on success; on failure it goes."""
+    scratch = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with _explained(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            yield scratch
+            for file in scratch.rglob("*") if scratch.is_dir() else [scratch]:
+                if file.is_file():
+                    with file.open("rb") as opened:
+                        os.fsync(opened.fileno())
+            scratch.replace(out)
+    finally:
+        if scratch.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)
+        elif scratch.exists():
+            scratch.unlink()
+
+
+@contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Turn the operating system's refusal to write into one line with a remedy."""
     try:
@@ -118,6 +138,14 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The tensors of a safetensors file by name, from its header only."""
     with _readable(path), safe_open(path, framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def load_rows(path: Path, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    """Rows of one tensor of a safetensors file; of all the others nothing is read."""
+    # Opened anew each time: a file that stays mapped counts as memory for every page ever read.
+    with _readable(path), safe_open(path, framework="pt") as file:
+        rows: Tensor = file.get_slice(name)[start:stop]
+        return rows
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -37,7 +37,7 @@ from upq.artifact import (
 from upq.card import model_card
 from upq.errors import UPQError
 from upq.grids import GRIDS, search_scale
-from upq.loading import family, load_model
+from upq.loading import family, load_config, load_model
 from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead, dense_like, pack_like
 from upq.scheme import QTensor, QuantScheme
 
@@ -210,6 +210,22 @@ def _check_files(model: PreTrainedModel, files: list[Path], guard: str) -> None:
     if strangers := found.keys() - model.state_dict().keys() - {guard}:
         name = min(strangers)
         raise UPQError(f"{found[name][0]}: tensor {name} does not belong to this config.json; {remedy}")
+
+
+def empty_model(path: Path, files: list[Path]) -> tuple[PreTrainedModel, UpqConfig]:
+    """An artefact's model without memory, packed modules in place, and its quantisation; `files` checked against it."""
+    config = load_config(path)
+    raw = getattr(config, "quantization_config", None)
+    if not isinstance(raw, dict) or raw.get("quant_method") != "upq":
+        raise UPQError(f"{path}: config.json names no upq quantization; is it a UPQ artefact?")
+    quantization: UpqConfig = UpqConfig.from_dict(raw)
+    del config.quantization_config
+    auto: Any = AutoModelForCausalLM  # untyped
+    with torch.device("meta"):
+        model: PreTrainedModel = auto.from_config(config)
+        _swap(model, quantization)
+    _check_files(model, files, _guard(model, quantization))
+    return model, quantization
 
 
 # --- writing -------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from upq.distill.trainer import distill, steps
 from upq.errors import UPQError
 from upq.evals.size import model_size, weights_bytes
 from upq.evals.text import evaluate_text
+from upq.exports import beside, exporter
 from upq.hf import load, write_artifact
 from upq.kernels import computing
 from upq.loading import family, load_config, load_model, load_tokenizer
@@ -72,6 +73,10 @@ def quantize(
         run = _Run.open(_local(model), recipe, Path(out), target, progress, writes=processes.is_main_process)
         if run is None:
             progress.note(f"{out} is finished already: nothing to do")
+            if recipe.export:
+                progress.plan({"export": (len(recipe.export), 1.0)})
+            if processes.is_main_process:
+                _export(recipe, Path(out), progress)
             return read_manifest(Path(out))
         if recipe.data.generated is not None:
             with run.timed("generate"):
@@ -91,8 +96,25 @@ def quantize(
         run.publish(manifest)
         if not keep_work:
             shutil.rmtree(run.work)
+        _export(recipe, Path(out), progress)
     processes.wait_for_everyone()
     return read_manifest(Path(out))
+
+
+def _export(recipe: Recipe, out: Path, progress: Progress) -> None:
+    """Every export that is not there yet, below `out/exports`. One that fails stops neither the others nor the run."""
+    if not recipe.export:
+        return
+    progress.start("export")
+    failed = []
+    for plugin in recipe.export:
+        try:
+            beside(out, plugin.name, options=plugin.model_extra, progress=progress)
+        except UPQError as error:
+            failed.append(f"{plugin.name} ({error})")
+        progress.advance(1)
+    if failed:
+        raise UPQError(f"{out} is finished, but not its export {', '.join(failed)}; mend it and run the command again")
 
 
 @dataclass(frozen=True)
@@ -148,7 +170,8 @@ class _Run:
         if digest != self.digest:
             raise UPQError(f"{out}: belongs to another model than {self.name}; {remedy}")
         found, given = _flat(recipe), _flat(self.recipe.model_dump(mode="json"))
-        for key in sorted(found.keys() | given.keys()):
+        # Exports come after the artefact and can be added to it.
+        for key in sorted((found.keys() | given.keys()) - {"export"}):
             if found.get(key) != given.get(key):
                 was, now = found.get(key), given.get(key)
                 raise UPQError(f"{out}: belongs to another recipe: {key} was {was!r} and is now {now!r}; {remedy}")
@@ -198,6 +221,8 @@ class _Run:
         passes = 4.0 if LOSSES.get(recipe.distill.loss.name).uses_teacher else 3.0
         costs["distill"] = (total, total * recipe.distill.batch_size * seq * blocks * passes)
         costs["check"] = (3, recipe.data.validation * seq * blocks * 5.0)
+        if recipe.export:
+            costs["export"] = (len(recipe.export), 0.0)
         return costs
 
     def sequences(self) -> int:
@@ -381,6 +406,8 @@ def _plugins(recipe: Recipe, model: StreamedModel) -> None:
             _method(stage)
             for linear in model.spec.linears:
                 stage.scheme().groups(model.in_features(linear))
+    for plugin in recipe.export:
+        exporter(plugin.name, plugin.model_extra)
     loss = LOSSES.get(recipe.distill.loss.name)
     recipe.distill.loss.options(loss.Config, f"distill.loss {recipe.distill.loss.name}")
 

@@ -113,13 +113,14 @@ class Recipe(Strict):
     int2: Blockwise
     distill: Distill
     embeddings: Embeddings = Embeddings()
+    export: tuple[Plugin, ...] = ()  # formats to write beside the artefact, once it is finished
 
     @classmethod
     def load(cls, name_or_file: str, overrides: list[str] | None = None) -> Recipe:
         """A recipe of the package by name, or a YAML file; each override is `dotted.key=yaml value`."""
         raw = _read(name_or_file)
         for item in overrides or []:
-            _override(raw, item)
+            override(raw, item)
         return decode(cls, raw, f"recipe {name_or_file}")
 
     def dump(self) -> str:
@@ -193,7 +194,8 @@ def _yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def _override(raw: dict[str, Any], item: str) -> None:
+def override(raw: dict[str, Any], item: str) -> None:
+    """Put `dotted.key=yaml value` into a mapping of mappings."""
     key, equals, value = item.partition("=")
     if not equals or not key:
         raise UPQError(f"--set {item!r}: expected key=value, for example distill.lr=1e-4")

@@ -11,7 +11,9 @@ from upq.cli.chat import chat
 from upq.cli.demo import demo
 from upq.cli.doctor import doctor
 from upq.cli.evaluate import evaluate
+from upq.cli.export import export
 from upq.cli.quantize import quantize
+from upq.cli.serve import serve
 from upq.errors import UPQError
 
 app = typer.Typer(
@@ -23,7 +25,10 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize)
 app.command("eval")(evaluate)
+app.command("export")(export)
 app.command("chat")(chat)
+# What the command does not know is the server's.
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 

@@ -13,6 +13,7 @@ from upq.errors import UPQError
 CORE = ("torch", "transformers", "safetensors", "accelerate", "datasets", "pydantic", "typer", "rich")
 EXTRAS = {
     "eval": ("lm_eval", "langdetect", "immutabledict", "nltk"),
+    "export": ("compressed_tensors", "gguf", "onnx", "onnxruntime", "openvino", "openvino_tokenizers", "torchao"),
     "dev": ("pytest", "hypothesis", "ruff", "mypy"),
 }
 ENOUGH_DISK = 5e9  # bytes; a 1B model's run needs about that

@@ -1,4 +1,7 @@
-"""Symmetric integers with a zero level, -2^(b-1) … 2^(b-1)-1 times the scale: the grid of most integer engines."""
+"""Symmetric integers with a zero level, -2^(b-1) … 2^(b-1)-1 times the scale: the grid of most integer engines.
+
+At 2 bits these are -2, -1, 0, 1: what compressed-tensors, GPTQ and Gemma call int2.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ class Sym(Affine):
 
     def init(self, w_OI: Tensor, scheme: QuantScheme) -> Params:
         peak_OG = to_groups(w_OI.detach().float(), scheme).abs().amax(-1)
-        scale_OG = peak_OG / (self.zero(scheme) - 0.5)  # the largest weight is half a step from the last level
+        scale_OG = peak_OG / ((scheme.levels - 1) / 2)  # the largest weight is half a step from the last level
         return {"log_scale": scale_OG.clamp_min(SMALLEST_SCALE).log()}
 
     def zero(self, scheme: QuantScheme) -> float:

@@ -1,0 +1,111 @@
+"""Logits of an export in its own engine, on the CPU; None where the engine is not installed or needs a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Run(NamedTuple):
+    logits_TV: Tensor  # float32
+    dtype: torch.dtype  # that the engine computes in: the packed model is compared in the same
+
+
+def run(form: str, out: Path, ids: list[int]) -> Run | None:
+    engine = _ENGINES.get(form)
+    if engine is None:
+        return None
+    try:
+        versions(form)
+    except PackageNotFoundError:
+        return None
+    with torch.inference_mode():
+        return engine(out, ids)
+
+
+def versions(form: str) -> dict[str, str]:
+    """Of what runs the format."""
+    return {package: version(package) for package in _PACKAGES[form]}
+
+
+def _transformers(out: Path, ids: list[int]) -> Run:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(out)
+    return Run(model(torch.tensor([ids])).logits[0].float(), model.dtype)
+
+
+def _llama_cpp(out: Path, ids: list[int]) -> Run:
+    import llama_cpp
+    import numpy as np
+
+    llama = llama_cpp.Llama(str(out), n_ctx=len(ids), n_threads=1, logits_all=True, verbose=False)
+    llama.eval(ids)
+    return Run(torch.from_numpy(np.array(llama.scores[: len(ids)])), torch.float32)
+
+
+def _onnxruntime(out: Path, ids: list[int]) -> Run:
+    import numpy as np
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
+    given = {
+        "input_ids": np.array([ids]),
+        "attention_mask": np.ones((1, len(ids)), np.int64),
+        "position_ids": np.arange(len(ids))[None],
+    }
+    for cache in session.get_inputs():
+        if cache.name.startswith("past"):
+            given[cache.name] = np.zeros((1, cache.shape[1], 0, cache.shape[3]), np.float32)
+    return Run(torch.from_numpy(session.run(["logits"], given)[0][0]), torch.float32)
+
+
+def _openvino(out: Path, ids: list[int]) -> Run:
+    import numpy as np
+    import openvino
+
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    request = openvino.Core().compile_model(out / "openvino_model.xml", "CPU", exact).create_infer_request()
+    given = {
+        "input_ids": np.array([ids]),
+        "attention_mask": np.ones((1, len(ids)), np.int64),
+        "position_ids": np.arange(len(ids))[None],
+        "beam_idx": np.zeros(1, np.int32),
+    }
+    return Run(torch.from_numpy(request.infer(given)[0][0].copy()), torch.float32)
+
+
+def _mlx(out: Path, ids: list[int]) -> Run:
+    import mlx.core as mx
+    import numpy as np
+    from mlx_lm.utils import load_model
+
+    mx.set_default_device(mx.cpu)
+    logits = load_model(out)[0](mx.array([ids]))
+    computed = str(logits.dtype).rpartition(".")[2]
+    return Run(torch.from_numpy(np.array(logits.astype(mx.float32)))[0], getattr(torch, computed))
+
+
+_ENGINES: dict[str, Callable[[Path, list[int]], Run]] = {
+    "compressed-tensors": _transformers,
+    "dense": _transformers,
+    "gguf": _llama_cpp,
+    "mlx": _mlx,
+    "onnx": _onnxruntime,
+    "openvino": _openvino,
+    "torchao": _transformers,
+}
+_PACKAGES = {
+    "compressed-tensors": ("transformers",),
+    "dense": ("transformers",),
+    "gguf": ("llama-cpp-python",),
+    "mlx": ("mlx", "mlx-lm"),
+    "onnx": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "torchao": ("transformers", "torchao"),
+}

@@ -1,0 +1,78 @@
+"""`upq export`: an artefact as another engine's files, proven on that engine's reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from upq.exports import Report
+
+
+def export(
+    artifact: Annotated[Path, typer.Argument(help="A finished artefact: the --out of upq quantize.")],
+    to: Annotated[str, typer.Option(help="Format: gguf, compressed-tensors, dense … (docs/engines.md).")],
+    out: Annotated[Path, typer.Option(help="The file or directory to write; nothing there is overwritten.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the format; repeatable.")
+    ] = None,
+    allow_inexact: Annotated[bool, typer.Option(help="Write it even where weights have to be rounded.")] = False,
+) -> None:
+    """Write ARTIFACT for another engine, read it back as that engine does, and compare every weight."""
+    from rich.console import Console
+
+    from upq.console import reporter
+    from upq.exports import export, report_path
+    from upq.quiet import quiet_libraries
+
+    quiet_libraries()
+    options = _options(set_ or []) | ({"allow_inexact": True} if allow_inexact else {})
+    console = Console()
+    with reporter(console) as progress:
+        report = export(artifact, to, out, options=options, progress=progress)
+    console.print(report_table(report))
+    for note in report.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    verdict = "[green]exact[/green]" if report.exact else "[yellow]not exact[/yellow]"
+    ready = f"[bold]{out}[/bold] is ready, {verdict}; report: {report_path(out)}"
+    console.print(ready, highlight=False, soft_wrap=True)
+
+
+def _options(items: list[str]) -> dict[str, Any]:
+    from upq.recipe import override
+
+    options: dict[str, Any] = {}
+    for item in items:
+        override(options, item)
+    return options
+
+
+def report_table(report: Report) -> Table:
+    """The engine's types, what each carries, and the largest error of what was read back."""
+    from upq.console import duration, size, table
+
+    rows = [
+        [
+            carried.carrier,
+            str(carried.weights),
+            size(carried.bytes),
+            f"{8 * carried.bytes / carried.numbers:.3f}",
+            "0" if carried.max_error == 0 else f"{carried.max_error:.3g}",
+            "0" if carried.relative_error == 0 else f"{carried.relative_error:.2%}",
+        ]
+        for carried in report.carriers
+    ]
+    columns = ["type", "tensors", "size", "bits a weight", "largest error", "relative"]
+    made = table("", columns, rows)
+    engine = ", ".join(f"{package} {version}" for package, version in report.engine.items())
+    times = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in report.seconds.items())
+    made.caption = (
+        f"{size(report.bytes)} in all, {report.bits_per_weight:.3f} bits a weight in the blocks; "
+        f"checked: {report.checked}, compared in {report.compared_in} ({engine}); {times}"
+    )
+    made.caption_justify = "left"
+    return made

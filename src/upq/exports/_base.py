@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from upq.exports._source import Source, Weight
+from upq.progress import Progress
+from upq.recipe import Strict
+from upq.registry import Registry
+
+Rows = Callable[[int, int], Tensor]  # (start, stop) to these rows of a weight
+
+
+class Options(Strict):
+    """What every format takes; each adds its own."""
+
+    allow_inexact: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where a weight of the artefact goes: the engine's own type for it, its size there, and what is lost."""
+
+    weight: Weight
+    carrier: str
+    bytes: int
+    loss: str | None = None  # why the carrier cannot hold the weight exactly; None where it can
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Decided before anything is written."""
+
+    placements: tuple[Placement, ...]
+    notes: tuple[str, ...] = ()  # for the reader of the report
+    dtype: torch.dtype = torch.float32  # of what the format does not pack
+    # What is read back is compared with the artefact's weights in this type. Anything but float32 means: as the packed
+    # model computes, which rounds the exact weight once to the type of the model.
+    compared_in: torch.dtype = torch.float32
+
+    @property
+    def dtype_name(self) -> str:
+        return type_name(self.dtype)
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """float32 and not torch.float32, as config.json has it."""
+    return str(dtype).removeprefix("torch.")
+
+
+class Exporter(ABC):
+    """One engine's files.
+
+    Law (tests/test_exports.py): a weight without `loss` reads back as the artefact's, bit for bit.
+    """
+
+    Config: ClassVar[type[Options]] = Options
+    packages: ClassVar[tuple[str, ...]]  # distributions that write the format and read it back
+    install: ClassVar[str] = "'upq[export]'"  # what pip installs them by
+    suffix: ClassVar[str | None] = None  # of the one file it consists of; None: a directory
+    checked: ClassVar[str]  # how `read` reads, for the report
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    @abstractmethod
+    def plan(self, source: Source) -> Plan:
+        """A place for every weight; UPQError where the engine cannot run the model at all."""
+
+    @abstractmethod
+    def write(self, source: Source, plan: Plan, out: Path, progress: Progress) -> None:
+        """Write the file, or make the directory, `out`; one `progress.advance()` for each weight."""
+
+    @abstractmethod
+    def read(self, source: Source, plan: Plan, out: Path) -> Iterator[tuple[str, Rows]]:
+        """Every weight as the engine reads it, by its name in the artefact, in float32."""
+
+
+EXPORTS: Registry[type[Exporter]] = Registry("upq.exports", "export format")

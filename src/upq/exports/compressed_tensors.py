@@ -1,0 +1,197 @@
+"""compressed-tensors: integers and scales that plain transformers, vLLM and SGLang load without UPQ.
+
+SEQ's four levels are the integers -3, -1, 1, 3 on half the scale: exact in any symmetric integer format of three bits
+or more. Four bits is what every engine has fast kernels for; `int2` is exact in two.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from upq.errors import UPQError
+from upq.exports import _integers
+from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows, type_name
+from upq.exports._directory import (
+    Stored,
+    TensorPlan,
+    copy_companions,
+    in_float32,
+    stored_rows,
+    write_config,
+    write_shards,
+)
+from upq.exports._source import Source, Weight
+from upq.exports.dense import DTYPES, dense_tensor, holds, place
+from upq.progress import Progress
+from upq.scheme import PER_CHANNEL
+
+
+class CompressedTensorsOptions(Options):
+    # Of the integers. auto: the least of 2, 4 and 8 that hold the grid's levels.
+    bits: Literal["auto", 2, 3, 4, 5, 6, 7, 8] = "auto"
+    # The type to compute in: scales are loaded in it, so it must hold them. auto: float16 where that holds everything,
+    # else float32.
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+
+
+class CompressedTensors(Exporter):
+    """`pack-quantized`: the linears of the blocks as integers; all else dense.
+
+    Loaders give scales the type of the model, so float16 scales in a bfloat16 model would lose three bits. That is why
+    the export of a bfloat16 model computes in float16, or in float32 where float16 does not hold everything.
+    """
+
+    Config = CompressedTensorsOptions
+    packages = ("compressed-tensors",)
+    checked = "compressed-tensors' own decompressor, scales taken to float32"
+    options: CompressedTensorsOptions
+
+    def plan(self, source: Source) -> Plan:
+        dtype = self._dtype(source)
+        placements = tuple(self._place(source, weight, dtype) for weight in source.weights.values())
+        if not any(p.carrier.startswith("int") for p in placements):
+            raise UPQError(f"{source.path}: compressed-tensors cannot run it: no linear is quantised")
+        note = f"it computes in {type_name(dtype)}"
+        if dtype != source.dtype and dtype == torch.float32:
+            note += ", for float16 does not hold everything (--set dtype=fp16 --allow-inexact would round it)"
+        return Plan(placements=placements, notes=(note,), dtype=dtype)
+
+    def write(self, source: Source, plan: Plan, out: Path, progress: Progress) -> None:
+        out.mkdir()
+        tensors = [tensor for p in plan.placements for tensor in _tensors(p, plan.dtype)]
+        write_shards(out, tensors, written=lambda: None)
+        write_config(source, out, {"dtype": plan.dtype_name, "quantization_config": _config(source, plan)})
+        copy_companions(source, out)
+        progress.advance(len(plan.placements))
+
+    def read(self, source: Source, plan: Plan, out: Path) -> Iterator[tuple[str, Rows]]:
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationConfig
+
+        raw = json.loads((out / "config.json").read_text())["quantization_config"]
+        schemes = QuantizationConfig.model_validate(raw).config_groups
+        compressor = BaseCompressor.get_value_from_registry(raw["format"])
+        group = {name: group for group, names in _groups(plan).items() for name in names}
+        stored = dict(stored_rows(out))
+        for name, rows in stored.items():
+            if name.endswith(".weight_packed"):
+                weight = name.removesuffix("_packed")
+                yield weight, partial(_decompressed, compressor, schemes[group[weight]], stored, weight)
+            elif not name.endswith((".weight_scale", ".weight_shape")):
+                yield name, in_float32(rows)
+
+    def _dtype(self, source: Source) -> torch.dtype:
+        if self.options.dtype != "auto":
+            return DTYPES[self.options.dtype]
+        if source.dtype == torch.float32:
+            return torch.float32
+        weights = source.weights.values()
+        scales = all(_integers.misfit(w, torch.float16) is None for w in weights if source.packs(w))
+        others = all(holds(w, torch.float16) for w in weights if not source.packs(w))
+        return torch.float16 if scales and others else torch.float32
+
+    def _place(self, source: Source, weight: Weight, dtype: torch.dtype) -> Placement:
+        if not source.packs(weight):
+            return place(weight, dtype)
+        assert weight.scheme is not None
+        least = _integers.bits(weight)
+        bits = next(b for b in (2, 4, 8, 16) if b >= least) if self.options.bits == "auto" else self.options.bits
+        if not least <= bits <= 8:
+            problem = f"compressed-tensors cannot hold {weight.name} in {bits} bits: its levels take {least}"
+            raise UPQError(f"{source.path}: {problem}")
+        rows, columns = weight.shape
+        size = rows * (4 * _words(columns, bits) + weight.scheme.groups(columns) * dtype.itemsize)
+        return Placement(weight=weight, carrier=f"int{bits}", bytes=size, loss=_integers.misfit(weight, dtype))
+
+
+def _words(columns: int, bits: int) -> int:
+    """int32 words of a row."""
+    return -(-columns * bits // 32)
+
+
+def _tensors(p: Placement, dtype: torch.dtype) -> list[TensorPlan]:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    weight = p.weight
+    if not p.carrier.startswith("int"):
+        return [dense_tensor(weight, dtype)]
+    assert weight.scheme is not None
+    rows, columns = weight.shape
+    bits = int(p.carrier.removeprefix("int"))
+
+    def packed() -> Iterable[Tensor]:
+        for start, stop in weight.chunks():
+            yield pack_to_int32(_integers.integers(weight.qtensor(start, stop)).to(torch.int8), bits)
+
+    def scales() -> Iterable[Tensor]:
+        scale_OG, zero_OG = weight.scale_zero()
+        return [(scale_OG.float() / _integers.step(zero_OG)).to(dtype)]
+
+    def shape() -> Iterable[Tensor]:
+        return [torch.tensor(weight.shape)]
+
+    groups = weight.scheme.groups(columns)
+    return [
+        TensorPlan(name=f"{weight.name}_packed", dtype=torch.int32, shape=(rows, _words(columns, bits)), parts=packed),
+        TensorPlan(name=f"{weight.name}_scale", dtype=dtype, shape=(rows, groups), parts=scales),
+        TensorPlan(name=f"{weight.name}_shape", dtype=torch.int64, shape=(2,), parts=shape),
+    ]
+
+
+def _groups(plan: Plan) -> dict[str, list[str]]:
+    """The packed weights by what they have in common, under the name of their group in the config."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for p in plan.placements:
+        if p.carrier.startswith("int"):
+            assert p.weight.scheme is not None
+            found.setdefault((p.carrier, p.weight.scheme.group_size), []).append(p.weight.name)
+    return {f"group_{i}": names for i, names in enumerate(found.values())}
+
+
+def _config(source: Source, plan: Plan) -> dict[str, Any]:
+    groups, placements = _groups(plan), {p.weight.name: p for p in plan.placements}
+    packed = {name for names in groups.values() for name in names}
+    described = {}
+    for group, names in groups.items():
+        p = placements[names[0]]
+        assert p.weight.scheme is not None
+        size = p.weight.scheme.group_size
+        grouped = {"strategy": "channel"} if size == PER_CHANNEL else {"strategy": "group", "group_size": size}
+        bits = int(p.carrier.removeprefix("int"))
+        described[group] = {
+            "targets": ["Linear"] if len(groups) == 1 else [name.removesuffix(".weight") for name in names],
+            "weights": {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, **grouped},
+        }
+    dense = [name.removesuffix(".weight") for name in source.linears if name not in packed]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": sorted([source.spec.head, *dense]),
+        "config_groups": described,
+    }
+
+
+def _decompressed(
+    compressor: Any, scheme: Any, stored: Mapping[str, Stored], weight: str, start: int, stop: int
+) -> Tensor:
+    packed = stored[f"{weight}_packed"](start, stop)
+    columns = int(stored[f"{weight}_shape"](0, None)[1])
+    state = {
+        "weight_packed": packed,
+        # In float32 the product is exact; it is rounded where the model computes, in whatever type that is.
+        "weight_scale": stored[f"{weight}_scale"](start, stop).float(),
+        "weight_shape": torch.tensor([packed.shape[0], columns]),
+    }
+    dense: Tensor = compressor.decompress(state, scheme)["weight"]
+    return dense
+
+
+EXPORTS.register("compressed_tensors")(CompressedTensors)

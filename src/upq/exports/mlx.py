@@ -1,0 +1,164 @@
+"""MLX: Apple's framework and mlx-lm, on Macs (and on Linux CPUs, where this export is checked).
+
+Its affine type is s·q + b with s and b of each group of 32, 64 or 128 weights: s = scale, b = -zero·scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from upq import kernels
+from upq.errors import UPQError
+from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows, type_name
+from upq.exports._directory import (
+    Stored,
+    TensorPlan,
+    copy_companions,
+    in_float32,
+    stored_rows,
+    write_config,
+    write_shards,
+)
+from upq.exports._source import Source, Weight
+from upq.exports.dense import dense_dtype, dense_tensor, place
+from upq.progress import Progress
+from upq.scheme import PER_CHANNEL
+
+_BITS = (2, 4, 8)
+_GROUPS = (128, 64, 32)  # the larger, the fewer scales are written
+
+
+class MlxOptions(Options):
+    # Of s and b. float32 holds them always; float16 and bfloat16 only where scale and zero·scale have few bits.
+    scales: Literal["fp32", "fp16", "bf16"] = "fp32"
+
+
+class Mlx(Exporter):
+    """A scale of a whole row is written again for each of MLX's groups. Rows that no group size divides stay dense."""
+
+    Config = MlxOptions
+    packages = ("mlx",)
+    install = "'mlx[cpu]' mlx-lm"
+    checked = "mlx.core.dequantize on the CPU"
+    options: MlxOptions
+
+    def plan(self, source: Source) -> Plan:
+        placements = tuple(self._place(weight) for weight in source.weights.values())
+        if not any(_group(weight) for weight in source.weights.values()):
+            raise UPQError(
+                f"{source.path}: mlx cannot hold it packed: no weight has 2, 4 or 8 bits and rows of whole groups"
+            )
+        dense = [p.weight.name for p in placements if p.weight.scheme is not None and not _group(p.weight)]
+        more = f" and {len(dense) - 1} more" if len(dense) > 1 else ""
+        notes = (f"{dense[0]}{more}: float32, for MLX has no groups of its size",) if dense else ()
+        return Plan(placements=placements, notes=notes, dtype=source.dtype)
+
+    def write(self, source: Source, plan: Plan, out: Path, progress: Progress) -> None:
+        out.mkdir()
+        tensors = [tensor for p in plan.placements for tensor in self._tensors(p)]
+        write_shards(out, tensors, written=lambda: None)
+        quantization = _config(plan)
+        write_config(source, out, {**_rope(source), "quantization": quantization, "quantization_config": quantization})
+        copy_companions(source, out)
+        progress.advance(len(plan.placements))
+
+    def read(self, source: Source, plan: Plan, out: Path) -> Iterator[tuple[str, Rows]]:
+        stored = dict(stored_rows(out))
+        for p in plan.placements:
+            if _group(p.weight):
+                yield p.weight.name, partial(_dequantized, stored, p.weight)
+            else:
+                yield p.weight.name, in_float32(stored[p.weight.name])
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.options.scales]
+
+    def _place(self, weight: Weight) -> Placement:
+        group = _group(weight)
+        if group is None:
+            return place(weight, dense_dtype(weight))
+        assert weight.scheme is not None
+        dtype = self._dtype
+        size = weight.numel * weight.scheme.bits // 8 + 2 * dtype.itemsize * weight.numel // group
+        scale_OG, zero_OG = weight.scale_zero()
+        pair = (scale_OG.float(), -zero_OG * scale_OG.float())
+        held = all(torch.equal(x.to(dtype).float(), x) for x in pair)
+        loss = None if held else f"scale or zero·scale rounded to {type_name(dtype)}"
+        if weight.scheme.scale_dtype == "float32":
+            loss = "s·q + b with float32 scales is rounded twice"
+        return Placement(weight=weight, carrier=f"affine {weight.scheme.bits}", bytes=size, loss=loss)
+
+    def _tensors(self, p: Placement) -> list[TensorPlan]:
+        weight, group = p.weight, _group(p.weight)
+        if group is None:
+            return [dense_tensor(weight, dense_dtype(weight))]
+        scheme, dtype = weight.scheme, self._dtype
+        assert scheme is not None
+        rows, columns = weight.shape
+        module, bits = weight.name.removesuffix(".weight"), scheme.bits
+
+        def words() -> Iterable[Tensor]:
+            for start, stop in weight.chunks():
+                yield kernels.pack(weight.qtensor(start, stop).codes_OI, bits).view(torch.uint32)
+
+        def pairs(of_zero: bool) -> Iterable[Tensor]:
+            scale_OG, zero_OG = weight.scale_zero()
+            value_OG = -zero_OG * scale_OG.float() if of_zero else scale_OG.float()
+            return [value_OG.to(dtype).repeat_interleave(columns // group // scale_OG.shape[1], dim=1)]
+
+        shape = (rows, columns // group)
+        return [
+            TensorPlan(name=weight.name, dtype=torch.uint32, shape=(rows, columns * bits // 32), parts=words),
+            TensorPlan(name=f"{module}.scales", dtype=dtype, shape=shape, parts=partial(pairs, False)),
+            TensorPlan(name=f"{module}.biases", dtype=dtype, shape=shape, parts=partial(pairs, True)),
+        ]
+
+
+def _group(weight: Weight) -> int | None:
+    """MLX's group size for the weight; None where it cannot be packed."""
+    scheme = weight.scheme
+    if scheme is None or scheme.bits not in _BITS:
+        return None
+    width = weight.shape[1] if scheme.group_size == PER_CHANNEL else scheme.group_size
+    return next((group for group in _GROUPS if width % group == 0), None)
+
+
+def _config(plan: Plan) -> dict[str, Any]:
+    """What most weights have, and by name what others have; a weight without scales is known to be dense."""
+    each = {
+        p.weight.name.removesuffix(".weight"): {"group_size": group, "bits": p.weight.scheme.bits, "mode": "affine"}
+        for p in plan.placements
+        if p.weight.scheme is not None and (group := _group(p.weight)) is not None
+    }
+    common = max(each.values(), key=lambda found: sum(other == found for other in each.values()))
+    return {**common, **{name: found for name, found in each.items() if found != common}}
+
+
+def _rope(source: Source) -> dict[str, Any]:
+    """Rotary positions under the keys of transformers 4, which mlx-lm reads: without them it takes its own defaults."""
+    rope = dict(source.config.rope_parameters)
+    found = {"rope_theta": rope.pop("rope_theta")}
+    return found if rope.get("rope_type", "default") == "default" else {**found, "rope_scaling": rope}
+
+
+def _dequantized(stored: dict[str, Stored], weight: Weight, start: int, stop: int) -> Tensor:
+    import mlx.core as mx
+    import numpy as np
+
+    assert weight.scheme is not None
+    module = weight.name.removesuffix(".weight")
+    words = mx.array(stored[weight.name](start, stop).numpy())
+    pair = [mx.array(stored[f"{module}.{kind}"](start, stop).float().numpy()) for kind in ("scales", "biases")]
+    with mx.stream(mx.cpu):
+        dense = mx.dequantize(words, *pair, group_size=_group(weight), bits=weight.scheme.bits)
+    return torch.from_numpy(np.array(dense))
+
+
+EXPORTS.register("mlx")(Mlx)

@@ -1,0 +1,115 @@
+"""compressed-tensors: what plain transformers computes from it, and the bytes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: pip install 'upq[export]'")
+
+import upq
+from tiny import tiny_artifact
+from upq.errors import UPQError
+from upq.exports import export
+from upq.models import FAMILIES
+from upq.scheme import QuantScheme
+
+IDS = torch.arange(2, 22).view(2, 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES.names())
+def test_logits_are_those_of_the_packed_model(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    artifact = tiny_artifact(tmp_path / "artifact", family, dtype=dtype, tie_word_embeddings=False)
+    export(artifact, "compressed-tensors", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    # bfloat16 does not hold the scales; float16 does, and the rest of the model unless a number is very small
+    assert model.dtype in {torch.bfloat16: (torch.float16, torch.float32)}.get(dtype, (dtype,))
+    packed = upq.load(artifact, dtype=model.dtype)
+    assert torch.equal(model(IDS).logits, packed(IDS).logits)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_every_width_that_holds_the_levels_loads(bits: int, tmp_path: Path) -> None:
+    artifact = tiny_artifact(tmp_path / "artifact", "qwen3")
+    report = export(artifact, "compressed-tensors", tmp_path / "out", options={"bits": bits})
+    assert {c.carrier for c in report.carriers} == {f"int{bits}", "float32"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(model(IDS).logits, upq.load(artifact)(IDS).logits)
+
+
+def test_two_bits_do_not_hold_seq_but_hold_sym(tmp_path: Path) -> None:
+    seq = tiny_artifact(tmp_path / "seq")
+    with pytest.raises(UPQError, match=r"cannot hold model\.layers\.0.*q_proj\.weight in 2 bits: its levels take 3"):
+        export(seq, "compressed-tensors", tmp_path / "out", options={"bits": 2})
+    assert not (tmp_path / "out").exists()
+    sym = tiny_artifact(tmp_path / "sym", scheme=QuantScheme(bits=2, grid="sym"))
+    report = export(sym, "compressed-tensors", tmp_path / "out")
+    assert {c.carrier for c in report.carriers} == {"int2", "float32"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(model(IDS).logits, upq.load(sym)(IDS).logits)
+
+
+def test_groups_and_mixed_widths(tmp_path: Path) -> None:
+    artifact = tiny_artifact(
+        tmp_path / "artifact", scheme=QuantScheme(bits=2, group_size=16), intermediate_size=48, embeddings_bits=8
+    )
+    export(artifact, "compressed-tensors", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(model(IDS).logits, upq.load(artifact)(IDS).logits)
+
+
+def test_golden_bytes(tmp_path: Path) -> None:
+    """Codes 0..3 are the integers -3, -1, 1, 3, stored with 8 added, eight in a word, the first lowest."""
+    artifact = tiny_artifact(tmp_path / "artifact")
+    export(artifact, "compressed-tensors", tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    q = upq.load(artifact).get_submodule(name).qtensor()
+    words = [
+        sum((2 * code + 5) << (4 * i) for i, code in enumerate(row[8 * w : 8 * w + 8]))
+        for row in q.codes_OI.tolist()
+        for w in range(4)
+    ]
+    found = stored[f"{name}.weight_packed"]
+    assert found.shape == (32, 4)
+    assert [word % 2**32 for word in found.flatten().tolist()] == words
+    assert torch.equal(stored[f"{name}.weight_scale"], q.scale_OG.float() / 2)
+    assert stored[f"{name}.weight_shape"].tolist() == [32, 32]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["ignore"] == ["lm_head"]
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False, "strategy": "channel"}
+    assert config["config_groups"] == {"group_0": {"targets": ["Linear"], "weights": weights}}
+
+
+def test_bfloat16_scales_are_refused_before_writing(tmp_path: Path) -> None:
+    artifact = tiny_artifact(tmp_path / "artifact", dtype=torch.bfloat16)
+    with pytest.raises(UPQError, match=r"a scale has no exact place in bfloat16.*--allow-inexact"):
+        export(artifact, "compressed-tensors", tmp_path / "out", options={"dtype": "bf16"})
+    assert not (tmp_path / "out").exists()
+    report = export(artifact, "compressed-tensors", tmp_path / "out", options={"dtype": "bf16", "allow_inexact": True})
+    errors = {c.carrier: c.relative_error for c in report.carriers}
+    assert 0 < errors["int4"] < 2**-8
+    assert errors["bfloat16"] == 0
+
+
+def test_plain_transformers_generates_from_it(tmp_path: Path) -> None:
+    export(tiny_artifact(tmp_path / "artifact"), "compressed-tensors", tmp_path / "out")
+    code = f"""
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r})
+ids = AutoTokenizer.from_pretrained({str(tmp_path / "out")!r})("hello", return_tensors="pt")
+print(model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1])
+assert not any(name.split(".")[0] == "upq" for name in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert done.stdout.strip() == "10"
