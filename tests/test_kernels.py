@@ -386,9 +386,10 @@ def test_other_weights_are_noticed() -> None:
     assert near_its_weight(layer, second.dequantize())
     layer.load_state_dict(PackedLinear.from_qtensor(third).state_dict(), assign=True)  # buffers replaced
     assert near_its_weight(layer, third.dequantize())
+    double = 2 * third.dequantize()
     layer.weight_scale *= 2
-    assert near_its_weight(layer, 2 * third.dequantize())
-    assert near_its_weight(layer.to(torch.bfloat16).to(torch.float32), 2 * third.dequantize())
+    assert near_its_weight(layer, double)
+    assert near_its_weight(layer.to(torch.bfloat16).to(torch.float32), double)
 
 
 def test_copies_and_pickles_have_weights_of_their_own() -> None:
