@@ -7,26 +7,28 @@ namespace upq::cpu {
 namespace {
 
 struct Avx2 : Avx256 {
-    // As AvxVnni, but codes of 4 bits must be shifted down: see dot().
-    static constexpr Shape shape(int width, int tokens) {
-        if (tokens == 1) return {4, width == 2 ? 2 : 1};
-        return {2, tokens == 2 && width == 2 ? 2 : 1};
+    // 16 registers: 4 sums, and 4 of the block's own.
+    static constexpr Shape shape(int, int tokens) { return {tokens == 1 ? 4 : 1, 1}; }
+
+    // vpmaddubsw adds two products in a signed 16-bit lane that saturates. Codes of 2 and 4 bits are far from that: even
+    // the sums of a block, 4 · 2 · 3 · 127 and 2 · 2 · 15 · 127, fit 16 bits and are widened once. Codes of 8 bits are
+    // not: they come as two halves, of which the upper counts 16 times, and are widened at once.
+    template <int width>
+    static Ints block(Ints sum) { return width < 8 ? _mm256_setzero_si256() : sum; }
+
+    template <int width>
+    static Ints dot(Ints part, Bytes codes, Quad values) {
+        if constexpr (width < 8) return _mm256_add_epi16(part, _mm256_maddubs_epi16(codes, values));
+        const Ints low = _mm256_set1_epi8(15), high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), low);
+        part = widened(part, _mm256_maddubs_epi16(_mm256_and_si256(codes, low), values), 1);
+        return widened(part, _mm256_maddubs_epi16(high, values), 16);
     }
 
     template <int width>
-    static Ints dot(Ints sum, Bytes codes, Quad values) {
-        const Ints ones = _mm256_set1_epi16(1);
-        // vpmaddubsw adds two products in a signed 16-bit lane that saturates: 2 · 15 · 127 fits, 2 · 255 · 127 does
-        // not. So codes of 8 bits come as two halves, of which the upper counts 16 times.
-        if constexpr (width < 8) return sums_of_four(sum, codes, values, ones);
-        const Ints low = _mm256_set1_epi8(15);
-        sum = sums_of_four(sum, _mm256_and_si256(codes, low), values, ones);
-        codes = _mm256_and_si256(_mm256_srli_epi16(codes, 4), low);
-        return sums_of_four(sum, codes, values, _mm256_set1_epi16(16));
-    }
+    static Ints end_block(Ints sum, Ints part) { return width < 8 ? widened(sum, part, 1) : part; }
 
-    static Ints sums_of_four(Ints sum, Bytes codes, Quad values, Ints factor) {
-        return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, values), factor));
+    static Ints widened(Ints sum, Ints pairs, short factor) {
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(factor)));
     }
 };
 

@@ -8,7 +8,7 @@ namespace upq::cpu {
 
 namespace {
 
-struct Avx512Vnni {
+struct Avx512Vnni : DirectSums<__m512i> {
     static constexpr int lanes = 16, tile_tokens = 8;
     using Bytes = __m512i;
     using Ints = __m512i;

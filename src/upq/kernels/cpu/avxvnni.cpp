@@ -6,7 +6,7 @@ namespace upq::cpu {
 
 namespace {
 
-struct AvxVnni : Avx256 {
+struct AvxVnni : Avx256, DirectSums<__m256i> {
     // 16 registers: 8 sums in every shape.
     static constexpr Shape shape(int width, int tokens) {
         if (tokens == 1) return {4, width < 8 ? 2 : 1};

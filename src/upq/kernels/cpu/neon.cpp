@@ -8,7 +8,7 @@ namespace upq::cpu {
 
 namespace {
 
-struct Neon {
+struct Neon : DirectSums<int32x4_t> {
     static constexpr int lanes = 4, tile_tokens = 8;
     using Bytes = uint8x16_t;
     using Ints = int32x4_t;

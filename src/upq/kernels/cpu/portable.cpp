@@ -6,10 +6,12 @@ namespace upq::cpu {
 
 namespace {
 
-struct Portable {
+using FourInts [[gnu::vector_size(16)]] = std::int32_t;
+
+struct Portable : DirectSums<FourInts> {
     static constexpr int lanes = 4, tile_tokens = 4;
     using Bytes [[gnu::vector_size(16)]] = std::uint32_t;  // four bytes in each lane
-    using Ints [[gnu::vector_size(16)]] = std::int32_t;
+    using Ints = FourInts;
     using Floats [[gnu::vector_size(16)]] = float;
     struct Quad {
         std::int32_t value[4];

@@ -6,6 +6,8 @@
 //     tile_tokens           tokens that fit the registers at once
 //     shape(width, tokens)  how many vectors of a panel a tile takes, and its planes (see Shape)
 //     code_offset(width)    what dot() subtracts from a code: 128 where it has to take codes of 8 bits as signed
+//     block(sum)            where the dot products of one block are added up, and
+//     end_block(sum, part)  the sum with these: see DirectSums
 //
 // Everything here has internal linkage. The same template compiled for AVX-512 and for plain x86 would otherwise be
 // one symbol to the linker, and an old machine would get the instructions of a new one.
@@ -25,6 +27,15 @@ namespace {
 // loaded, and more sums hide the latency of a dot product; tiles of many tokens have no registers left for it.
 struct Shape {
     int vectors, planes;
+};
+
+// Dot products that come in 32 bits are added to the sum itself. Only AVX2 has a use for a sum of a block's own.
+template <class Ints>
+struct DirectSums {
+    template <int width>
+    static Ints block(Ints sum) { return sum; }
+    template <int width>
+    static Ints end_block(Ints, Ints part) { return part; }
 };
 
 // body(0), body(1), … with the index as a constant. Users are [[gnu::flatten]]: GCC stops inlining the bodies of large
@@ -87,24 +98,29 @@ struct IntTile {
         });
     }
 
+    // body(m, n, p) for every token, vector and plane.
+    template <class Body>
+    [[gnu::always_inline]] static void each(Body&& body) {
+        unroll<M>([&](auto m) { unroll<N>([&](auto n) { unroll<P>([&](auto p) { body(m, n, p); }); }); });
+    }
+
     // dots = Σ (code - centre) · value over one segment, exact.
     [[gnu::always_inline]] static void dot(
         const std::uint8_t* codes, std::int64_t blocks, const std::int8_t* values, std::int64_t stride,
         const std::int32_t (&total)[M], int centre, Ints (&dots)[M][N]
     ) {
         Ints acc[M][N][P];
-        unroll<M>([&](auto m) {
-            const Ints start = Isa::splat((Isa::code_offset(Width) - centre) * total[m]);
-            unroll<N>([&](auto n) {
-                unroll<P>([&](auto p) { acc[m][n][p] = p == 0 ? start : Isa::splat(std::int32_t{0}); });
-            });
+        each([&](auto m, auto n, auto p) {
+            acc[m][n][p] = Isa::splat(p == 0 ? (Isa::code_offset(Width) - centre) * total[m] : 0);
         });
         for (std::int64_t b = 0; b < blocks; ++b, codes += block_bytes, values += 4 * fields) {
             typename Isa::Bytes held[N];
             unroll<N>([&](auto n) {
-                if constexpr (M == 1) __builtin_prefetch(codes + n * 4 * V + ahead);
+                __builtin_prefetch(codes + n * 4 * V + ahead);
                 held[n] = Isa::load_bytes(codes + n * 4 * V);
             });
+            Ints part[M][N][P];
+            each([&](auto m, auto n, auto p) { part[m][n][p] = Isa::template block<Width>(acc[m][n][p]); });
             unroll<fields>([&](auto f) {
                 constexpr int plane = f % P, shift = Width * (f - plane);
                 typename Isa::Bytes code[N];
@@ -112,9 +128,12 @@ struct IntTile {
                 unroll<M>([&](auto m) {
                     const auto quad = Isa::broadcast(values + m * stride + 4 * f);
                     unroll<N>([&](auto n) {
-                        acc[m][n][plane] = Isa::template dot<Width>(acc[m][n][plane], code[n], quad);
+                        part[m][n][plane] = Isa::template dot<Width>(part[m][n][plane], code[n], quad);
                     });
                 });
+            });
+            each([&](auto m, auto n, auto p) {
+                acc[m][n][p] = Isa::template end_block<Width>(acc[m][n][p], part[m][n][p]);
             });
         }
         unroll<M>([&](auto m) {
