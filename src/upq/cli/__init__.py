@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from upq.cli.bench import bench
 from upq.cli.chat import chat
 from upq.cli.demo import demo
 from upq.cli.doctor import doctor
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("chat")(chat)
+app.command("bench")(bench)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 
