@@ -1,6 +1,6 @@
-// The kernels without Python: random weights and tokens of random shapes against double, on every instruction set that
-// this machine runs. Made for sanitizers (make sanitize) and foreign processors (make cross); tests/test_kernels.py
-// tests more.
+// The kernels without Python: random weights and tokens of random shapes against double, and the decoder against itself,
+// on every instruction set that this machine runs. Made for sanitizers (make sanitize) and foreign processors (make
+// cross); tests/test_kernels.py and tests/test_decoding.py test more.
 //
 //     kernels_test [cases] [instruction set]
 
@@ -12,8 +12,10 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "decoder.hpp"
 #include "dispatch.hpp"
 #include "linears.hpp"
 #include "reals.hpp"
@@ -152,6 +154,157 @@ bool run_case(unsigned seed, const Kernels& kernels) {
     return good;
 }
 
+// --- the decoder ----------------------------------------------------------------------------------------------------
+
+std::vector<float> normals(Random& random, std::int64_t count, float size = 1.0f) {
+    std::vector<float> values;
+    for (std::int64_t i = 0; i < count; ++i) values.push_back(size * random.normal());
+    return values;
+}
+
+double error_of(const std::vector<float>& found, const std::vector<double>& exact) {
+    double wrong = 0, right = 1e-30;
+    for (std::size_t i = 0; i < exact.size(); ++i) {
+        wrong += (found[i] - exact[i]) * (found[i] - exact[i]);
+        right += exact[i] * exact[i];
+    }
+    return std::sqrt(wrong / right);
+}
+
+double dense_error(Random& random, const Kernels& kernels) {
+    const Real real = random.one_of({Real::f32, Real::f16, Real::bf16});
+    const int rows = random.between(1, 9), columns = random.between(1, 300), tokens = random.between(1, 3);
+    const std::vector<std::uint8_t> weight = stored(normals(random, rows * columns), real);
+    const std::vector<float> x = normals(random, tokens * columns);
+    std::vector<float> y(static_cast<std::size_t>(tokens * rows));
+    const int half = random.between(0, rows);
+    for (const Range part : {Range{0, half}, Range{half, rows}})
+        kernels.dense({rows, columns, weight.data(), real}, x.data(), tokens, part, y.data());
+    std::vector<double> exact(y.size());
+    for (int i = 0; i < tokens * rows; ++i)
+        for (int c = 0; c < columns; ++c)
+            exact[static_cast<std::size_t>(i)] += static_cast<double>(widen(weight.data(), real, i % rows * columns + c)) *
+                                                  x[static_cast<std::size_t>(i / rows * columns + c)];
+    return error_of(y, exact);
+}
+
+double norm_error(Random& random, const Kernels& kernels) {
+    const int n = random.between(1, 300);
+    const std::vector<float> x = normals(random, n, 3.0f), weight = normals(random, n);
+    std::vector<float> y = x;
+    kernels.rms_norm(y.data(), weight.data(), 1e-5f, n, y.data());
+    double mean = 0;
+    for (const float v : x) mean += static_cast<double>(v) * v / n;
+    std::vector<double> exact;
+    for (std::size_t i = 0; i < x.size(); ++i) exact.push_back(weight[i] * x[i] / std::sqrt(mean + 1e-5));
+    return error_of(y, exact);
+}
+
+double gate_error(Random& random, const Kernels& kernels) {
+    const int n = random.between(1, 300);
+    const std::vector<float> x = normals(random, n, 20.0f), up = normals(random, n);
+    std::vector<float> gate = x;
+    kernels.gated(gate.data(), up.data(), n);
+    std::vector<double> exact;
+    for (std::size_t i = 0; i < x.size(); ++i) exact.push_back(x[i] / (1 + std::exp(-static_cast<double>(x[i]))) * up[i]);
+    return error_of(gate, exact);
+}
+
+double attention_error(Random& random, const Kernels& kernels) {
+    const int dim = random.between(1, 150), count = random.between(1, 4), end = random.between(1, 70);
+    const Range seen{random.between(0, 1) ? random.between(0, end - 1) : 0, end};
+    const int blocks = (end + key_block - 1) / key_block;
+    const float scaling = 1 / std::sqrt(static_cast<float>(dim));
+    const std::vector<float> queries = normals(random, count * dim, 3.0f), values = normals(random, end * dim);
+    std::vector<float> keys = normals(random, blocks * dim * key_block);
+    // what lies behind the last position must not matter
+    for (int d = 0; d < dim; ++d)
+        for (int p = end; p < blocks * key_block; ++p) keys[static_cast<std::size_t>((p / key_block * dim + d) * key_block + p % key_block)] = NAN;
+    std::vector<float> scores(static_cast<std::size_t>(count * (end + 2 * key_block))), out(queries.size());
+    kernels.attend({keys.data(), values.data(), dim}, queries.data(), count, seen, scaling, scores.data(), out.data());
+    std::vector<double> exact(out.size());
+    for (int q = 0; q < count; ++q) {
+        double sum = 0;
+        for (auto p = seen.begin; p < seen.end; ++p) {
+            double score = 0;
+            for (int d = 0; d < dim; ++d)
+                score += static_cast<double>(queries[static_cast<std::size_t>(q * dim + d)]) *
+                         keys[static_cast<std::size_t>((p / key_block * dim + d) * key_block + p % key_block)];
+            const double share = std::exp(score * scaling);
+            sum += share;
+            for (int d = 0; d < dim; ++d)
+                exact[static_cast<std::size_t>(q * dim + d)] += share * values[static_cast<std::size_t>(p * dim + d)];
+        }
+        for (int d = 0; d < dim; ++d) exact[static_cast<std::size_t>(q * dim + d)] /= sum;
+    }
+    return error_of(out, exact);
+}
+
+// Dense weights for a decoder of a few blocks; tests/test_decoding.py compares packed ones with transformers.
+struct Weights {
+    Random& random;
+    std::vector<std::vector<float>> held{};
+
+    const float* floats(std::int64_t count, float size) { return held.emplace_back(normals(random, count, size)).data(); }
+    Norm norm(std::int64_t size) { return {floats(size, 1.0f), 1e-6f}; }
+    Dense dense(std::int64_t rows, std::int64_t columns) { return {rows, columns, floats(rows * columns, 0.2f), Real::f32}; }
+    Linear linear(std::int64_t rows, std::int64_t columns) {
+        return {dense(rows, columns), random.between(0, 1) ? floats(rows, 0.2f) : nullptr};
+    }
+};
+
+// The same tokens in one portion, in several, and again after others: the same logits, bit for bit.
+bool decodes_alike(Random& random, const Kernels& kernels) {
+    Weights weights{random};
+    const std::int64_t kv_heads = random.between(1, 2), heads = kv_heads * random.between(1, 3), dim = 2 * random.between(1, 12);
+    const std::int64_t hidden = random.between(1, 40), mlp = random.between(1, 50), vocabulary = 20;
+    std::vector<float> frequencies;
+    for (int i = 0; i < dim / 2; ++i) frequencies.push_back(std::pow(0.1f, static_cast<float>(i)));
+    std::vector<Block> blocks;
+    for (int i = random.between(1, 3); i > 0; --i) {
+        const Norm none{nullptr, 0.0f};
+        const bool of_heads = random.between(0, 1);
+        blocks.push_back({
+            weights.norm(hidden), weights.norm(hidden), of_heads ? weights.norm(dim) : none, of_heads ? weights.norm(dim) : none,
+            weights.linear(heads * dim, hidden), weights.linear(kv_heads * dim, hidden), weights.linear(kv_heads * dim, hidden),
+            weights.linear(hidden, heads * dim), weights.linear(mlp, hidden), weights.linear(mlp, hidden),
+            weights.linear(hidden, mlp), random.between(0, 3) > 0, random.between(0, 1) ? random.between(1, 30) : 0,
+        });
+    }
+    Decoder decoder(
+        {hidden, mlp, heads, kv_heads, dim, 0.3f, frequencies.data(), 1.0f}, weights.dense(vocabulary, hidden), blocks,
+        weights.norm(hidden), weights.linear(vocabulary, hidden)
+    );
+    std::vector<std::int32_t> ids;
+    for (int i = random.between(2, 200); i > 0; --i) ids.push_back(random.between(0, 19));
+    std::vector<float> whole(20), parts(20);
+    const std::span<const std::int32_t> all(ids);
+    decoder.forward(kernels, all, Compute::w2a8, random.between(1, 3), whole.data());
+    decoder.truncate(random.between(0, static_cast<int>(ids.size()) - 1));
+    while (decoder.length() < static_cast<std::int64_t>(ids.size())) {
+        const auto rest = all.subspan(static_cast<std::size_t>(decoder.length()));
+        const auto portion = static_cast<std::size_t>(random.between(1, static_cast<int>(rest.size())));
+        decoder.forward(kernels, rest.first(portion), Compute::w2a8, random.between(1, 3), parts.data());
+    }
+    return std::memcmp(whole.data(), parts.data(), sizeof(float) * whole.size()) == 0;
+}
+
+bool decoder_case(unsigned seed, const Kernels& kernels) {
+    Random random{std::mt19937(seed)};
+    bool good = decodes_alike(random, kernels);
+    if (!good) std::printf("%s seed %u: the decoder depends on portions\n", kernels.name, seed);
+    const std::pair<const char*, double (*)(Random&, const Kernels&)> steps[] = {
+        {"dense", dense_error}, {"norm", norm_error}, {"gate", gate_error}, {"attention", attention_error}
+    };
+    for (const auto& [name, error_of_step] : steps) {
+        const double error = error_of_step(random, kernels);
+        if (error < 2e-6) continue;
+        std::printf("%s seed %u %s: relative error %.2e\n", kernels.name, seed, name, error);
+        good = false;
+    }
+    return good;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -159,7 +312,7 @@ int main(int count, char** arguments) {
     int bad = 0, ran = 0;
     for (const Kernels* kernels : available()) {
         if (count > 2 && std::string(arguments[2]) != kernels->name) continue;
-        for (unsigned seed = 0; seed < cases; ++seed) bad += !run_case(seed, *kernels);
+        for (unsigned seed = 0; seed < cases; ++seed) bad += !run_case(seed, *kernels) + !decoder_case(seed, *kernels);
         std::printf("%s: %u cases\n", kernels->name, cases);
         ++ran;
     }

@@ -78,6 +78,15 @@ def test_quantize_then_eval_then_chat(model, tmp_path, upq_command):
     code, shown, errors = upq_command("chat", out, "--prompt", "hello", "--max-tokens", 5)
     assert code == 0, errors
 
+    code, shown, errors = upq_command(
+        "bench", out, "--repeats", 1, "--prompt", 3, "--tokens", 4, "--prefill", 20, "--json", figures
+    )
+    assert code == 0, errors
+    assert "of a plain read" in shown
+    measured = json.loads(figures.read_text())
+    assert measured["engines"][0]["decode"] > 0
+    assert measured["engines"][0]["decode_ratio"] == 1
+
     code, shown, errors = upq_command("quantize", model, "--out", out, "--data", text, *settings())
     assert code == 0
     assert "nothing to do" in shown
@@ -97,6 +106,10 @@ def test_quantize_then_eval_then_chat(model, tmp_path, upq_command):
         ),
         (["eval", "MODEL"], "nothing to measure: give --text"),
         (["chat", "./nowhere"], "./nowhere: no such directory"),
+        (["bench", "./nowhere"], "./nowhere: no such directory"),
+        (["bench", "MODEL"], "the compiled decoder does not run this model: it is not packed"),
+        (["bench", "MODEL", "--against", "onnx"], "--against must be gguf, got 'onnx'"),
+        (["bench", "MODEL", "--compute", "reference"], "--compute must be w2a8 or w2a16"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(model, tmp_path, upq_command, arguments, said):

@@ -309,13 +309,13 @@ def test_without_the_compiled_module_nothing_falls_back(monkeypatch: pytest.Monk
     case = make(4, 16)
     monkeypatch.setitem(__import__("sys").modules, "upq.kernels._cpu", None)
     monkeypatch.delattr(kernels, "_cpu", raising=False)
-    cpu._extension.cache_clear()
+    cpu.extension.cache_clear()
     try:
         with pytest.raises(UPQError, match=r"the CPU kernels are not there .* UPQ_KERNELS=reference"):
             case.run("w2a8")
         assert relative_error(case.run("reference"), case.expected("reference")) <= 1e-6
     finally:
-        cpu._extension.cache_clear()
+        cpu.extension.cache_clear()
 
 
 def test_a_gradient_is_refused_and_not_forgotten() -> None:

@@ -16,8 +16,8 @@ LAYERS = (
     ("errors", "scheme", "registry", "recipe", "recipes", "progress", "artifact", "memory"),
     ("grids", "losses", "kernels"),
     ("nn", "models", "loading", "streaming", "data"),
-    ("blockwise", "distill", "formats", "evals", "demo"),
-    ("hf", "exports", "card", "pipeline", "console", "quiet"),
+    ("blockwise", "distill", "formats", "evals", "demo", "decoding"),
+    ("hf", "exports", "card", "pipeline", "console", "quiet", "bench"),
     ("cli",),
     ("__main__",),
 )

@@ -24,6 +24,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from upq import decoding
 from upq.artifact import (
     MANIFEST,
     Layer,
@@ -46,12 +47,26 @@ _ROWS = 4096  # rows of an embedding quantised at one time: the scale search hol
 
 
 def load(
-    path: str | Path, *, dequantize: bool = False, dtype: torch.dtype | str = "auto", device: str = "cpu"
+    path: str | Path,
+    *,
+    dequantize: bool = False,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    decoder: Literal["upq", "transformers"] = "upq",
 ) -> PreTrainedModel:
-    """A causal LM from an artefact (or any model transformers loads), weights packed, or dense with `dequantize`."""
+    """A causal LM from an artefact (or any model transformers loads), weights packed, or dense with `dequantize`.
+
+    On the CPU a packed one generates through the compiled decoder (upq.decoding) where it can, or with
+    `decoder="transformers"` through transformers' own loop, as after `from_pretrained`.
+    """
+    if decoder not in ("upq", "transformers"):
+        raise UPQError(f"load: unknown decoder {decoder!r}; choose upq or transformers")
     model = load_model(path, dtype=dtype, device=device)
-    if dequantize and isinstance(getattr(model, "hf_quantizer", None), UpqHfQuantizer):
-        model.dequantize()  # type: ignore[no-untyped-call]
+    if isinstance(getattr(model, "hf_quantizer", None), UpqHfQuantizer):
+        if dequantize:
+            model.dequantize()  # type: ignore[no-untyped-call]
+        elif decoder == "upq" and model.device.type == "cpu":
+            decoding.attach(model)
     return model
 
 

@@ -1,4 +1,4 @@
-"""How much memory this process has needed."""
+"""How much memory this process needs and has needed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,22 @@ _STATUS = Path("/proc/self/status")
 
 def peak_memory_bytes() -> int:
     """Largest resident size so far."""
-    if _STATUS.is_file():
-        # ru_maxrss starts out as that of the process that started this one: 693 MB were shown in place of 374 MB.
-        line = next((line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")), None)
-        if line is not None:
-            return int(line.split()[1]) * 1024
+    # ru_maxrss starts out as that of the process that started this one: 693 MB were shown in place of 374 MB.
+    if (found := _status("VmHWM")) is not None:
+        return found
     # kibibytes on Linux, bytes on macOS
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int:
+    """Resident size now, pages of mapped files included; where the system does not tell, the largest so far."""
+    found = _status("VmRSS")
+    return peak_memory_bytes() if found is None else found
+
+
+def _status(key: str) -> int | None:
+    if not _STATUS.is_file():
+        return None
+    lines = _STATUS.read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)

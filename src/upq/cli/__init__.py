@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from upq.cli.bench import bench
 from upq.cli.chat import chat
 from upq.cli.demo import demo
 from upq.cli.doctor import doctor
@@ -29,6 +30,7 @@ app.command("export")(export)
 app.command("chat")(chat)
 # What the command does not know is the server's.
 app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
+app.command("bench")(bench)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 

@@ -27,7 +27,8 @@ def chat(
     import torch
     from rich.console import Console
 
-    from upq.loading import load_model, load_tokenizer
+    from upq.hf import load
+    from upq.loading import load_tokenizer
     from upq.quiet import quiet_libraries
 
     quiet_libraries()
@@ -37,7 +38,7 @@ def chat(
         raise UPQError(f"{model}: no chat template in its tokenizer; name an instruction-tuned model")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_model(model, device=device)
+    loaded = load(model, device=device)
     options: dict[str, Any] = {"max_new_tokens": max_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_p": top_p}

@@ -1,4 +1,7 @@
-"""The compiled kernels (cpu/module.cpp). Only upq.kernels.cpu imports them: they trust their arguments."""
+"""The compiled kernels (cpu/module.cpp, cpu/decoder_module.cpp), through upq.kernels.cpu alone.
+
+They trust their arguments. Integers stand for the addresses of tensors, which the caller keeps alive.
+"""
 
 from collections.abc import Sequence
 
@@ -48,3 +51,63 @@ def multiply(
     isa: int,
     /,
 ) -> None: ...
+
+class Dense:
+    def __init__(self, rows: int, columns: int, data: int, real: Real, /) -> None: ...
+
+class Canonical:
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        groups: int,
+        bits: int,
+        codes: int,
+        scales: int,
+        zeros: int,
+        zero: float,
+        real: Real,
+        /,
+    ) -> None: ...
+
+class Linear:
+    def __init__(self, weight: PackedMatrix | Dense, bias: int, /) -> None: ...
+
+class Norm:
+    def __init__(self, weight: int, eps: float, /) -> None: ...
+
+class Block:
+    def __init__(
+        self,
+        before_attention: Norm,
+        before_mlp: Norm,
+        of_queries: Norm,
+        of_keys: Norm,
+        linears: Sequence[Linear],  # q, k, v, o, gate, up, down
+        rotary: bool,
+        window: int,
+        /,
+    ) -> None: ...
+
+class Dimensions:
+    def __init__(
+        self,
+        hidden: int,
+        mlp: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scaling: float,
+        frequencies: int,
+        rotary_scaling: float,
+        /,
+    ) -> None: ...
+
+class Decoder:
+    def __init__(
+        self, dimensions: Dimensions, embedding: Canonical | Dense, blocks: Sequence[Block], norm: Norm, head: Linear, /
+    ) -> None: ...
+    @property
+    def length(self) -> int: ...
+    def truncate(self, length: int, /) -> None: ...
+    def forward(self, ids: int, tokens: int, compute: Compute, threads: int, isa: int, logits: int, /) -> None: ...

@@ -34,7 +34,8 @@ Compute = Literal["w2a8", "w2a16"]
 
 
 @cache
-def _extension() -> ModuleType:
+def extension() -> ModuleType:
+    """The compiled module."""
     try:
         from upq.kernels import _cpu
     except ImportError as error:
@@ -47,7 +48,7 @@ def _extension() -> ModuleType:
 
 def instruction_sets() -> list[str]:
     """What this build has and this machine can run, the fastest first."""
-    return list(_extension().isas())
+    return list(extension().isas())
 
 
 @cache
@@ -61,13 +62,15 @@ def instruction_set() -> str:
 
 
 @cache
-def _isa(name: str) -> int:
+def isa(name: str) -> int:
+    """Its number in the compiled module."""
     return instruction_sets().index(name)
 
 
 @cache
-def _real(dtype: torch.dtype) -> Any:
-    reals = _extension().Real
+def real(dtype: torch.dtype) -> Any:
+    """The compiled module's word for a dtype."""
+    reals = extension().Real
     known = {torch.float32: reals.f32, torch.float16: reals.f16, torch.bfloat16: reals.bf16}
     if dtype not in known:
         raise UPQError(f"CPU kernels take float32, float16 and bfloat16, not {dtype}; cast, or UPQ_KERNELS=reference")
@@ -84,20 +87,27 @@ def pack(
             f"codes {tuple(packed_OB.shape)} and scales {tuple(scale_OG.shape)} are no weight of {in_features} columns "
             f"at {bits} bits"
         )
-    per_group = isinstance(zero, Tensor)
-    if isinstance(zero, Tensor) and zero.dtype != scale_OG.dtype:
-        scale_OG, zero = scale_OG.float(), zero.float()
-    matrix: _cpu.PackedMatrix = _extension().pack(
+    scale_OG, zero_OG, constant = scales_and_zeros(scale_OG, zero)
+    matrix: _cpu.PackedMatrix = extension().pack(
         packed_OB.contiguous(),
         scale_OG.contiguous().view(torch.uint8),
-        zero.contiguous().view(torch.uint8) if isinstance(zero, Tensor) else None,
-        0.0 if per_group else zero,
-        _real(scale_OG.dtype),
+        None if zero_OG is None else zero_OG.contiguous().view(torch.uint8),
+        constant,
+        real(scale_OG.dtype),
         bits,
         in_features,
         torch.get_num_threads(),
     )
     return matrix
+
+
+def scales_and_zeros(scale_OG: Tensor, zero: Tensor | float) -> tuple[Tensor, Tensor | None, float]:
+    """Scales, zero points in their dtype where groups have their own, and the zero point of all where not."""
+    if not isinstance(zero, Tensor):
+        return scale_OG, None, zero
+    if zero.dtype != scale_OG.dtype:
+        scale_OG, zero = scale_OG.float(), zero.float()
+    return scale_OG, zero, 0.0
 
 
 def linears(
@@ -113,7 +123,7 @@ def linears(
 def _linears(
     x: Tensor, matrices: Sequence[_cpu.PackedMatrix], biases_O: Sequence[Tensor | None], compute: Compute
 ) -> list[Tensor]:
-    extension, real = _extension(), _real(x.dtype)
+    module, kind = extension(), real(x.dtype)
     *batch, columns = x.shape
     for matrix, bias_O in zip(matrices, biases_O, strict=True):
         if matrix.columns != columns:
@@ -122,17 +132,17 @@ def _linears(
     x = x.contiguous()
     held = [None if b is None else b.contiguous() for b in biases_O]  # until the products are done
     out = [x.new_empty((*batch, matrix.rows)) for matrix in matrices]
-    extension.multiply(
+    module.multiply(
         x.data_ptr(),
-        real,
+        kind,
         x.numel() // columns,
         matrices,
         [y.data_ptr() for y in out],
         [0 if b is None else b.data_ptr() for b in held],
-        [real if b is None else _real(b.dtype) for b in held],
-        getattr(extension.Compute, compute),
+        [kind if b is None else real(b.dtype) for b in held],
+        getattr(module.Compute, compute),
         torch.get_num_threads(),
-        _isa(instruction_set()),
+        isa(instruction_set()),
     )
     return out
 

@@ -18,6 +18,7 @@ class ModelSpec:
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    compiled_decoding: bool = False  # its block is Llama's, with no more than what upq/decoding/_parts.py looks at
 
     @property
     def linears(self) -> tuple[str, ...]:

@@ -9,5 +9,6 @@ LLAMA = ModelSpec(
         ("mlp.gate_proj", "mlp.up_proj"),
         ("mlp.down_proj",),
     ),
+    compiled_decoding=True,
 )
 FAMILIES.register("llama")(LLAMA)

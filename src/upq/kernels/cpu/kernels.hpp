@@ -16,6 +16,14 @@ struct Kernels {
     // The products of some tokens with the rows of some panels.
     void (*w2a8)(const Matrix& w, const IntTokens& x, const Output& y, Range panels, Range tokens);
     void (*w2a16)(const Matrix& w, const FloatTokens& x, const Output& y, Range panels, Range tokens);
+
+    // What a decoder does between its products, in float32 (steps.hpp).
+    void (*dense)(const Dense& w, const float* x, std::int64_t tokens, Range rows, float* y);
+    void (*rms_norm)(const float* x, const float* weight, float eps, std::int64_t n, float* y);
+    void (*gated)(float* gate, const float* up, std::int64_t n);
+    void (*attend)(
+        const Cached& cache, const float* queries, std::int64_t count, Range seen, float scaling, float* scores, float* out
+    );
 };
 
 // Each defined in the source file of its name, where the compiler could build it.

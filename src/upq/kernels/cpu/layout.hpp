@@ -68,6 +68,24 @@ struct Matrix {
     [[gnu::always_inline]] std::int64_t blocks() const { return segments.padded * width / 32; }  // of a segment
 };
 
+// A weight that stayed dense: (O, I), contiguous.
+struct Dense {
+    std::int64_t rows, columns;
+    const void* data;
+    Real real;
+};
+
+// Keys of this many positions lie together, feature by feature: a vector holds one feature of several positions, and
+// their scores need no sum across lanes.
+inline constexpr int key_block = 16;
+
+// What a decoder has cached for one key-value head.
+struct Cached {
+    const float* keys;    // [ceil(positions / key_block)][dim][key_block]
+    const float* values;  // [positions][dim]
+    std::int64_t dim;
+};
+
 // The tokens of a call: (M, I), contiguous.
 struct Rows {
     const void* data;

@@ -12,9 +12,6 @@ namespace upq::cpu {
 
 namespace {
 
-// Less work than this does not pay for waking a thread: 2^18 products take 4 to 8 µs.
-constexpr std::int64_t least_work = 1 << 18;
-
 // Tokens are prepared in portions, so that a long text needs no more memory than 1024 of its tokens. By then a product
 // has long been bound by arithmetic: reading the codes once more for each portion costs nothing.
 constexpr std::int64_t portion = 1024;
@@ -77,7 +74,7 @@ struct Call {
             cuts.push_back(w.segments);
             prepared.emplace_back(x.tokens, w.segments);
         }
-        const auto useful = static_cast<int>(std::clamp<std::int64_t>(work / least_work, 1, threads));
+        const int useful = useful_threads(work, threads);
         prepare_tokens(static_cast<int>(std::min<std::int64_t>(useful, x.tokens)));
         parallel(useful, [&](int thread, int count) { multiply(thread, count, panels); });
     }

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "decoder_module.hpp"
 #include "dispatch.hpp"
 #include "linears.hpp"
 
@@ -62,6 +63,7 @@ NB_MODULE(_cpu, m) {
         .def_prop_ro("nbytes", &PackedMatrix::bytes);
     m.def("pack", &pack, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
     m.def("multiply", &multiply);
+    bind_decoder(m);
     m.def("isas", [] {
         std::vector<std::string> names;
         for (const Kernels* kernels : available()) names.emplace_back(kernels->name);

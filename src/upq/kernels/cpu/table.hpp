@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels.hpp"
+#include "steps.hpp"
 #include "tile.hpp"
 #include "tokens.hpp"
 
@@ -43,7 +44,15 @@ void product_of_any_width(
 template <class Isa>
 constexpr Kernels kernels_of(const char* name) {
     return {
-        name, quantize<Isa>, widen_token<Isa>, product_of_any_width<Isa, IntTile>, product_of_any_width<Isa, FloatTile>
+        name,
+        quantize<Isa>,
+        widen_token<Isa>,
+        product_of_any_width<Isa, IntTile>,
+        product_of_any_width<Isa, FloatTile>,
+        dense<Isa>,
+        rms_norm<Isa>,
+        gated<Isa>,
+        attend<Isa>,
     };
 }
 

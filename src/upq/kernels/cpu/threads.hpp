@@ -11,6 +11,14 @@
 
 namespace upq::cpu {
 
+// Less work than this does not pay for waking a thread: 2^18 products take 4 to 8 µs.
+inline constexpr std::int64_t least_work = 1 << 18;
+
+// How many of `threads` are worth waking for so many products.
+inline int useful_threads(std::int64_t products, int threads) {
+    return static_cast<int>(std::clamp<std::int64_t>(products / least_work, 1, threads));
+}
+
 // body(thread, threads) on each of up to `threads` threads; the system may give fewer. `body` must not throw.
 template <class Body>
 void parallel(int threads, const Body& body) {

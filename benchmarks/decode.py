@@ -1,0 +1,213 @@
+"""Decoding and prompts of a model of a billion random weights, engines in turns: `python benchmarks/decode.py`.
+
+The shape is that of Llama-3.2-1B with a head of its own over 32,000 tokens; speed does not depend on the values of
+weights. The artefact is made once in --dir (4 GB of memory on the way) and used again.
+
+    upq            `upq.load(DIR).generate`, the compiled decoder
+    transformers   its own loop over the same kernels
+    torch          dense bfloat16 in transformers' loop (--dense, 2.5 GB)
+    llama.cpp      on the exact GGUF export (--against gguf; needs llama-cpp-python)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, cast
+
+import torch
+import typer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import upq
+from _table import Table, make_console
+from upq import bench
+from upq.artifact import MANIFEST, Manifest, SourceModel
+from upq.bench import Engine, Speed, Workload
+from upq.hf import block_linears, embedding_tables, write_artifact
+from upq.kernels import computing, cpu
+from upq.memory import resident_bytes
+from upq.quiet import quiet_libraries
+from upq.scheme import QTensor, QuantScheme
+
+LLAMA_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 32_000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+TINY = LLAMA_1B | {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    dir_: Annotated[Path, typer.Option("--dir", help="Where the artefact is, or is made.")] = Path("runs/decode"),
+    group_size: Annotated[int, typer.Option(help="-1: one scale a row.")] = -1,
+    embeddings: Annotated[int, typer.Option(help="Bits of embedding and head: 4 or 8.")] = 4,
+    threads: Annotated[int, typer.Option(min=1, help="With one, the clock is the processor's.")] = 1,
+    compute: Annotated[str, typer.Option(help="w2a8 or w2a16.")] = "w2a8",
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    prompt: Annotated[int, typer.Option(min=1)] = 16,
+    tokens: Annotated[int, typer.Option(min=2)] = 64,
+    prefill: Annotated[int, typer.Option(min=1)] = 128,
+    dense: Annotated[bool, typer.Option(help="Dense bfloat16 as well.")] = False,
+    against: Annotated[str | None, typer.Option(help="gguf: llama.cpp as well.")] = None,
+    tiny: Annotated[bool, typer.Option(help="A model of two small blocks, to see whether this works.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
+) -> None:
+    """Medians over the repeats, ratios within a repeat. UPQ_CPU_ISA chooses the instruction set."""
+    torch.set_num_threads(threads)
+    workload = Workload(prompt=prompt, tokens=tokens, prefill=prefill, repeats=repeats)
+    artifact = dir_ / f"{'tiny' if tiny else '1b'}-g{group_size}-e{embeddings}"
+    if not (
+        artifact / MANIFEST
+    ).is_file():  # by a process of its own: the memory it leaves would be taken for the model's
+        shape = TINY if tiny else LLAMA_1B
+        writer = get_context("spawn").Process(target=write, args=(artifact, shape, group_size, embeddings))
+        writer.start()
+        writer.join()
+    quiet_libraries()
+    before = resident_bytes()
+    model = upq.load(artifact)
+    with computing(compute), TemporaryDirectory() as scratch:
+        engines = [bench.compiled(model)]
+        engines[0].run([0] * prefill, 2, time.perf_counter)
+        resident = resident_bytes() - before
+        engines += rivals(artifact, model, Path(scratch), dense=dense, against=against, positions=workload.positions)
+        clock = time.process_time if threads == 1 else time.perf_counter
+        speeds, read = bench.measure(engines, workload, model.config.vocab_size, clock=clock)
+    figures: dict[str, Any] = {
+        "compute": compute,
+        "instruction_set": cpu.instruction_set(),
+        "threads": threads,
+        "clock": "processor" if threads == 1 else "wall",
+        "group_size": group_size,
+        "embeddings_bits": embeddings,
+        **dataclasses.asdict(workload),
+        "file_bytes": sum(file.stat().st_size for file in artifact.glob("*.safetensors")),
+        "model_bytes": resident,
+        "stream_bytes_per_second": read,
+        "engines": [dataclasses.asdict(speed) for speed in speeds],
+    }
+    console = make_console()
+    table(figures, speeds).show(console)
+    console.print(
+        f"a plain read of memory: {read / 1e9:.1f} GB/s; weight files {figures['file_bytes'] / 1e6:.0f} MB, "
+        f"the loaded model {resident / 1e6:.0f} MB",
+        highlight=False,
+    )
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def rivals(
+    artifact: Path, model: PreTrainedModel, scratch: Path, *, dense: bool, against: str | None, positions: int
+) -> list[Engine]:
+    found = [bench.plain("transformers", model)]
+    if dense:
+        unpacked = upq.load(artifact, dequantize=True, dtype=torch.bfloat16)
+        read = sum(p.nbytes for name, p in unpacked.named_parameters() if "embed_tokens" not in name)
+        found.append(bench.plain("torch", unpacked, read))
+    if against == "gguf":
+        found.append(bench.llama_cpp(artifact, scratch, threads=torch.get_num_threads(), positions=positions))
+    return found
+
+
+def table(figures: dict[str, Any], speeds: list[Speed]) -> Table:
+    head = (
+        "engine",
+        "decode tokens/s",
+        "upq is",
+        "prefill tokens/s",
+        "upq is",
+        "first token ms",
+        "MB a token",
+        "of a read",
+    )
+    rows = [
+        (
+            s.name,
+            f"{s.decode:.4g}",
+            f"{s.decode_ratio:.2f} ×",
+            f"{s.prefill:.4g}",
+            f"{s.prefill_ratio:.2f} ×",
+            f"{1000 * s.first_token:.4g}",
+            "–" if s.bytes_per_token is None else f"{s.bytes_per_token / 1e6:.1f}",
+            "–" if s.of_stream is None else f"{s.of_stream:.0%}",
+        )
+        for s in speeds
+    ]
+    title = "{compute} on {instruction_set}, {threads} threads, {clock} clock, medians of {repeats}; ".format(**figures)
+    title += "{tokens} tokens after {prompt}, prompts of {prefill}".format(**figures)
+    return Table(title, head, tuple(rows))
+
+
+# --- the model -----------------------------------------------------------------------------------------------------
+
+
+def write(out: Path, shape: dict[str, Any], group_size: int, embeddings: int) -> None:
+    """An artefact of `shape` with random codes; nothing of the model is dense but its norms and, once, its tables."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape), dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            replace(model, name, torch.ones(parameter.shape, dtype=torch.bfloat16))
+    for path in embedding_tables(model):
+        weight = model.get_submodule(path).weight
+        replace(model, f"{path}.weight", 0.02 * torch.randn(weight.shape, dtype=torch.bfloat16))
+    scheme = QuantScheme(bits=2, group_size=group_size)
+    qtensors = {path: codes(model.get_submodule(path), scheme) for path in block_linears(model)}
+    out.mkdir(parents=True)
+    manifest = Manifest(model=SourceModel(path="random", digest="0"))
+    write_artifact(
+        out, model, qtensors, manifest=manifest, tokenizer=tokenizer(shape["vocab_size"]),
+        embeddings_bits=cast(Any, embeddings),
+    )  # fmt: skip
+
+
+def replace(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def codes(linear: nn.Module, scheme: QuantScheme) -> QTensor:
+    rows, columns = cast(nn.Linear, linear).weight.shape
+    groups = scheme.groups(columns)
+    scale_OG = (0.03 / columns**0.5 * (1 + torch.rand(rows, groups))).half()
+    codes_OI = torch.randint(scheme.levels, (rows, columns), dtype=torch.uint8)
+    return QTensor(codes_OI, scale_OG, torch.full((rows, groups), (scheme.levels - 1) / 2), scheme)
+
+
+def tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """Bytes, and as many words as are missing: a GGUF file must hold a vocabulary of the model's size."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [f"{a}{b}" for a in alphabet for b in alphabet][: size - len(alphabet) - 1]
+    vocabulary = {word: i for i, word in enumerate([*alphabet, *words, "</s>"])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,117 @@
+"""`upq bench`: how fast an artefact writes on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from upq.errors import UPQError
+
+if TYPE_CHECKING:
+    from upq.bench import Speed
+
+
+def bench(
+    artifact: Annotated[str, typer.Argument(help="An artefact: the --out of upq quantize, or a hub id.")],
+    against: Annotated[
+        str | None, typer.Option(help="gguf: llama.cpp on the export of the same artefact, in turns with it.")
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens before the decoded ones.")] = 16,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 64,
+    prefill: Annotated[int, typer.Option(min=1, help="Tokens of the prompt that is timed.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Figures are medians over these.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: as many as torch takes.")] = None,
+    compute: Annotated[str, typer.Option(help="w2a8 (as in use) or w2a16.")] = "w2a8",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
+) -> None:
+    """Measure decoding, prompts, memory, and the share of what a plain read of memory reaches in the same process."""
+    if against not in (None, "gguf"):
+        raise UPQError(f"--against must be gguf, got {against!r}")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise UPQError(f"--json {json_file}: no such directory {json_file.absolute().parent}; create it first")
+    if compute not in ("w2a8", "w2a16"):
+        raise UPQError(f"--compute must be w2a8 or w2a16, got {compute!r}")
+
+    import torch
+    from rich.console import Console
+
+    from upq import bench, hf
+    from upq.artifact import atomic_write
+    from upq.evals import weights_bytes
+    from upq.kernels import computing, cpu
+    from upq.memory import resident_bytes
+    from upq.quiet import quiet_libraries
+
+    quiet_libraries()
+    if against:
+        bench.check_llama_cpp()
+    torch.set_num_threads(threads or torch.get_num_threads())
+    workload = bench.Workload(prompt=prompt, tokens=tokens, prefill=prefill, repeats=repeats)
+    status = Console(stderr=True)
+    with computing(compute), TemporaryDirectory() as scratch:
+        before = resident_bytes()
+        with status.status(f"loading {artifact}"):
+            model = hf.load(artifact)
+            engines = [bench.compiled(model)]
+        engines[0].run([0] * workload.prefill, 2, lambda: 0.0)
+        resident = resident_bytes()
+        if against:
+            with status.status("exporting to GGUF"):
+                engines.append(
+                    bench.llama_cpp(
+                        Path(artifact), Path(scratch), threads=torch.get_num_threads(), positions=workload.positions
+                    )
+                )
+        with status.status("measuring"):
+            speeds, read = bench.measure(engines, workload, model.config.vocab_size)
+    figures: dict[str, Any] = {
+        "compute": compute,
+        "instruction_set": cpu.instruction_set(),
+        "threads": torch.get_num_threads(),
+        **dataclasses.asdict(workload),
+        "file_bytes": weights_bytes(artifact),
+        "resident_bytes": resident,
+        "model_bytes": resident - before,
+        "stream_bytes_per_second": read,
+        "engines": [dataclasses.asdict(speed) for speed in speeds],
+    }
+    _show(figures, speeds)
+    if json_file is not None:
+        atomic_write(json_file, json.dumps(figures, indent=2) + "\n")
+
+
+def _show(figures: dict[str, Any], speeds: list[Speed]) -> None:
+    from rich.console import Console
+
+    from upq.console import size, table
+
+    console = Console()
+    console.print(
+        f"{figures['compute']} on {figures['instruction_set']}, {figures['threads']} threads; medians of "
+        f"{figures['repeats']}; a plain read of memory: {size(figures['stream_bytes_per_second'])}/s",
+        highlight=False,
+    )
+    rows = [
+        [
+            f"decode, {figures['tokens']} tokens after {figures['prompt']}",
+            *(f"{s.decode:.4g} tokens/s" for s in speeds),
+        ],
+        [f"prompt of {figures['prefill']} tokens", *(f"{s.prefill:.4g} tokens/s" for s in speeds)],
+        ["its first token after", *(f"{1000 * s.first_token:.4g} ms" for s in speeds)],
+        ["read for a token", *("–" if s.bytes_per_token is None else size(s.bytes_per_token) for s in speeds)],
+        ["of a plain read", *("–" if s.of_stream is None else f"{s.of_stream:.0%}" for s in speeds)],
+    ]
+    if len(speeds) > 1:
+        rows.append(["upq decodes", *(f"{s.decode_ratio:.2f} ×" for s in speeds)])
+        rows.append(["upq reads prompts", *(f"{s.prefill_ratio:.2f} ×" for s in speeds)])
+    console.print(table("", ["", *(s.name for s in speeds)], rows))
+    console.print(
+        f"weight files {size(figures['file_bytes'])}; in memory the model takes {size(figures['model_bytes'])}, "
+        f"the whole process {size(figures['resident_bytes'])}",
+        highlight=False,
+    )

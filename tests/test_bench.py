@@ -1,0 +1,71 @@
+"""What `upq bench` makes of the clock: engines that take a known time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from upq import bench
+from upq.bench import Engine, Workload
+from upq.errors import UPQError
+
+WORK = Workload(prompt=4, tokens=5, prefill=10, repeats=3)
+
+
+class Machine:
+    """A clock, and engines that let it go on; its pace changes with every round."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[tuple[str, int, int]] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def engine(self, name: str, *, a_token: float, a_prompt_token: float, **sizes: int) -> Engine:
+        def run(ids: list[int], tokens: int, clock: Callable[[], float]) -> list[float]:
+            pace = 1 + len(self.calls) // 4  # four calls a round
+            self.calls.append((name, len(ids), tokens))
+            times = [clock()]
+            self.now += pace * a_prompt_token * len(ids)
+            times.append(clock())
+            for _ in range(tokens - 1):
+                self.now += pace * a_token
+                times.append(clock())
+            return times
+
+        return Engine(name, run, **sizes)
+
+
+def test_engines_run_in_turns_and_ratios_are_within_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine()
+    fast = machine.engine("fast", a_token=1, a_prompt_token=0.5, weight_bytes=800, cache_bytes=10)
+    slow = machine.engine("slow", a_token=3, a_prompt_token=1)
+
+    def read(run: object, clock: object) -> float:
+        return 2.0
+
+    monkeypatch.setattr(bench, "_seconds", read)
+    (first, second), rate = bench.measure([fast, slow], WORK, 100, clock=machine.clock)
+    rounds = [("fast", 4, 5), ("fast", 10, 1), ("slow", 4, 5), ("slow", 10, 1)]
+    assert machine.calls == 4 * rounds  # three repeats after one to warm up
+    assert first.decode == pytest.approx(1 / 3)  # the paces were 2, 3, 4
+    assert second.decode == pytest.approx(1 / 9)
+    assert first.first_token == pytest.approx(3 * 0.5 * 10)
+    assert first.prefill == pytest.approx(10 / first.first_token)
+    assert (first.decode_ratio, first.prefill_ratio) == (1, 1)
+    assert second.decode_ratio == pytest.approx(3)
+    assert second.prefill_ratio == pytest.approx(2)
+    assert first.bytes_per_token == 800 + 10 * (4 + 2)
+    assert first.of_stream == pytest.approx(first.decode * 860 / rate)
+    assert (second.bytes_per_token, second.of_stream) == (None, None)
+
+
+@pytest.mark.parametrize("missing", ["upq.exports", "llama_cpp"])
+def test_what_is_missing_for_a_comparison_is_named(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("upq.exports", "llama_cpp", "gguf"):
+        monkeypatch.setitem(sys.modules, module, None if module == missing else sys)  # type: ignore[arg-type]
+    with pytest.raises(UPQError, match="cannot compare with GGUF: "):
+        bench.check_llama_cpp()
