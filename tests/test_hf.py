@@ -168,6 +168,15 @@ def test_half_precision_keeps_the_scales(family: str, dtype: torch.dtype, tmp_pa
 
 
 @pytest.mark.usefixtures("quiet")
+def test_a_saved_model_can_become_dense(tmp_path: Path) -> None:
+    model = upq.load(write_tiny(tmp_path / "out"))
+    expected = logits(model)
+    saved(model, tmp_path / "again")
+    model.dequantize()
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.usefixtures("quiet")
 def test_bf16_source_equals_the_trained_model(tmp_path: Path) -> None:
     source = tiny("qwen2", dtype=torch.bfloat16)
     trained = copy.deepcopy(source)

@@ -161,8 +161,9 @@ class UpqHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         return self._dequantize(model, model.dtype) if self.quantization_config.dequantize else model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        dtype = dtype or model.dtype
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # transformers passes what the configuration says, which save_pretrained turns into a name.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         for parameter in model.parameters():  # and not model.to(): the rotary frequencies stay float32
             parameter.data = parameter.data.to(dtype)
         for path, layer in list(model.named_modules()):
