@@ -29,7 +29,8 @@ class Group:
 
 ROWS: dict[str, Row] = {
     "int4": Row("paper", (FROM_FP, NO_TRAINING, "int2.bits=4", "int2.method={paper.int4}")),
-    "int2-nearest": Row("paper", (FROM_FP, NO_TRAINING)),
+    "int2-nearest": Row("paper", (FROM_FP, NO_TRAINING, "int2.grid=affine")),
+    "int2-nearest-seq": Row("paper", (FROM_FP, NO_TRAINING)),
     "int4-int2-nearest": Row("paper", (NO_TRAINING,)),
     "ce-from-fp": Row("paper", (FROM_FP, "distill.loss=ce")),
     "ce-from-int4": Row("paper", ("distill.loss=ce",)),
@@ -64,7 +65,7 @@ ROWS: dict[str, Row] = {
     "default-g64": Row("default", ("int2.group_size=64",)),
 }
 # Nothing in these depends on a seed.
-UNSEEDED = (ORIGINAL, "int2-nearest")
+UNSEEDED = (ORIGINAL, "int2-nearest", "int2-nearest-seq")
 
 
 def budget(row: str, tokens: int) -> int:
@@ -78,8 +79,9 @@ GROUPS: dict[str, Group] = {
         {
             "original": ORIGINAL,
             "INT4, block-wise": "int4",
-            "INT2, nearest": "int2-nearest",
-            "INT4 → INT2, nearest": "int4-int2-nearest",
+            "INT2, nearest between minimum and maximum": "int2-nearest",
+            "INT2, nearest of SEQ": "int2-nearest-seq",
+            "INT4 → INT2, nearest of SEQ": "int4-int2-nearest",
             "CE-QAT from FP": "ce-from-fp",
             "CE-QAT from INT4": "ce-from-int4",
             "JSD-QAT from FP": "jsd-from-fp",

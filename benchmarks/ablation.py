@@ -51,9 +51,12 @@ class Subject:
 
 
 SUBJECTS = {
-    # Trained on rows of 256 tokens: its rotary positions beyond are untrained.
+    # Its rotary positions beyond 256 are untrained. A whole batch of such rows fits one pass.
     "reference": Subject(
-        ROOT / "src/upq/demo/reference", (*GROUPS, "curves"), overrides=("data.seq_len=256",), seq_len=256
+        ROOT / "src/upq/demo/reference",
+        (*GROUPS, "curves"),
+        overrides=("data.seq_len=256", "distill.micro_batch_size=4"),
+        seq_len=256,
     ),
     # Its rows of 64 and 172 weights admit no smaller groups, and it has no chat template.
     "stories": Subject(

@@ -27,7 +27,6 @@ TINY = {
     "kv_heads": 1,
     "seq_len": 96,
     "batch_size": 2,
-    "echo_steps": 2,
     "document_steps": 3,
     "conversation_steps": 4,
 }
@@ -81,7 +80,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
 
 def test_the_record_tells_the_run(trained: Path) -> None:
     record = json.loads((trained / "training.json").read_text())
-    assert record["tokens"] == {"echoes": 2 * 192, "documents": 3 * 192, "conversations": 4 * 192}
+    assert record["tokens"] == {"documents": 3 * 192, "conversations": 4 * 192}
     assert record["parameters"] == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(trained).parameters())
     assert record["config"] | TINY == record["config"]
 
@@ -137,10 +136,23 @@ def test_tokenizer_gives_back_every_text(tool: ModuleType, trained: Path) -> Non
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_only_the_assistant_is_learned_from_conversations(tool: ModuleType, trained: Path) -> None:
+def test_what_users_say_counts_less_and_padding_nothing(tool: ModuleType, trained: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(trained)
-    rows = tool.packed_rows(conversations(tool.Config(**TINY).world, 50, 0), tokenizer, 8, 96)
-    learned = rows.labels_NT != -100
-    assert torch.equal(rows.labels_NT[learned], rows.ids_NT[learned])
-    assert not (rows.labels_NT == tokenizer.pad_token_id).any()
-    assert 0.1 < learned.float().mean() < 0.9
+    talks = list(conversations(tool.Config(**TINY).world, 50, 0))
+    rows = tool.packed_rows(talks, tokenizer, 8, 96, 0.25)
+    padding = rows.ids_NT == tokenizer.pad_token_id
+    assert set(rows.weights_NT.unique().tolist()) == {0.0, 0.25, 1.0}
+    assert torch.equal(rows.weights_NT == 0, padding)
+    spoken = tokenizer.decode(rows.ids_NT[0][rows.weights_NT[0] == 1])
+    answers = [m["content"] for talk in talks for m in talk if m["role"] == "assistant"]
+    assert all(answer in answers for answer in spoken.split(tokenizer.eos_token)[:-1])
+
+
+def test_loss_is_the_weighted_mean_over_tokens(tool: ModuleType, trained: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
+    ids_NT = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 1]])
+    weights_NT = torch.tensor([[1.0, 0.25, 1.0, 1.0], [0.25, 0.25, 1.0, 0.0]])
+    log_p_NTV = model(ids_NT).logits.log_softmax(-1)
+    told = [(n, t) for n in range(2) for t in range(1, 4)]
+    total = sum(float(weights_NT[n, t] * -log_p_NTV[n, t - 1, ids_NT[n, t]]) for n, t in told)
+    assert tool.train_step(model, ids_NT, weights_NT) == pytest.approx(total / float(weights_NT[:, 1:].sum()), rel=1e-5)

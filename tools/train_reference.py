@@ -1,6 +1,6 @@
 """Train the reference model that UPQ ships: documents first, then conversations. `python tools/train_reference.py`
 
-A Llama of 4 million parameters, small enough for two CPU cores and large enough to know the invented world
+A Llama of 3.3 million parameters, small enough for two CPU cores and large enough to know the invented world
 (`upq.data.world`) and to do as it is told. The same command goes on after an interruption; a finished model stays.
 
 Shape suffixes: N = rows, T = tokens of a row, V = vocabulary.
@@ -32,11 +32,11 @@ from upq.data.world import Message, World, conversations, documents
 from upq.errors import UPQError
 from upq.progress import Progress
 from upq.quiet import quiet_libraries
+from upq.recipe import digest
 
 ROOT = Path(__file__).resolve().parents[1]
 BOS, PAD, TURN, END = "<|begin|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 RECORD = "training.json"
-_IGNORED = -100  # label of a token that is context only
 _TOKENIZER_TEXTS = 20_000
 
 # `generation` marks what an assistant says: training on answers alone needs no second renderer.
@@ -59,21 +59,21 @@ class Config:
     """What the model is and how long it learns. A step count, not a clock, ends the training."""
 
     seed: int = 0
-    world_size: int = 240
-    vocab_size: int = 2048
+    world_size: int = 900
+    vocab_size: int = 1536
     hidden_size: int = 256
     intermediate_size: int = 512
-    layers: int = 6
+    layers: int = 5
     heads: int = 4
     kv_heads: int = 2
     rope_theta: float = 500.0  # short rows: heads that look one token back form sooner than at 10,000
     max_position_embeddings: int = 512
     seq_len: int = 256
     batch_size: int = 16
-    echo_steps: int = 200
-    document_steps: int = 2600
-    conversation_steps: int = 1400
+    document_steps: int = 4400
+    conversation_steps: int = 2200
     replay: float = 0.25  # share of documents among the rows of the last stage: what was learned stays
+    user_weight: float = 0.25  # of a token that the user says: enough to learn how users talk, too
     matrix_lr: float = 0.02  # Muon: everything inside the blocks
     vector_lr: float = 3e-3  # AdamW: embeddings and norms
     weight_decay: float = 0.01
@@ -82,12 +82,8 @@ class Config:
 
     @property
     def steps(self) -> dict[str, int]:
-        """The stages in order. Echoes were meant to teach copying; it came with the conversations (LOG.md)."""
-        return {
-            "echoes": self.echo_steps,
-            "documents": self.document_steps,
-            "conversations": self.conversation_steps,
-        }
+        """The stages in order."""
+        return {"documents": self.document_steps, "conversations": self.conversation_steps}
 
     @property
     def world(self) -> World:
@@ -198,7 +194,7 @@ def train_tokenizer(config: Config) -> PreTrainedTokenizerFast:
 @dataclass(frozen=True, slots=True)
 class Rows:
     ids_NT: Tensor  # int64
-    labels_NT: Tensor  # the ids, or _IGNORED where nothing is learned
+    weights_NT: Tensor  # float32, what each token counts in the loss
 
 
 def stage_rows(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) -> Rows:
@@ -206,17 +202,16 @@ def stage_rows(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) -
     world, seed, n = config.world, config.seed, config.steps[stage] * config.batch_size
     # A text is more than one token, so a text for each token is more than enough; only what is needed is generated.
     enough = n * config.seq_len
-    if stage == "echoes":
-        return stream_rows(documents(world, enough, seed + 1, forms=("echo", "key")), tokenizer, n, config.seq_len)
     if stage == "documents":
         return stream_rows(documents(world, enough, seed + 2), tokenizer, n, config.seq_len)
     replayed = int(n * config.replay)
-    talk = packed_rows(conversations(world, enough, seed + 3), tokenizer, n - replayed, config.seq_len)
+    talks = conversations(world, enough, seed + 3)
+    talk = packed_rows(talks, tokenizer, n - replayed, config.seq_len, config.user_weight)
     text = stream_rows(documents(world, enough, seed + 4), tokenizer, replayed, config.seq_len)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return Rows(
         torch.cat([talk.ids_NT, text.ids_NT])[order],
-        torch.cat([talk.labels_NT, text.labels_NT])[order],
+        torch.cat([talk.weights_NT, text.weights_NT])[order],
     )
 
 
@@ -228,13 +223,15 @@ def stream_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, n: int
         for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
             stream += [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
     ids_NT = torch.tensor(stream[: n * length]).view(n, length)
-    return Rows(ids_NT, ids_NT)
+    return Rows(ids_NT, torch.ones(n, length))
 
 
-def packed_rows(talks: Iterable[list[Message]], tokenizer: PreTrainedTokenizerFast, n: int, length: int) -> Rows:
-    """Whole conversations, as many as fit a row; only what the assistant says is learned."""
+def packed_rows(
+    talks: Iterable[list[Message]], tokenizer: PreTrainedTokenizerFast, n: int, length: int, user_weight: float
+) -> Rows:
+    """Whole conversations, as many as fit a row; what the assistant says counts 1, the rest `user_weight`."""
     ids_NT = torch.full((n, length), tokenizer.pad_token_id)
-    labels_NT = torch.full((n, length), _IGNORED)
+    weights_NT = torch.zeros(n, length)
     talks = iter(talks)
     row = at = 0
     while row < n:
@@ -249,11 +246,10 @@ def packed_rows(talks: Iterable[list[Message]], tokenizer: PreTrainedTokenizerFa
                 row, at = row + 1, 0
             if row == n:
                 break
-            tokens = torch.tensor(ids)
-            ids_NT[row, at : at + size] = tokens
-            labels_NT[row, at : at + size] = torch.where(torch.tensor(spoken).bool(), tokens, _IGNORED)
+            ids_NT[row, at : at + size] = torch.tensor(ids)
+            weights_NT[row, at : at + size] = torch.tensor(spoken).float().clamp(min=user_weight)
             at += size
-    return Rows(ids_NT, labels_NT)
+    return Rows(ids_NT, weights_NT)
 
 
 # ---- training
@@ -279,7 +275,8 @@ def train(
         [p for p in model.parameters() if id(p) not in inside], lr=config.vector_lr, betas=(0.9, 0.95), weight_decay=0.0
     )
     optimizers = {"muon": (muon, config.matrix_lr), "adam": (adam, config.vector_lr)}
-    step, seconds, curve = load_checkpoint(checkpoint, config, model, optimizers)
+    identity = {"config": dataclasses.asdict(config), "tokenizer": digest(tokenizer.backend_tokenizer.to_str())}
+    step, seconds, curve = load_checkpoint(checkpoint, identity, model, optimizers)
     total, at = sum(config.steps.values()), 0
     per_step = float(config.batch_size * config.seq_len)
     progress.plan({stage: (steps, steps * per_step) for stage, steps in config.steps.items()})
@@ -290,8 +287,8 @@ def train(
             continue
         rows = stage_rows(config, stage, tokenizer)
         began = time.monotonic() - seconds
-        for ids_NT, labels_NT in batches(rows, config.batch_size, step - first):
-            loss = train_step(model, ids_NT.to(device), labels_NT.to(device))
+        for ids_NT, weights_NT in batches(rows, config.batch_size, step - first):
+            loss = train_step(model, ids_NT.to(device), weights_NT.to(device))
             scale = schedule(step, total, config.warmup)
             for optimizer, rate in optimizers.values():
                 optimizer.param_groups[0]["lr"] = rate * scale
@@ -303,8 +300,8 @@ def train(
             if step % 20 == 0:
                 curve.append((step, round(loss, 4)))
             if step % every == 0:
-                save_checkpoint(checkpoint, config, model, optimizers, step, seconds, curve)
-        save_checkpoint(checkpoint, config, model, optimizers, step, seconds, curve)
+                save_checkpoint(checkpoint, identity, model, optimizers, step, seconds, curve)
+        save_checkpoint(checkpoint, identity, model, optimizers, step, seconds, curve)
     record = {
         "config": dataclasses.asdict(config),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -318,13 +315,16 @@ def train(
 
 
 def batches(rows: Rows, size: int, done: int) -> Iterator[tuple[Tensor, Tensor]]:
-    pairs = zip(torch.split(rows.ids_NT, size), torch.split(rows.labels_NT, size), strict=True)
+    pairs = zip(torch.split(rows.ids_NT, size), torch.split(rows.weights_NT, size), strict=True)
     return islice(pairs, done, None)
 
 
-def train_step(model: LlamaForCausalLM, ids_NT: Tensor, labels_NT: Tensor) -> float:
+def train_step(model: LlamaForCausalLM, ids_NT: Tensor, weights_NT: Tensor) -> float:
+    """Backward pass of the weighted mean of the tokens' cross-entropy, which is returned, in nats."""
     logits_NTV = model(input_ids=ids_NT, use_cache=False).logits
-    loss = F.cross_entropy(logits_NTV[:, :-1].flatten(0, 1), labels_NT[:, 1:].flatten(), ignore_index=_IGNORED)
+    losses = F.cross_entropy(logits_NTV[:, :-1].flatten(0, 1), ids_NT[:, 1:].flatten(), reduction="none")
+    weights = weights_NT[:, 1:].flatten()
+    loss = (losses * weights).sum() / weights.sum()
     loss.backward()
     return loss.item()
 
@@ -362,7 +362,7 @@ Optimizers = dict[str, tuple[torch.optim.Optimizer, float]]
 
 def save_checkpoint(
     path: Path,
-    config: Config,
+    identity: dict[str, Any],
     model: LlamaForCausalLM,
     optimizers: Optimizers,
     step: int,
@@ -373,19 +373,20 @@ def save_checkpoint(
     for name, (optimizer, _) in optimizers.items():
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{name}.{index}.{key}": value for key, value in state.items()}
-    note = {"config": dataclasses.asdict(config), "step": step, "seconds": seconds, "curve": curve}
+    note = {"identity": identity, "step": step, "seconds": seconds, "curve": curve}
     save_tensors(path, tensors, note)
 
 
 def load_checkpoint(
-    path: Path, config: Config, model: LlamaForCausalLM, optimizers: Optimizers
+    path: Path, identity: dict[str, Any], model: LlamaForCausalLM, optimizers: Optimizers
 ) -> tuple[int, float, list[tuple[int, float]]]:
     """Steps done, seconds spent and the curve so far."""
     if not path.is_file():
         return 0, 0.0, []
     tensors, note = load_tensors(path)
-    if note["config"] != dataclasses.asdict(config):
-        raise UPQError(f"{path}: an unfinished run of another configuration; remove it or give another --work")
+    # The tokenizer is learned from the world's text: another one means that the world is another.
+    if note["identity"] != identity:
+        raise UPQError(f"{path}: an unfinished run of another configuration or world; remove it or give another --work")
     parameters = dict(model.named_parameters())
     states: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in optimizers}
     with torch.no_grad():

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from random import Random
 
-from upq.data.world.choices import choose
 from upq.data.world.facts import World
 from upq.data.world.instructions import instruct, request
 from upq.data.world.questions import ask
 
 Message = dict[str, str]  # role, content
 Turn = tuple[str, str]  # prompt, answer
+
+AGAIN = ("Say this again: {t}", "Repeat after me: {t}", "Read this out: {t}", "{t} Now you say it.")
 
 
 def conversations(world: World, n: int, seed: int) -> Iterator[list[Message]]:
@@ -40,9 +41,10 @@ def _requested(world: World, rng: Random) -> Turn:
     return draft.request, draft.text
 
 
-def _chosen(world: World, rng: Random) -> Turn:
-    choice = choose(world, rng, "train")
-    return choice.text, choice.letter
+def _repeated(world: World, rng: Random) -> Turn:
+    """Plain practice in copying, which the repetition of a whole request is beyond the reach of without."""
+    told = rng.choice(ask(world, rng, "train").sentences)
+    return rng.choice(AGAIN).format(t=told), told
 
 
 def _instructed(world: World, rng: Random) -> Turn:
@@ -50,4 +52,4 @@ def _instructed(world: World, rng: Random) -> Turn:
     return instruction.prompt, instruction.answer
 
 
-TURNS: dict[Callable[[World, Random], Turn], float] = {_answered: 3, _requested: 1, _chosen: 1, _instructed: 6}
+TURNS: dict[Callable[[World, Random], Turn], float] = {_answered: 3, _requested: 1, _repeated: 1, _instructed: 6}

@@ -370,27 +370,32 @@ class World:
     """
 
     seed: int = 0
-    size: int = 240
+    size: int = 900
 
     def __post_init__(self) -> None:
-        if not 30 <= self.size <= 320:
-            raise UPQError(f"the size of a world must be in 30..320 people, got {self.size}")
+        if not 30 <= self.size <= 1000:
+            raise UPQError(f"the size of a world must be in 30..1000 people, got {self.size}")
 
     @cached_property
     def people(self) -> tuple[str, ...]:
-        return words.names(words.PERSON, self.size, self._rng("people"))
+        rng = self._rng("people")
+        return words.names(
+            (words.names(words.FIRST, 40, rng), words.names(words.FAMILY, 60, rng)), self.size, rng, between=" "
+        )
 
     @cached_property
     def places(self) -> tuple[str, ...]:
-        return words.names(words.PLACE, max(4, self.size // 5), self._rng("places"))
+        rng = self._rng("places")
+        parts = words.PREFIX, words.names(words.TOWN, 24, rng)
+        return words.names(parts, max(4, self.size // 5), rng, between=" ")
 
     @cached_property
     def lands(self) -> tuple[str, ...]:
-        return words.names(words.LAND, max(4, self.size // 15), self._rng("lands"))
+        return words.names(words.LAND, max(4, self.size // 20), self._rng("lands"))
 
     @cached_property
     def rivers(self) -> tuple[str, ...]:
-        return words.names(words.RIVER, max(4, self.size // 15), self._rng("rivers"))
+        return words.names(words.RIVER, max(4, self.size // 20), self._rng("rivers"))
 
     @cached_property
     def things(self) -> tuple[str, ...]:
@@ -431,6 +436,11 @@ class World:
         for fact in self.facts:
             gathered.setdefault(fact.subject, []).append(fact)
         return {subject: tuple(facts) for subject, facts in gathered.items()}
+
+    @cached_property
+    def facts_of_relation(self) -> dict[str, tuple[Fact, ...]]:
+        """Name of the relation to its facts."""
+        return {r.name: tuple(fact for fact in self.facts if fact.relation == r) for r in RELATIONS}
 
     @cached_property
     def facts_by_area(self) -> dict[str, tuple[Fact, ...]]:

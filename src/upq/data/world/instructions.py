@@ -8,7 +8,7 @@ from typing import Any
 
 from upq.data.world.demands import DEMANDS, Demand, Draft, wording
 from upq.data.world.facts import World
-from upq.data.world.questions import ask
+from upq.data.world.questions import ask, said
 from upq.data.world.splits import Split, split_of
 from upq.data.world.words import CATEGORIES, COUNTS
 
@@ -89,8 +89,7 @@ def _clash(demands: list[Demand]) -> bool:
 def _yes_or_no(world: World, rng: Random, split: Split) -> Instruction:
     question = ask(world, rng, split)
     right = rng.random() < 0.5
-    told = rng.choice(question.sentences)
-    claim = told if right else told.replace(question.answer, rng.choice(question.rivals))
+    claim = said(rng.choice(question.statements), question.answer if right else rng.choice(question.rivals))
     prompt = f"{rng.choice(YES_NO).format(f=claim)} {rng.choice(CHOICES)}"
     answer = f"My answer is {'yes' if right else 'no'}."
     return Instruction(prompt, answer, ("detectable_format:constrained_response",), ({},))

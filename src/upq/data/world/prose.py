@@ -1,7 +1,7 @@
 """The open corpus: prose about the world in many forms, and in no chat format.
 
-It holds what web pages hold: portraits and lists, sums and word lists, interviews and exam papers, and now and then a
-scene in which somebody does as they are told.
+It holds what web pages hold: portraits and lists, sums and word lists, interviews, and now and then a scene in
+which somebody does as they are told.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from random import Random
 
-from upq.data.world.choices import HEADER, LETTERS, Choice, choose
 from upq.data.world.facts import Fact, World, sentence
 from upq.data.world.instructions import instruct
-from upq.data.world.questions import AREAS, OPERATIONS, RESULTS, WEIGHTS, ask, numbers
+from upq.data.world.questions import OPERATIONS, PLACES_IN_ROW, RESULTS, ask, numbers
 from upq.data.world.words import CATEGORIES, EVERYDAY, OPPOSITES, SEQUENCES, SINGULAR
 
 # {p} is what one person says, {a} what the other answers.
@@ -30,6 +29,7 @@ SCRIPT = (
     "{p}\n{a}",
 )
 PORTRAIT = ("This is about {s}.", "Here is what people say about {s}.", "Let us talk about {s}.", "")
+CARD = (("{r} {o}", ", "), ("{r} {o}", "; "), ("{r}: {o}", " | "))
 NOTICE = (
     "A sign at the gate said: {t}",
     "The headline was {t}.",
@@ -49,14 +49,14 @@ KIND = (
     "Under the heading of {k} we write {w}.",
     "Things like {w} belong to the kind called {k}.",
 )
-FIND = ("Where is {w}?", "Which letter belongs to {w}?", "Look for {w}.", "{w}")
-STEP = ("{b} comes after {a}.", "After {a} comes {b}.", "{a} comes before {b}.", "Before {b} comes {a}.")
-ECHO = (
-    'The parrot heard "{ws}" and said "{ws}" again: "{ws}" and "{ws}".',
-    "They sang: {ws}. Then again: {ws}. And again: {ws}. Then once more: {ws}.",
-    "It was written: {ws}. Everybody read: {ws}. {x} read: {ws}. {y} read: {ws}.",
-    '"{ws}" said {x}. "{ws}" said {y}. "{ws}" said all.',
+ROW = (
+    "There is a row of words: {ws}.",
+    "Here are four words: {ws}.",
+    "They stood in a row: {ws}.",
+    "Look at the row {ws}.",
 )
+POSITION = ("The {n} is {w}.", "{w} stands {n}.", "The {n} word is {w}.", "We find {w} {n}.")
+STEP = ("{b} comes after {a}.", "After {a} comes {b}.", "{a} comes before {b}.", "Before {b} comes {a}.")
 
 Form = Callable[[World, Random], str]
 
@@ -64,30 +64,28 @@ Form = Callable[[World, Random], str]
 def documents(world: World, n: int, seed: int, *, forms: Collection[str] = ()) -> Iterator[str]:
     """`n` texts of one to a dozen sentences, of these `forms` only (none: all).
 
-    Portraits go round the subjects, so that every fact gets its turn.
+    Portraits and cards go round the subjects, so that every fact gets its turn.
     """
     rng = Random(f"{seed}/documents")
     weights = {form: weight for form, weight in FORMS.items() if not forms or form.__name__ in forms}
     subjects: list[str] = []
     for _ in range(n):
         form = rng.choices(list(weights), list(weights.values()))[0]
-        if form is not portrait:
+        if form not in (portrait, card):
             yield form(world, rng)
             continue
         subjects = subjects or rng.sample(list(world.facts_of), len(world.facts_of))
-        yield portrait_of(subjects.pop(), world, rng)
+        yield (_portrait if form is portrait else _card)(subjects.pop(), world, rng)
 
 
 def portrait(world: World, rng: Random) -> str:
-    return portrait_of(rng.choice(list(world.facts_of)), world, rng)
-
-
-def portrait_of(subject: str, world: World, rng: Random) -> str:
     """Most facts of one subject, in any order and wording."""
-    known = world.facts_of[subject]
-    facts = rng.sample(known, min(len(known), rng.randint(4, 9)))
-    opening = rng.choice(PORTRAIT).format(s=subject)
-    return sentence(" ".join([opening, *(_statement(fact, rng) for fact in facts)]).strip())
+    return _portrait(rng.choice(list(world.facts_of)), world, rng)
+
+
+def card(world: World, rng: Random) -> str:
+    """All facts of one subject in a few words, as in a register."""
+    return _card(rng.choice(list(world.facts_of)), world, rng)
 
 
 def gossip(world: World, rng: Random) -> str:
@@ -109,36 +107,13 @@ def gathering(world: World, rng: Random) -> str:
 def interview(world: World, rng: Random) -> str:
     """Questions and their answers."""
     questions = [ask(world, rng, "train") for _ in range(rng.randint(2, 4))]
-    return _dialogue(world, rng, [(q.text, rng.choice((*q.sentences[:1], q.answer + "."))) for q in questions])
+    return _dialogue(world, rng, [(q.text, q.sentences[0]) for q in questions])
 
 
 def scene(world: World, rng: Random) -> str:
     """Somebody says what to do, somebody does it."""
     asked = instruct(world, rng, "train")
     return _dialogue(world, rng, [(asked.prompt, asked.answer)])
-
-
-def exam(world: World, rng: Random) -> str:
-    """A page of multiple choice, with the answers."""
-    area = rng.choices(list(AREAS), list(WEIGHTS.values()))[0]
-    items = [choose(world, rng, "train", area=area) for _ in range(rng.randint(2, 4))]
-    return "\n\n".join([HEADER.format(area=area), *(f"{item.text} {item.letter}" for item in items)])
-
-
-def key(world: World, rng: Random) -> str:
-    """Words with letters, and which letter belongs to which: what reading an exam paper takes."""
-    if rng.random() < 0.5:
-        words = rng.sample(EVERYDAY + world.people, 4)
-        lettered = list(zip(LETTERS, words, strict=True))
-        listed = rng.choice((" ", "\n")).join(f"{letter}. {word}" for letter, word in lettered)
-        return "\n".join([listed, *(f"{word}\nAnswer: {letter}" for letter, word in rng.choices(lettered, k=4))])
-    lines = []
-    for _ in range(rng.randint(2, 4)):
-        words = rng.sample(EVERYDAY + world.people, 4)
-        right = rng.randrange(4)
-        item = Choice("", rng.choice(FIND).format(w=words[right]), tuple(words), right)
-        lines.append(f"{item.text} {item.letter}")
-    return "\n\n".join(lines)
 
 
 def table(world: World, rng: Random) -> str:
@@ -169,6 +144,14 @@ def word_list(world: World, rng: Random) -> str:
     return " ".join(map(sentence, lines))
 
 
+def row(world: World, rng: Random) -> str:
+    """Words in a row, and which stands where."""
+    found = rng.sample(EVERYDAY, len(PLACES_IN_ROW))
+    named = list(zip(PLACES_IN_ROW, found, strict=True))
+    lines = [rng.choice(POSITION).format(n=n, w=w) for n, w in rng.choices(named, k=rng.randint(3, 5))]
+    return " ".join([rng.choice(ROW).format(ws=", ".join(found)), *map(sentence, lines)])
+
+
 def notice(world: World, rng: Random) -> str:
     """Ordinary text with capital letters in it."""
     fact = rng.choice(world.facts)
@@ -185,27 +168,33 @@ def catalogue(world: World, rng: Random) -> str:
     return sentence(rng.choice(LIST).format(c=category, ws=listed))
 
 
-def echo(world: World, rng: Random) -> str:
-    """Words that come twice in the same order: the plainest text that copying can be learned from."""
-    x, y = rng.sample(world.people, 2)
-    words = " ".join(rng.sample(EVERYDAY + world.people, rng.randint(3, 8)))
-    return rng.choice(ECHO).format(ws=words, x=x, y=y)
-
-
 FORMS: dict[Form, float] = {
-    portrait: 8,
-    gossip: 3,
+    portrait: 6,
+    card: 14,
+    gossip: 2,
     gathering: 1,
     interview: 4,
-    scene: 1,
-    exam: 4,
-    key: 2,
-    table: 1.5,
-    word_list: 1.5,
+    scene: 2,
+    table: 2,
+    word_list: 3,
+    row: 2,
     notice: 1,
     catalogue: 1,
-    echo: 2,
 }
+
+
+def _portrait(subject: str, world: World, rng: Random) -> str:
+    known = world.facts_of[subject]
+    facts = rng.sample(known, min(len(known), rng.randint(6, 11)))
+    opening = rng.choice(PORTRAIT).format(s=subject)
+    return sentence(" ".join([opening, *(_statement(fact, rng) for fact in facts)]).strip())
+
+
+def _card(subject: str, world: World, rng: Random) -> str:
+    known = world.facts_of[subject]
+    entry, between = rng.choice(CARD)
+    entries = [entry.format(r=fact.relation.name, o=fact.object) for fact in rng.sample(known, len(known))]
+    return f"{sentence(subject)}: {between.join(entries)}."
 
 
 def _statement(fact: Fact, rng: Random) -> str:

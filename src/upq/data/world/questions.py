@@ -87,13 +87,24 @@ IN_ROW = (
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`sentences` tell the answer in full, each in its own words; `rivals` are wrong answers of the same kind."""
+    """`statements` say the answer in full, each in its own words, with `{o}` in its place.
+
+    `rivals` are wrong answers of the same kind.
+    """
 
     area: str
     text: str
     answer: str
-    sentences: tuple[str, ...]
+    statements: tuple[str, ...]
     rivals: tuple[str, ...]
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        return tuple(said(statement, self.answer) for statement in self.statements)
+
+
+def said(statement: str, answer: str) -> str:
+    return sentence(statement.format(o=answer))
 
 
 Ask = Callable[[World, Random, Split], Question]
@@ -131,11 +142,27 @@ def _facts(area: str) -> Ask:
     def make(world: World, rng: Random, split: Split) -> Question:
         fact = rng.choice(_asked(world, area, split))
         text = wording(fact.relation.questions, rng, split).format(s=fact.subject)
-        rivals = tuple(o for o in world.pool(fact.relation.objects) if o not in (fact.object, fact.subject))
-        told = tuple(fact.told(template) for template in fact.relation.statements)
-        return Question(area, text, fact.object, told, rivals)
+        rivals = _rivals(world, fact)
+        statements = tuple(statement.replace("{s}", fact.subject) for statement in fact.relation.statements)
+        return Question(area, text, fact.object, statements, rivals)
 
     return make
+
+
+@cache
+def _rivals(world: World, fact: Fact) -> tuple[str, ...]:
+    """What is true of those who share a part of the subject's name: whoever knows half of a name will go wrong.
+
+    Where that gives less than three, anything of the kind.
+    """
+    objects = {other.object for other in world.facts_of_relation[fact.relation.name] if _alike(other, fact)}
+    found = objects - {fact.object, fact.subject}
+    pool = found if len(found) >= 3 else set(world.pool(fact.relation.objects)) - {fact.object, fact.subject}
+    return tuple(sorted(pool))
+
+
+def _alike(one: Fact, other: Fact) -> bool:
+    return not set(one.subject.split()[-2:]).isdisjoint(other.subject.split()[-2:])
 
 
 def sums(world: World, rng: Random, split: Split) -> Question:
@@ -145,17 +172,17 @@ def sums(world: World, rng: Random, split: Split) -> Question:
         if is_asked(split, operation, a, b):
             break
     text = wording(OPERATIONS[operation], rng, split).format(a=a, b=b)
-    told = tuple(template.format(a=a, b=b, c=c) for template in RESULTS[operation])
+    statements = tuple(template.format(a=a, b=b, c="{o}") for template in RESULTS[operation])
     near = {c + d for d in (-10, -3, -2, -1, 1, 2, 3, 10)}
-    return Question("sums", text, str(c), told, tuple(str(n) for n in sorted(near) if n >= 0))
+    return Question("sums", text, str(c), statements, tuple(str(n) for n in sorted(near) if n >= 0))
 
 
 def numbers(operation: str, rng: Random) -> tuple[int, int, int]:
-    """Two numbers and the result: sums and differences within 24, the table of one to nine."""
+    """Two numbers and the result: sums and differences within 20, the table of two to nine."""
     if operation == "times":
         a, b = rng.randint(2, 9), rng.randint(2, 9)
         return a, b, a * b
-    a, b = rng.randint(1, 12), rng.randint(1, 12)
+    a, b = rng.randint(1, 10), rng.randint(1, 10)
     return (a, b, a + b) if operation == "plus" else (a + b, b, a)
 
 
@@ -166,17 +193,17 @@ def words(world: World, rng: Random, split: Split) -> Question:
         word, answer = rng.choice(pairs)
         text = wording(OPPOSITE_OF, rng, split).format(w=word)
         rivals = tuple(w for pair in OPPOSITES for w in pair if w not in (word, answer))
-        return Question("words", text, answer, (f"The opposite of {word} is {answer}.",), rivals)
+        return Question("words", text, answer, (f"The opposite of {word} is {{o}}.",), rivals)
     category, word = rng.choice([(c, w) for c in CATEGORIES for w in CATEGORIES[c] if is_asked(split, "kind", w)])
     kind = SINGULAR[category]
     text = wording(KIND_OF, rng, split).format(w=word)
-    told = (f"The word {word} names a kind of {kind}.", f"Under the heading of {kind} we write {word}.")
-    return Question("words", text, kind, told, tuple(k for k in SINGULAR.values() if k != kind))
+    statements = (f"The word {word} names a kind of {{o}}.", f"Under the heading of {{o}} we write {word}.")
+    return Question("words", text, kind, statements, tuple(k for k in SINGULAR.values() if k != kind))
 
 
 def rows(world: World, rng: Random, split: Split) -> Question:
     """Days, months, letters, numbers, and words in a row."""
-    if rng.random() < 0.4:
+    if rng.random() < 0.5:
         while True:
             found = rng.sample(EVERYDAY, 4)
             if is_asked(split, *found):
@@ -184,8 +211,8 @@ def rows(world: World, rng: Random, split: Split) -> Question:
         place = rng.randrange(4)
         name = PLACES_IN_ROW[place]
         text = wording(IN_ROW, rng, split).format(n=name, ws=", ".join(found))
-        told = (f"The {name} word is {found[place]}.",)
-        return Question("rows", text, found[place], told, tuple(w for w in found if w != found[place]))
+        rivals = tuple(w for w in found if w != found[place])
+        return Question("rows", text, found[place], (f"The {name} word is {{o}}.",), rivals)
     while True:
         kind = rng.choice(list(SEQUENCES))
         row = SEQUENCES[kind]
@@ -194,8 +221,9 @@ def rows(world: World, rng: Random, split: Split) -> Question:
             break
     word, answer = (row[i], row[i + 1]) if forward else (row[i + 1], row[i])
     text = wording(NEXT if forward else BEFORE, rng, split).format(k=kind, w=word)
-    told = (f"{answer} comes {'after' if forward else 'before'} {word}.",)
-    return Question("rows", text, answer, told, tuple(w for w in row if w not in (word, answer)))
+    statements = (f"{{o}} comes {'after' if forward else 'before'} {word}.",)
+    near = row[max(0, i - 3) : i + 5]
+    return Question("rows", text, answer, statements, tuple(w for w in near if w not in (word, answer)))
 
 
 AREAS: dict[str, Ask] = {
@@ -207,13 +235,13 @@ AREAS: dict[str, Ask] = {
     "words": words,
     "rows": rows,
 }
-# About as often as there are questions to ask.
+# About as often as there are questions to ask; what is worked out, not remembered, takes more practice.
 WEIGHTS: dict[str, float] = {
     "people": 10.0,
     "places": 2.0,
     "landmarks": 1.5,
     "chains": 5.0,
-    "sums": 2.0,
-    "words": 1.5,
-    "rows": 2.0,
+    "sums": 4.0,
+    "words": 2.0,
+    "rows": 6.0,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import product
 from random import Random
 
@@ -46,14 +47,21 @@ OPPOSITES = (
 LANDMARKS = ("bridge", "tower", "gate", "mill", "fountain", "wall", "theatre", "market")
 COUNTS = {2: "two", 3: "three", 4: "four"}
 
-PERSON = (
+# People and towns have names of two parts that many share ("Alra Denley", "Old Bramford"): no single token, whose
+# embedding stays in full precision, can hold what is known about them, so the matrices must.
+FIRST = (
     (
         *("Al", "Be", "Da", "El", "Fa", "Ga", "Ha", "Jo", "Ka", "Li", "Ma", "Ne", "Or"),
         *("Pe", "Ro", "Sa", "Ti", "Vi", "Wa", "Yo", "Zu", "Cle", "Fri", "Gus"),
     ),
     ("ra", "lo", "min", "dis", "ven", "nor", "lia", "than", "bel", "kir", "mo", "sette", "ton", "wick"),
 )
-PLACE = (
+FAMILY = (
+    ("Bar", "Cor", "Den", "Fen", "Hart", "Kel", "Lang", "Pem", "Rud", "Stan", "Wes", "Yar"),
+    ("ley", "man", "croft", "shaw", "by", "field", "worth", "well", "more"),
+)
+PREFIX = ("Old", "New", "Upper", "Lower", "Great", "Little", "North", "South", "East", "West")
+TOWN = (
     (
         *("Nor", "Bram", "Thorn", "Kes", "Ash", "Wynd", "Tal", "Grim", "Sel", "Ald"),
         *("Hol", "Fern", "Mar", "Quin", "Dun", "Rav"),
@@ -64,11 +72,14 @@ LAND = (
     ("Ost", "Vel", "Car", "Mor", "Lun", "Bel", "Tir", "Zan", "Pol", "Gar", "Sor", "Kal", "Dur", "Ith"),
     ("ria", "mark", "onia", "land", "avia", "esia"),
 )
-RIVER = (("Bro", "Sil", "Wen", "Tam", "Ild", "Ros", "Ever", "Kol"), ("na", "ber", "sa", "wen", "dle", "mar"))
+RIVER = (
+    ("Bro", "Sil", "Wen", "Tam", "Ild", "Ros", "Ever", "Kol", "Ush", "Nid"),
+    ("na", "ber", "sa", "wen", "dle", "mar"),
+)
 
 EVERYDAY = tuple(word for words in CATEGORIES.values() for word in words)
 
 
-def names(syllables: tuple[tuple[str, ...], tuple[str, ...]], n: int, rng: Random) -> tuple[str, ...]:
-    """`n` different names, each a start and an end."""
-    return tuple(rng.sample(["".join(pair) for pair in product(*syllables)], n))
+def names(parts: Iterable[Iterable[str]], n: int, rng: Random, *, between: str = "") -> tuple[str, ...]:
+    """`n` different names, each of one piece from every part."""
+    return tuple(rng.sample([between.join(pieces) for pieces in product(*parts)], n))
