@@ -170,9 +170,10 @@ def _packed(artifact: Path, ids: list[int], dtype: Any) -> Tensor:
     import torch
 
     import upq
+    from upq.kernels import computing
 
     model: Any = upq.load(artifact, dtype=dtype)
-    with torch.inference_mode():
+    with computing("reference"), torch.inference_mode():  # what the weights say, without int8 activations
         logits: Tensor = model(torch.tensor([ids])).logits[0].float()
     return logits
 

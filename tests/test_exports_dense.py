@@ -41,6 +41,8 @@ def test_it_loads_and_talks_without_upq(tmp_path: Path) -> None:
     code = f"""
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.usefixtures("reference")
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "dense")!r})
 tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / "dense")!r})
 ids = tokenizer.apply_chat_template([{{"role": "user", "content": "hi"}}], return_tensors="pt", return_dict=True)

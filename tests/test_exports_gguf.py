@@ -26,6 +26,8 @@ from upq.grids import GRIDS, search_scale  # noqa: E402
 from upq.models import FAMILIES  # noqa: E402
 from upq.scheme import PER_CHANNEL, QTensor, QuantScheme  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("reference")
+
 IDS = torch.arange(2, 22).view(2, 10)
 BY_NAME = {block.name: block for block in BLOCKS}
 

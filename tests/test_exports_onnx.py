@@ -19,6 +19,8 @@ from upq.exports import export  # noqa: E402
 from upq.models import FAMILIES  # noqa: E402
 from upq.scheme import QuantScheme  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("reference")
+
 IDS = torch.randint(2, 250, (2, 20), generator=torch.Generator().manual_seed(0))
 CLOSE = {"rtol": 0.0, "atol": 2e-4}
 

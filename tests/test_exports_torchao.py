@@ -18,6 +18,8 @@ from upq.exports import export
 from upq.models import FAMILIES
 from upq.scheme import QuantScheme
 
+pytestmark = pytest.mark.usefixtures("reference")
+
 IDS = torch.arange(2, 22).view(2, 10)
 
 

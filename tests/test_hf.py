@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import upq
-from upq import artifact, kernels
+from upq import artifact
 from upq.artifact import Manifest, SourceModel
 from upq.errors import UPQError
 from upq.grids import GRIDS, search_scale
@@ -37,10 +37,7 @@ MANIFEST = Manifest(model=SourceModel(path="org/tiny", digest="0"))
 SEQ2 = QuantScheme(bits=2)
 
 
-@pytest.fixture(autouse=True)
-def reference() -> Iterator[None]:
-    with kernels.computing("reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("reference")
 
 
 def tiny(name: str = "llama", *, tied: bool = True, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
-from upq import kernels
 from upq.grids import GRIDS, search_scale
 from upq.nn.fake_quant import FakeQuantLinear
 from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead, dense_like
@@ -18,10 +16,7 @@ from upq.scheme import PER_CHANNEL, QuantScheme
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def reference() -> Iterator[None]:
-    with kernels.computing("reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("reference")
 
 
 def fake_linear(rows: int, columns: int, scheme: QuantScheme, bias: bool, dtype: torch.dtype) -> FakeQuantLinear:

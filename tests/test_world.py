@@ -60,7 +60,7 @@ def test_size_out_of_range_is_a_user_error(size: int) -> None:
 
 
 def test_documents_tell_every_fact() -> None:
-    text = "\n".join(documents(WORLD, 2000, 0))
+    text = "\n".join(documents(WORLD, 4000, 0))
     for fact in WORLD.facts:
         assert any(fact.told(template) in text for template in fact.relation.statements), fact
 

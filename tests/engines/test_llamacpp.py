@@ -24,6 +24,8 @@ from upq.loading import load_tokenizer  # noqa: E402
 from upq.models import FAMILIES  # noqa: E402
 from upq.scheme import QuantScheme  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("reference")
+
 STORIES = Path(__file__).resolve().parents[3] / "shared/data/models/stories260K"
 PROMPTS = (
     "Who lives in Ostrava?",

@@ -22,6 +22,8 @@ from upq.exports import export  # noqa: E402
 from upq.models import FAMILIES  # noqa: E402
 from upq.scheme import QuantScheme  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("reference")
+
 SHAPE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 288, "num_hidden_layers": 4}
 
 
