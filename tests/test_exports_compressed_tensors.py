@@ -21,6 +21,8 @@ from upq.exports import export
 from upq.models import FAMILIES
 from upq.scheme import QuantScheme
 
+pytestmark = pytest.mark.usefixtures("reference")
+
 IDS = torch.arange(2, 22).view(2, 10)
 
 
@@ -105,8 +107,6 @@ def test_plain_transformers_generates_from_it(tmp_path: Path) -> None:
     code = f"""
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-pytestmark = pytest.mark.usefixtures("reference")
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r})
 ids = AutoTokenizer.from_pretrained({str(tmp_path / "out")!r})("hello", return_tensors="pt")
 print(model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1])

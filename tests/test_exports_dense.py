@@ -17,6 +17,8 @@ from upq.exports import _directory as directory
 from upq.exports import export
 from upq.models import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("reference")
+
 IDS = torch.arange(2, 22).view(2, 10)
 
 
@@ -41,8 +43,6 @@ def test_it_loads_and_talks_without_upq(tmp_path: Path) -> None:
     code = f"""
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-pytestmark = pytest.mark.usefixtures("reference")
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "dense")!r})
 tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / "dense")!r})
 ids = tokenizer.apply_chat_template([{{"role": "user", "content": "hi"}}], return_tensors="pt", return_dict=True)
