@@ -51,7 +51,7 @@ def demo(
     chosen = chosen.model_copy(update={"data": chosen.data.model_copy(update={"sources": (Source(path=str(corpus)),)})})
     with reporter(console) as progress:
         manifest = pipeline.quantize(REFERENCE, chosen, artifact, progress=progress)
-    rounding = Recipe.load(recipe, ["int4=null", "int2.method=rtn", "distill.tokens=0"])
+    rounding = Recipe.load(recipe, ["int4=null", "int2.method=rtn", "int2.grid=affine", "distill.tokens=0"])
     rounding = rounding.model_copy(update={"data": chosen.data})
     plain = pipeline.quantize(REFERENCE, rounding, nearest)
 
