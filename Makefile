@@ -29,14 +29,14 @@ bench: $(VENV)/.installed
 # The C++ of the kernels without Python, against double: here under sanitizers, then on another processor.
 sanitize: $(VENV)/.installed
 	$(BIN)/cmake -S . -B build/sanitize -DUPQ_TEST=ON -DUPQ_SANITIZE=address,undefined
-	$(BIN)/cmake --build build/sanitize
+	$(BIN)/cmake --build build/sanitize --parallel
 	build/sanitize/kernels_test 40
 
 # Debian: apt install g++-aarch64-linux-gnu qemu-user
 cross: $(VENV)/.installed
 	$(BIN)/cmake -S . -B build/aarch64 -DUPQ_TEST=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
-	$(BIN)/cmake --build build/aarch64
+	$(BIN)/cmake --build build/aarch64 --parallel
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/kernels_test 20
 
 # torch first and alone, pinned: left to itself, pip would fetch a CUDA build with gigabytes of libraries.
