@@ -60,5 +60,5 @@ $(ENGINES)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ENGINES) demo runs build CMakeCache.txt CMakeFiles CMakeInit.txt cmake_install.cmake build.ninja .ninja_* \
-		*.a src/upq/kernels/*.so
+	rm -rf $(VENV) $(ENGINES) demo runs build CMakeCache.txt CMakeFiles CMakeInit.txt cmake_install.cmake \
+		build.ninja .ninja_* .cmake .skbuild-info.json *.a src/upq/kernels/*.so
