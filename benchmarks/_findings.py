@@ -308,7 +308,7 @@ _COLUMNS = (
     ("loops", "loops", ".1%"),
     ("at limit", "at_length_limit", ".1%"),
 )
-_STAGES = ("int4", "int2", "distill")
+_STAGES = ("generate", "int4", "int2", "distill")
 
 
 def table_of(results: Results, group: Group) -> Table | None:
@@ -330,7 +330,7 @@ def costs(results: Results, group: Group) -> Table | None:
         size, peak = runs[0].figures["bytes"], max(r.figures["peak"] for r in runs)
         cells = [f"{m:.1f}" if m >= 0.05 else "" for m in (*minutes, sum(minutes))]
         rows.append((label, f"{size / 1e6:.2f} MB", *cells, f"{peak / 1e6:.0f} MB"))
-    head = ("row", "file", "INT4, min", "INT2, min", "training, min", "all, min", "peak memory")
+    head = ("row", "file", "own text, min", "INT4, min", "INT2, min", "training, min", "all, min", "peak memory")
     return Table(f"{group.title}: what they cost", head, tuple(rows)) if rows else None
 
 

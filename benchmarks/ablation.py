@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 RUNS = ROOT / "runs" / "ablation"
-TOKENS = 500_000
+TOKENS = 300_000
 _HELDOUT_ROWS = 128
 _CACHED = "seconds.json"
 
@@ -45,6 +45,7 @@ class Subject:
     model: Path
     groups: tuple[str, ...]
     overrides: tuple[str, ...] = ()
+    writes: str = "{}"  # data.generated, in recipes that have it
     seq_len: int = 512
     suites: bool = True  # whether it can be asked
     text: Path | None = None  # TEXT_train.txt and TEXT_heldout.txt; None: the invented world
@@ -56,12 +57,14 @@ SUBJECTS = {
         ROOT / "src/upq/demo/reference",
         (*GROUPS, "curves"),
         overrides=("data.seq_len=256", "distill.micro_batch_size=4"),
+        writes="{max_new_tokens: 128, batch_size: 512}",
         seq_len=256,
     ),
     # Its rows of 64 and 172 weights admit no smaller groups, and it has no chat template.
     "stories": Subject(
         DATA / "models/stories260K",
         ("beta", "bits", "grid", "scale"),
+        writes="null",
         suites=False,
         text=DATA / "text/tinystories",
     ),
@@ -113,6 +116,8 @@ class Study:
 
         row = ROWS[task.row]
         common = [f"seed={task.seed}", f"distill.tokens={task.tokens}", *self.subject.overrides]
+        if load_recipe(row.recipe, ()).data.generated is not None:
+            common.append(f"data.generated={self.subject.writes}")
         recipe = load_recipe(row.recipe, [*common, *row.overrides])
         sources = tuple(Source(path=str(self.corpus(kind))) for kind in row.data)
         return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})

@@ -136,7 +136,7 @@ def quantise(name: str, seed: int, source: Path, out: Path, data_dir: Path) -> d
     from upq.recipe import Source
 
     base, overrides = ROWS[name]
-    recipe = load_recipe(base, [f"seed={seed}", *overrides])
+    recipe = load_recipe(base, [f"seed={seed}", "data.generated=null", *overrides])  # the model has no chat template
     train = Source(path=str(data_dir / "text" / "tinystories_train.txt"))
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": (train,)})})
     began = time.monotonic()
@@ -176,7 +176,11 @@ def step_times(data_dir: Path) -> dict[str, Any]:
     student = make_student(teacher, start, train_norms=recipe.distill.train_norms)
     loss = LOSSES.get(recipe.distill.loss.name)
     objective = Objective(
-        student, teacher, loss(recipe.distill.loss.options(loss.Config, "loss")), chunk=recipe.distill.chunk_tokens
+        student,
+        teacher,
+        loss(recipe.distill.loss.options(loss.Config, "loss")),
+        chunk=recipe.distill.chunk_tokens,
+        hidden=recipe.distill.hidden,
     )
     text = load_eval_text(data_dir / "text" / "tinystories_train.txt", load_tokenizer(source), 512)
     tokens = text[: recipe.distill.micro_batch_size]

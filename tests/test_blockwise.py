@@ -81,8 +81,8 @@ class RecordingTask(BlockTask):
 
     seen: list[tuple[dict[str, Tensor], float]] = field(default_factory=list)
 
-    def error(self, weights: dict[str, Tensor], *, batch_size: int = 8) -> float:
-        value = super().error(weights, batch_size=batch_size)
+    def error(self, weights: dict[str, Tensor], *, relative: bool = False, batch_size: int = 8) -> float:
+        value = super().error(weights, relative=relative, batch_size=batch_size)
         self.seen.append(({name: w.detach().clone() for name, w in weights.items()}, value))
         return value
 
@@ -180,6 +180,17 @@ class TestLearned:
         found = dense(solutions)
         assert all(torch.equal(found[linear], weights[linear]) for linear in found)
         assert task.error(found) == after
+
+    def test_each_error_has_its_own_winner(self, name: str, grid: str, make_task: MakeTask) -> None:
+        """Never worse than the start by the error asked for, and better by it than what the other one finds."""
+        scheme, task = QuantScheme(bits=2, grid=grid), make_task()
+        assert task.targets_NTH is not None
+        task.targets_NTH[::2] *= 10  # tokens of different sizes
+        start = nearest(task, start_scales(task, scheme, "mse"), scheme)
+        found = {kind: dense(make(name, relative=kind).solve(task, scheme)) for kind in (False, True)}
+        for kind in (False, True):
+            assert task.error(found[kind], relative=kind) <= task.error(start, relative=kind)
+            assert task.error(found[kind], relative=kind) < task.error(found[not kind], relative=kind)
 
     def test_a_run_that_diverges_leaves_the_start(self, name: str, grid: str, make_task: MakeTask) -> None:
         scheme, task = QuantScheme(bits=2, grid=grid), make_task()
@@ -394,3 +405,24 @@ class TestStore:
         store.path(0).write_bytes(store.path(0).read_bytes()[:-8])
         with pytest.raises(UPQError, match=r"block-0000\.safetensors: damaged or truncated"):
             store.solutions(0)
+
+
+def test_the_relative_error_is_of_each_token(make_task: MakeTask) -> None:
+    task = make_task()
+    assert task.inputs_NTH is not None
+    assert task.targets_NTH is not None
+    weights = nearest(task, start_scales(task, QuantScheme(bits=2), "mse"), QuantScheme(bits=2))
+    wrong_NTH, exact_NTH = (task.run(weights, task.inputs_NTH) - task.targets_NTH).double(), task.targets_NTH.double()
+    absolute = wrong_NTH.square().mean().item()
+    relative = (wrong_NTH.norm(dim=-1) / exact_NTH.norm(dim=-1)).square().mean().item()
+    for batch_size in (5, 100):
+        assert task.error(weights, batch_size=batch_size) == pytest.approx(absolute, rel=1e-5)
+        assert task.error(weights, relative=True, batch_size=batch_size) == pytest.approx(relative, rel=1e-5)
+
+
+def test_a_token_of_zeros_does_not_outweigh_the_others(make_task: MakeTask) -> None:
+    task = make_task()
+    assert task.targets_NTH is not None
+    weights = nearest(task, start_scales(task, QuantScheme(bits=2), "mse"), QuantScheme(bits=2))
+    task.targets_NTH[0, 0] = 0
+    assert task.error(weights, relative=True) < 1e6

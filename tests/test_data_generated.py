@@ -50,6 +50,12 @@ def tiny(end: float) -> PreTrainedModel:
     return model
 
 
+def total_of(work: Path) -> int:
+    (folder,) = work.glob("generated-*")
+    talks = [json.loads(line)["messages"] for text in read(folder).values() for line in text.splitlines()]
+    return sum(len(TOKENIZER.apply_chat_template(talk, return_dict=True)["input_ids"]) for talk in talks)
+
+
 def read(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted(folder.iterdir())}
 
@@ -101,7 +107,8 @@ def test_a_model_that_cannot_is_one_line(tmp_path: Path, end: float, tokenizer: 
     assert "\n" not in str(raised.value)
 
 
-def test_a_run_learns_from_what_its_model_wrote(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tokens", "least"), [("800", 800), ("null", 0)])
+def test_a_run_learns_from_what_its_model_wrote(tmp_path: Path, tokens: str, least: int) -> None:
     torch.manual_seed(0)
     tiny(20).save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
@@ -109,8 +116,8 @@ def test_a_run_learns_from_what_its_model_wrote(tmp_path: Path) -> None:
     recipe = Recipe.load(
         "paper",
         [
-            *("data.seq_len=32", "data.validation=4", "int4=null", "int2.samples=4", "distill.tokens=0"),
-            "data.generated={tokens: 800, max_new_tokens: 40, batch_size: 16, weight: 3}",
+            *("data.seq_len=32", "data.validation=4", "int4=null", "int2.samples=20", "distill.tokens=0"),
+            f"data.generated={{tokens: {tokens}, max_new_tokens: 40, batch_size: 8, weight: 3}}",
         ],
     )
     recipe = recipe.model_copy(
@@ -123,6 +130,9 @@ def test_a_run_learns_from_what_its_model_wrote(tmp_path: Path) -> None:
     quantize(tmp_path / "model", recipe, tmp_path / "out", keep_work=True)
     text, written = read_manifest(tmp_path / "out").data[:2]
     assert written["tokens"] > text["tokens"]
+    # 20 rows to calibrate with and 4 held out, of 32 tokens each, three quarters written; and the batch that ends it.
+    wanted = max(least, 24 * 32 * 3 // 4)
+    assert wanted <= total_of(tmp_path / "out" / ".work") < wanted + 8 * 90
     (folder,) = (tmp_path / "out" / ".work").glob("generated-*")
     assert str(folder) == written["path"]
 

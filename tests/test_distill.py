@@ -106,6 +106,38 @@ def test_objective_is_the_loss_on_the_whole_logits(name, chunk):
         torch.testing.assert_close(gradient, expected[n], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gjs", "ce"])
+def test_hidden_adds_the_relative_error_of_what_each_block_writes(name):
+    teacher = make_teacher()
+    student = make(teacher)
+    tokens, mask = Random().batch(0, 5)
+    written = {}
+    for model in (teacher, student):
+        for i, part in enumerate((model.model.layers[0], model.model.norm)):  # two blocks, the last after the norm
+            part.register_forward_hook(lambda _m, _in, out, key=(model, i): written.__setitem__(key, out))
+    loss = make_loss(make_config(loss=name), teacher, Random())
+
+    def run(hidden):
+        student.zero_grad()
+        total = Objective(student, teacher, loss, chunk=7, hidden=hidden)(tokens, mask)
+        total.backward()
+        return total.item(), {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+
+    plain, gradients = run(0.0)
+    total, found = run(0.3)
+    student.zero_grad()
+    student(tokens)
+    expected = 0
+    for i in range(2):
+        s, t = (written[model, i][:, :-1][mask[:, 1:]] for model in (student, teacher))
+        expected = expected + 0.3 / 2 * ((s - t).norm(dim=-1) / t.norm(dim=-1)).square().sum()
+    expected.backward()
+    assert total == pytest.approx(plain + expected.item(), rel=1e-5)
+    for n, p in student.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(found[n], gradients[n] + p.grad, rtol=1e-3, atol=1e-4)
+
+
 def test_only_latents_scales_and_asked_for_norms_learn():
     teacher = make_teacher()
     learned = {n for n, p in make(teacher).named_parameters() if p.requires_grad}

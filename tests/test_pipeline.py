@@ -52,6 +52,7 @@ def make_recipe(text, *overrides):
     small = [
         "data.seq_len=32",
         "data.validation=8",
+        "data.generated=null",  # the model has no chat template
         "int4.samples=8",
         "int4.method.iterations=4",
         "int2.samples=8",

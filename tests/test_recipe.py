@@ -49,7 +49,7 @@ def test_dump_is_the_same_recipe(name: str, tmp_path: Path) -> None:
         ("int3.bits=3", "recipe default: unknown key 'int3'; keys here: .*int4, int2, distill"),
         ("int2.group=32", r"unknown key 'int2\.group'; keys here: bits, grid, group_size, method, samples"),
         ("int4.bit=3", r"unknown key 'int4\.bit'; keys here: bits, grid, group_size"),
-        ("distill.learning_rate=1", r"unknown key 'distill\.learning_rate'; keys here: loss, tokens, .*lr, scale_lr"),
+        ("distill.learning_rate=1", r"unknown key 'distill\.learning_rate'; keys here: loss, .*lr, scale_lr"),
         ("data.sources=[{path: a, weigth: 2}]", r"unknown key 'data\.sources\.0\.weigth'; keys here: path, weight"),
         ("distill.tokens=many", r"distill\.tokens: input should be a valid integer.* \(got 'many'\)"),
         ("distill.tokens=1.5", r"distill\.tokens: .*integer.*1\.5"),

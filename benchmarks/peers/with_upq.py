@@ -16,6 +16,7 @@ VARIANTS = {
 
 
 def quantise(job: peer.Job) -> str:
+    from upq.loading import load_tokenizer
     from upq.pipeline import quantize
     from upq.recipe import Recipe, Source
 
@@ -24,6 +25,10 @@ def quantise(job: peer.Job) -> str:
         return ""
     name, changes = VARIANTS[job.variant]
     overrides = [f"data.seq_len={job.seq_len}", *changes]
+    if load_tokenizer(job.model).chat_template is None:
+        overrides.append("data.generated=null")
+    elif Recipe.load(name).data.generated is not None:
+        overrides.append(f"data.generated={{max_new_tokens: {job.seq_len // 2}}}")
     if job.group_size != -1:
         overrides.append(f"int2.group_size={job.group_size}")
     recipe = Recipe.load(name, overrides)

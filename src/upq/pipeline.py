@@ -7,6 +7,7 @@ training state. The artefact's own files appear at the end, `upq.json` last; the
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shutil
 import time
@@ -78,9 +79,9 @@ def quantize(
             if processes.is_main_process:
                 _export(recipe, Path(out), progress)
             return read_manifest(Path(out))
-        if recipe.data.generated is not None:
+        if (section := run.to_be_written()) is not None:
             with run.timed("generate"):
-                run.generate(recipe.data.generated)
+                run.generate(section)
         with run.timed("data"):
             data = run.data()
         if recipe.int4 is not None:
@@ -212,8 +213,9 @@ class _Run:
         seq = recipe.data.seq_len
         # Reading text takes no passes; its pace says nothing about the stages after it.
         costs = {"data": (self.sequences() + recipe.data.validation, 0.0)}
-        if recipe.data.generated is not None:
-            costs = {"generate": (recipe.data.generated.tokens, recipe.data.generated.tokens * blocks * 2.0)} | costs
+        if (section := self.to_be_written()) is not None:
+            assert section.tokens is not None
+            costs = {"generate": (section.tokens, section.tokens * blocks * 2.0)} | costs
         for name, stage in (("int4", recipe.int4), ("int2", recipe.int2)):
             if stage is not None:
                 costs[name] = (blocks, blocks * stage.samples * seq * 3.0 + blocks * _method(stage).cost * seq)
@@ -231,6 +233,15 @@ class _Run:
         budget = steps(self.recipe.distill, self.recipe.data.seq_len) * self.recipe.distill.batch_size
         return max(budget, *(stage.samples for stage in stages))
 
+    def to_be_written(self) -> Generated | None:
+        """What the original model writes itself, its tokens always given."""
+        section = self.recipe.data.generated
+        if section is None or section.tokens is not None:
+            return section
+        share = section.weight / (section.weight + sum(source.weight for source in sources_of(self.recipe.data)))
+        read = (self.sequences() + self.recipe.data.validation) * self.recipe.data.seq_len
+        return section.model_copy(update={"tokens": math.ceil(share * read)})
+
     def generate(self, section: Generated) -> None:
         self.progress.start("generate")
         for source in sources_of(self.recipe.data):
@@ -245,10 +256,10 @@ class _Run:
 
     def section(self) -> Data:
         """The recipe's data, with what the model wrote as one more source."""
-        data = self.recipe.data
-        if data.generated is None:
+        data, section = self.recipe.data, self.to_be_written()
+        if section is None:
             return data
-        written = Source(path=str(self.generated(data.generated)), weight=data.generated.weight)
+        written = Source(path=str(self.generated(section)), weight=section.weight)
         return data.model_copy(update={"sources": (*sources_of(data), written), "generated": None})
 
     def data(self) -> TokenSet:

@@ -53,7 +53,8 @@ class Source(Strict):
 class Generated(Strict):
     """Conversations that the original model writes itself before it is quantised, beside the sources' text."""
 
-    tokens: int = Field(gt=0)  # to be written; gone through again where training needs more
+    # To be written, and gone through again where training needs more; None: its share, so that none comes twice.
+    tokens: int | None = Field(default=None, gt=0)
     weight: float = Field(default=1.0, gt=0)  # share of the training tokens, relative to the sources
     temperature: float = Field(default=1.0, gt=0)
     max_new_tokens: int = Field(default=512, ge=1)  # of a prompt, and of an answer
@@ -83,6 +84,7 @@ class Blockwise(Strict):
 
 class Distill(Strict):
     loss: Plugin
+    hidden: float = Field(0.0, ge=0)  # weight of the hidden states' relative error beside the loss
     tokens: int = Field(ge=0)  # budget; 0 skips the training
     batch_size: int = Field(16, ge=1)  # sequences an optimiser step, over all processes
     micro_batch_size: int = Field(4, ge=1)  # sequences a forward pass on one process

@@ -48,14 +48,28 @@ class BlockTask:
         out: Tensor = functional_call(self.block, named, (hidden_NTH,), self.context)
         return out
 
-    @torch.no_grad()
-    def error(self, weights: dict[str, Tensor], *, batch_size: int = 8) -> float:
-        """Mean squared difference between the block's output with `weights` and the original block's."""
+    def loss(self, weights: dict[str, Tensor], rows: Tensor | slice, *, relative: bool = False) -> Tensor:
+        """Mean squared difference of the block's output with `weights` from the original block's; differentiable.
+
+        `relative`: each token's over the mean square of its own target, which is how the norms after it will see it.
+        """
         assert self.inputs_NTH is not None
         assert self.targets_NTH is not None
-        rows = zip(torch.split(self.inputs_NTH, batch_size), torch.split(self.targets_NTH, batch_size), strict=True)
-        total: float = sum((self.run(weights, x) - y).square().sum().item() for x, y in rows)
-        return total / self.targets_NTH.numel()
+        targets_BTH = self.targets_NTH[rows]
+        squares_BTH = (self.run(weights, self.inputs_NTH[rows]) - targets_BTH).square()
+        if not relative:
+            return squares_BTH.mean()
+        size_BT1 = targets_BTH.square().mean(-1, keepdim=True)
+        floor = 1e-6 * size_BT1.mean() + torch.finfo(size_BT1.dtype).tiny  # a token of zeros must not outweigh the rest
+        return (squares_BTH / (size_BT1 + floor)).mean()
+
+    @torch.no_grad()
+    def error(self, weights: dict[str, Tensor], *, relative: bool = False, batch_size: int = 8) -> float:
+        """`loss` over all calibration rows."""
+        assert self.targets_NTH is not None
+        n = len(self.targets_NTH)
+        at = [slice(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
+        return sum(self.loss(weights, rows, relative=relative).item() * (rows.stop - rows.start) for rows in at) / n
 
     @torch.no_grad()
     def second_moments(self, names: tuple[str, ...], *, full: bool, batch_size: int = 8) -> dict[str, Tensor]:

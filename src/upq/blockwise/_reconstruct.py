@@ -19,31 +19,31 @@ def reconstruct(
     weights: Callable[[], dict[str, Tensor]],
     groups: Groups,
     *,
+    relative: bool,
     iterations: int,
     batch_size: int,
 ) -> tuple[float, float]:
-    """Adam with cosine decay to 0 on the mean squared error of the block's output.
+    """Adam with cosine decay to 0 on the squared error of the block's output, `relative` or not (BlockTask.loss).
 
     `weights` gives the differentiable quantised weights. Leaves the parameters at the better of start and end and
     returns the errors over all calibration rows before and after.
     """
     assert task.inputs_NTH is not None
-    assert task.targets_NTH is not None
     learned = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
     start = [p.detach().clone() for p in learned]
     with torch.no_grad():
-        before = task.error(weights())
+        before = task.error(weights(), relative=relative)
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / iterations)))
     rows = len(task.inputs_NTH)
     for index in batches(rows, min(batch_size, rows), iterations, task.seed):
-        loss = (task.run(weights(), task.inputs_NTH[index]) - task.targets_NTH[index]).square().mean()
+        loss = task.loss(weights(), index, relative=relative)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        after = task.error(weights())
+        after = task.error(weights(), relative=relative)
         if not math.isfinite(after) and not math.isfinite(before):
             raise UPQError(f"block {task.index}: the output is not finite even before training; check the weights")
         if not after <= before:

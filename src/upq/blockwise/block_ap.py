@@ -20,6 +20,7 @@ from upq.scheme import QuantScheme
 class BlockAp(Method):
     class Config(Strict):
         scale: ScaleStart = "mse"
+        relative: bool = False  # each token's error over its output's own size
         iterations: int = Field(400, ge=1)
         batch_size: int = Field(4, ge=1)
         lr: float = Field(1e-2, gt=0)  # of the weights, in units of each matrix's RMS
@@ -53,6 +54,7 @@ class BlockAp(Method):
                 *({"params": [latent], "lr": self.config.lr * rms(latent)} for latent in latents.values()),
                 {"params": scales, "lr": self.config.scale_lr},
             ],
+            relative=self.config.relative,
             iterations=self.config.iterations,
             batch_size=self.config.batch_size,
         )

@@ -23,6 +23,7 @@ from upq.scheme import QuantScheme
 class FlexRound(Method):
     class Config(Strict):
         scale: ScaleStart = "mse"
+        relative: bool = False  # each token's error over its output's own size
         iterations: int = Field(400, ge=1)
         batch_size: int = Field(4, ge=1)
         lr: float = Field(3e-3, gt=0)
@@ -55,6 +56,7 @@ class FlexRound(Method):
             task,
             quantised,
             [{"params": learned, "lr": self.config.lr}],
+            relative=self.config.relative,
             iterations=self.config.iterations,
             batch_size=self.config.batch_size,
         )

@@ -99,9 +99,9 @@ def _show(figures: dict[str, Any], speeds: list[Speed]) -> None:
     rows = [
         [
             f"decode, {figures['tokens']} tokens after {figures['prompt']}",
-            *(f"{s.decode:.4g} tokens/s" for s in speeds),
+            *(f"{_rate(s.decode)} tokens/s" for s in speeds),
         ],
-        [f"prompt of {figures['prefill']} tokens", *(f"{s.prefill:.4g} tokens/s" for s in speeds)],
+        [f"prompt of {figures['prefill']} tokens", *(f"{_rate(s.prefill)} tokens/s" for s in speeds)],
         ["its first token after", *(f"{1000 * s.first_token:.4g} ms" for s in speeds)],
         ["read for a token", *("–" if s.bytes_per_token is None else size(s.bytes_per_token) for s in speeds)],
         ["of a plain read", *("–" if s.of_stream is None else f"{s.of_stream:.0%}" for s in speeds)],
@@ -115,3 +115,7 @@ def _show(figures: dict[str, Any], speeds: list[Speed]) -> None:
         f"the whole process {size(figures['resident_bytes'])}",
         highlight=False,
     )
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -42,6 +42,7 @@ def write_conversations(
     Batches that are there already stay: each has a seed of its own, so an interrupted run ends in the same files.
     `progress` advances by tokens. Raises UPQError where the model has no chat template or ends no answer.
     """
+    assert section.tokens is not None
     folder.mkdir(parents=True, exist_ok=True)
     done = number = empty = 0
     while done < section.tokens:
@@ -80,7 +81,10 @@ def _conversations(
 def _header(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the template writes before the user's words."""
     if not tokenizer.chat_template:
-        raise UPQError("data.generated: the model's tokenizer has no chat template; leave data.generated out")
+        raise UPQError(
+            "data.generated: the model's tokenizer has no chat template, so it cannot write conversations;"
+            " leave them out with --set data.generated=null"
+        )
     text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
     assert isinstance(text, str)
     return text.split(_MARK)[0]

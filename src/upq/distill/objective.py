@@ -55,36 +55,65 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class Objective(nn.Module):
-    """Student, frozen teacher and loss as one module, so that one wrapper (DDP, FSDP) covers the training step."""
+    """Student, frozen teacher and loss as one module, so that one wrapper (DDP, FSDP) covers the training step.
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, loss: Loss, *, chunk: int) -> None:
+    With `hidden`, each token's loss has `hidden · mean over blocks of ‖s − t‖² / ‖t‖²` more, s and t being what the
+    student's and the teacher's block writes (of the last, after the final norm).
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        loss: Loss,
+        *,
+        chunk: int,
+        hidden: float = 0.0,
+    ) -> None:
         super().__init__()
         self.student = student
         # In a tuple, the teacher is no submodule: it has no gradients to reduce and no state to save.
         self._teacher = (teacher,)
         self.loss = loss
         self.chunk = chunk
+        self.hidden = hidden
         spec = family(student.config)
         self._decoder, self._head = spec.decoder, spec.head
 
     def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Loss summed over the tokens of `mask_BT` that have a predecessor, in nats."""
-        inputs_BT, target_T = tokens_BT, tokens_BT[:, 1:].reshape(-1)
-        mask_T = mask_BT[:, 1:].reshape(-1)
-        teacher_TH, teacher_head = None, None
+        target_T, mask_T = tokens_BT[:, 1:].reshape(-1), mask_BT[:, 1:].reshape(-1)
         (teacher,) = self._teacher
-        if teacher is not None and self.loss.uses_teacher:
+        teachers: list[Tensor] = []
+        teacher_TH, teacher_head = None, None
+        if teacher is not None:
             with torch.no_grad():
-                teacher_TH = self._hidden(teacher, inputs_BT)
-            teacher_head = teacher.get_submodule(self._head)
-        student_TH = self._hidden(self.student, inputs_BT)
+                teachers = self._states(teacher, tokens_BT)
+            if self.loss.uses_teacher:
+                teacher_TH, teacher_head = teachers[-1], teacher.get_submodule(self._head)
+        students = self._states(self.student, tokens_BT)
         head = self.student.get_submodule(self._head)
         total: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-            student_TH, teacher_TH, target_T, mask_T, head, teacher_head, self.loss, self.chunk
+            students[-1], teacher_TH, target_T, mask_T, head, teacher_head, self.loss, self.chunk
         )
+        if self.hidden:
+            errors = [_relative_error(s, t)[mask_T].sum() for s, t in zip(students, teachers, strict=True)]
+            total = total + self.hidden / len(errors) * torch.stack(errors).sum()
         return total
 
-    def _hidden(self, model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
-        """Hidden states after the final norm (B·(T-1), H): the last position predicts nothing."""
-        out_BTH: Tensor = model.get_submodule(self._decoder)(input_ids=tokens_BT, use_cache=False).last_hidden_state
-        return out_BTH[:, :-1].reshape(-1, out_BTH.shape[-1])
+    def _states(self, model: PreTrainedModel, tokens_BT: Tensor) -> list[Tensor]:
+        """What each block writes, the last after the final norm, each (B·(T-1), H): the last position predicts nothing.
+
+        Only the last one where the others have no part in the loss.
+        """
+        decoder = model.get_submodule(self._decoder)
+        out = decoder(input_ids=tokens_BT, use_cache=False, output_hidden_states=bool(self.hidden))
+        states = out.hidden_states[1:] if self.hidden else (out.last_hidden_state,)
+        return [state_BTH[:, :-1].reshape(-1, state_BTH.shape[-1]) for state_BTH in states]
+
+
+def _relative_error(student_TH: Tensor, teacher_TH: Tensor) -> Tensor:
+    """‖s − t‖² / ‖t‖² of each token (T,), in float32."""
+    student_TH, teacher_TH = student_TH.float(), teacher_TH.float()
+    size_T = teacher_TH.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return (student_TH - teacher_TH).square().sum(-1) / size_T

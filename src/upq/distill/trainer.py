@@ -70,7 +70,8 @@ def distill(
         mixed_precision="bf16" if _autocast(config, student.device) else "no", cpu=student.device.type == "cpu"
     )
     loss = make_loss(config, teacher, data)
-    objective = Objective(student, teacher if loss.uses_teacher else None, loss, chunk=config.chunk_tokens)
+    taught = teacher if loss.uses_teacher or config.hidden else None
+    objective = Objective(student, taught, loss, chunk=config.chunk_tokens, hidden=config.hidden)
     groups = _groups(student, config)
     rates = [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=0.0, fused=True)

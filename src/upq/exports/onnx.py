@@ -12,7 +12,7 @@ blocks of at most 128). `activations: float` has float zero points instead, and 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor
 from upq import kernels
 from upq.exports import _decoder as decoder
 from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows
-from upq.exports._directory import copy_companions, write_config
+from upq.exports._directory import TensorPlan, copy_companions, write_config
 from upq.exports._source import Source, Weight
 from upq.exports.dense import place
 from upq.grids import GRIDS
@@ -120,20 +120,6 @@ class _Layout:
         return -(-columns // self.block)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Stored:
-    """A tensor in the data file."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    parts: Callable[[], Iterable[Tensor]]
-
-    @property
-    def bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
 def _layout(source: Source, weight: Weight, int8: bool) -> _Layout | None:
     """How MatMulNBits holds a weight; None where it cannot."""
     scheme = weight.scheme
@@ -147,7 +133,7 @@ def _layout(source: Source, weight: Weight, int8: bool) -> _Layout | None:
     return _Layout(bits, block) if block >= 16 else None
 
 
-def _stored(weight: Weight, layout: _Layout, int8: bool) -> list[_Stored]:
+def _stored(weight: Weight, layout: _Layout, int8: bool) -> list[TensorPlan]:
     """Codes (O, blocks, bytes), scales (O·blocks), and what makes up for the zero point.
 
     That is float zero points (O·blocks), or the columns of the rank-one matrices (G, O).
@@ -168,8 +154,8 @@ def _stored(weight: Weight, layout: _Layout, int8: bool) -> list[_Stored]:
         return [value_OG.repeat_interleave(blocks // groups, dim=1).flatten()]
 
     found = [
-        _Stored(name=f"{weight.name}_codes", dtype=torch.uint8, shape=(rows, blocks, width), parts=codes),
-        _Stored(
+        TensorPlan(name=f"{weight.name}_codes", dtype=torch.uint8, shape=(rows, blocks, width), parts=codes),
+        TensorPlan(
             name=f"{weight.name}_scales",
             dtype=torch.float32,
             shape=(rows * blocks,),
@@ -186,11 +172,11 @@ def _stored(weight: Weight, layout: _Layout, int8: bool) -> list[_Stored]:
 
         return [
             *found,
-            _Stored(name=f"{weight.name}_shift", dtype=torch.float32, shape=(groups, rows), parts=columns_GO),
+            TensorPlan(name=f"{weight.name}_shift", dtype=torch.float32, shape=(groups, rows), parts=columns_GO),
         ]
     return [
         *found,
-        _Stored(
+        TensorPlan(
             name=f"{weight.name}_zeros",
             dtype=torch.float32,
             shape=(rows * blocks,),
@@ -211,7 +197,7 @@ class _OnnxGraph:
         self.helper, self.source, self.int8 = helper, source, int8
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
-        self.stored: list[_Stored] = []
+        self.stored: list[TensorPlan] = []
         self.offset = 0
         self.constants: dict[str, str] = {}
         for p in plan.placements:
@@ -353,7 +339,7 @@ class _OnnxGraph:
         self.nodes.append(self.helper.make_node("Identity", [value], [described.name], name=described.name))
         return described
 
-    def _store(self, tensor: _Stored) -> None:
+    def _store(self, tensor: TensorPlan) -> None:
         from onnx import TensorProto
 
         proto = TensorProto(name=tensor.name, data_type=_kinds()[tensor.dtype], dims=tensor.shape)
@@ -376,13 +362,13 @@ def _kinds() -> dict[torch.dtype, int]:
     }
 
 
-def _dense_tensor(weight: Weight) -> _Stored:
+def _dense_tensor(weight: Weight) -> TensorPlan:
     dtype = decoder.dense_dtype(weight)
 
     def parts() -> Iterable[Tensor]:
         return (weight.dequantize(start, stop).to(dtype) for start, stop in weight.chunks())
 
-    return _Stored(name=weight.name, dtype=dtype, shape=weight.shape, parts=parts)
+    return TensorPlan(name=weight.name, dtype=dtype, shape=weight.shape, parts=parts)
 
 
 def _genai(source: Source) -> dict[str, Any]:
