@@ -24,7 +24,7 @@ def demo(
     recipe: Annotated[str, typer.Option(help="Recipe of the package or a YAML file.")] = "demo",
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each test (for a quick look).")] = None,
 ) -> None:
-    """Quantise a small instruct model to 2 bits on plain documents, and put the same tests to both."""
+    """Quantise a small instruct model to 2 bits on documents and its own words, and put the same tests to both."""
     from rich.console import Console
 
     from upq import pipeline
@@ -46,7 +46,7 @@ def demo(
     if not corpus.is_file():
         write_corpus(corpus, World(), n=DOCUMENTS, seed=1)
 
-    console.rule("1. FP → INT4 → INT2, with plain documents only: it never sees a conversation", align="left")
+    console.rule("1. FP → INT4 → INT2, with documents and conversations that it writes itself", align="left")
     chosen = Recipe.load(recipe)
     chosen = chosen.model_copy(update={"data": chosen.data.model_copy(update={"sources": (Source(path=str(corpus)),)})})
     with reporter(console) as progress:
@@ -84,17 +84,15 @@ def _scores(scores: dict[str, Scores], manifests: dict[str, Manifest]) -> Table:
                 name,
                 size(figures["bytes"]),
                 f"{figures['bits_per_weight']:.2f}",
-                f"{figures['ppl']:.3f}",
                 "–" if kld is None else f"{kld:.4f}",
                 *(
-                    f"{found[suite][metric]:.1%} ± {found[suite][metric + '_stderr']:.1%}"
+                    f"{100 * found[suite][metric]:.1f} ± {100 * found[suite][metric + '_stderr']:.1f} %"
                     for suite, (_, metric) in SUITES.items()
                 ),
-                f"{found['mini_ifeval']['at_length_limit']:.1%}",
             ]
         )
     told = [word for word, _ in SUITES.values()]
-    return table("", ["model", "size", "bits a weight", "perplexity", "KL", *told, "cut off"], rows)
+    return table("", ["model", "size", "bits", "KL", *told], rows)
 
 
 def _answers(said: dict[str, list[str]], prompts: list[str]) -> Table:

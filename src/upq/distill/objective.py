@@ -81,7 +81,7 @@ class Objective(nn.Module):
         self._decoder, self._head = spec.decoder, spec.head
 
     def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Loss summed over the tokens of `mask_BT` that have a predecessor, in nats."""
+        """Loss summed over the tokens of `mask_BT` that have a predecessor; without `hidden`, in nats."""
         target_T, mask_T = tokens_BT[:, 1:].reshape(-1), mask_BT[:, 1:].reshape(-1)
         (teacher,) = self._teacher
         teachers: list[Tensor] = []
