@@ -14,13 +14,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from _rows import FROM_FP, NO_TRAINING, load_recipe, run_alone
 from _table import Figure, Table, make_console, show_figures, spread, write_csv, write_figures
+
+if TYPE_CHECKING:
+    from upq.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,7 +89,18 @@ def seeded(name: str) -> bool:
 
 
 def file_of(out: Path, task: str) -> Path:
-    return out / (task.replace(" ", "_").replace(",", "").replace("→", "to").replace("Δ_=_", "") + ".json")
+    """Named by the recipe too: a result of what the row was before is not taken for what it is now."""
+    from upq.recipe import digest
+
+    name, _, seed = task.rpartition("@")
+    stem = task.replace(" ", "_").replace(",", "").replace("→", "to").replace("Δ_=_", "")
+    return out / (f"{stem}.json" if name == "FP" else f"{stem}-{digest(recipe_of(name, int(seed)))}.json")
+
+
+def recipe_of(name: str, seed: int) -> Recipe:
+    """Of a row; the timings are of `default`."""
+    base, overrides = ROWS["default" if name in ("step", "wall") else name]
+    return load_recipe(base, [f"seed={seed}", "data.generated=null", *overrides])  # the model has no chat template
 
 
 def subrun(data_dir: Path, out: Path, task: str, jobs: int) -> bool:
@@ -121,7 +135,7 @@ def run_worker(data_dir: Path, out: Path, task: str) -> None:
             model, result = source, {"seconds": 0.0}
             if name != "FP":
                 model = Path(folder) / "artifact"
-                result = quantise("default" if name == "wall" else name, int(seed), source, model, data_dir)
+                result = quantise(recipe_of(name, int(seed)), source, model, data_dir)
             heldout = load_eval_text(data_dir / "text" / "tinystories_heldout.txt", load_tokenizer(source), 512)
             result["peak"] = result.get("peak") or peak_memory_bytes()
             with computing("reference"):  # the figures are of the weights
@@ -130,13 +144,11 @@ def run_worker(data_dir: Path, out: Path, task: str) -> None:
     atomic_write(file_of(out, task), json.dumps(result))
 
 
-def quantise(name: str, seed: int, source: Path, out: Path, data_dir: Path) -> dict[str, Any]:
+def quantise(recipe: Recipe, source: Path, out: Path, data_dir: Path) -> dict[str, Any]:
     from upq.console import PlainLines
     from upq.pipeline import quantize
     from upq.recipe import Source
 
-    base, overrides = ROWS[name]
-    recipe = load_recipe(base, [f"seed={seed}", "data.generated=null", *overrides])  # the model has no chat template
     train = Source(path=str(data_dir / "text" / "tinystories_train.txt"))
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": (train,)})})
     began = time.monotonic()
