@@ -160,8 +160,8 @@ GROUPS: dict[str, Group] = {
     ),
 }
 
-# Scores against training tokens: each share of the budget is a run of its own, with its whole schedule.
-SHARES = (1 / 8, 1 / 4, 1 / 2, 1)
+# Scores against training tokens: each multiple of the budget is a run of its own, with its whole schedule.
+SHARES = (1 / 4, 1 / 2, 1, 2)
 CURVES = {
     "CE-QAT from FP": "ce-from-fp",
     "CE-QAT from INT4": "ce-from-int4",
@@ -169,6 +169,11 @@ CURVES = {
     "paper": "paper",
     "default": "default",
 }
+
+
+def budgets(tokens: int) -> list[int]:
+    """Of the curves, where the tables have `tokens`."""
+    return [int(tokens * share) for share in SHARES]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -193,8 +198,7 @@ def plan(groups: tuple[str, ...], *, seeds: int, tokens: int, only: str = "") ->
     found: dict[Task, None] = {}
     for name in groups:
         if name == "curves":
-            shares = [int(tokens * share) for share in SHARES]
-            found |= dict.fromkeys(Task(row, 0, share) for row in CURVES.values() for share in shares)
+            found |= dict.fromkeys(Task(row, 0, spent) for row in CURVES.values() for spent in budgets(tokens))
             continue
         group = GROUPS[name]
         for seed in range(seeds if group.every_seed else 1):

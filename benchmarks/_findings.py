@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _design import CURVES, GROUPS, ORIGINAL, UNSEEDED, Group, Task, budget
+from _design import CURVES, GROUPS, ORIGINAL, UNSEEDED, Group, Task, budget, budgets
 from _table import Figure, Table, read_csv, spread, write_csv
 
 SUITES = ("mini_mmlu", "mini_ifeval")
@@ -347,8 +347,9 @@ def subjects(results: Results, group: Group) -> Table | None:
 
 def curve(results: Results, row: str, key: str) -> list[tuple[int, float]]:
     """A figure against the training tokens, on seed 0."""
+    spent = budgets(results.tokens)
     runs = [run for run in results.runs if run.task.row == row and run.task.seed == 0 and key in run.figures]
-    return sorted((run.task.tokens, run.figures[key]) for run in runs if run.task.tokens <= results.tokens)
+    return sorted((run.task.tokens, run.figures[key]) for run in runs if run.task.tokens in spent)
 
 
 def curves(results: Results) -> Table | None:

@@ -22,20 +22,21 @@ from rich.console import Console
 
 import _corpora
 import _findings
-from _design import GROUPS, ORIGINAL, ROWS, Task, plan
+from _design import GROUPS, ORIGINAL, ROWS, Task, budgets, plan
 from _rows import load_recipe, run_alone
 from _table import Figure, make_console, show_figures, write_figures
 
 if TYPE_CHECKING:
-    from upq.artifact import Manifest
     from upq.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 RUNS = ROOT / "runs" / "ablation"
-TOKENS = 300_000
+TOKENS = 150_000
 _HELDOUT_ROWS = 128
-_CACHED = "seconds.json"
+# What rows share of a run's work: a stage, and where it leaves what it made. The clock lies beside what is kept.
+_SHARED = {"generate": "generated-*", "int4": "int4"}
+_CLOCK = "seconds.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,12 @@ class Study:
         if self.subject.text is not None:
             return Path(f"{self.subject.text}_{'heldout' if kind == 'heldout' else 'train'}.txt")
         whose = "" if _corpora.of_world(kind) else f"-{self.digest[:8]}"
-        return self.out / "data" / f"{kind}-{self.tokens}{whose}.jsonl"
+        return self.out / "data" / f"{kind}-{self.longest}{whose}.jsonl"
+
+    @property
+    def longest(self) -> int:
+        """Training tokens of the curves' last points, so that no row reads a text twice."""
+        return max(budgets(self.tokens))
 
     def recipe(self, task: Task) -> Recipe:
         """What differs between rows comes last, so a row without training stays one at every budget."""
@@ -130,13 +136,15 @@ class Study:
             return digest(self.digest, self.split, self.limit)
         return digest(self._portable(self.recipe(task)), ROWS[task.row].data, self.digest, self.split, self.limit)
 
-    def int4_key(self, task: Task) -> str:
-        """Identity of the INT4 stage. Budget and batch are in it: they decide which rows of text calibrate."""
+    def shared_keys(self, task: Task) -> dict[str, str]:
+        """Identity of what a row may share, by stage. Budget and batch are in it: they decide which rows calibrate."""
         from upq.recipe import digest
 
         recipe = self._portable(self.recipe(task))
         training = (recipe.distill.tokens, recipe.distill.batch_size, recipe.int2.samples)
-        return digest(recipe.int4, recipe.data, recipe.seed, *training, ROWS[task.row].data, self.digest)
+        text = digest(recipe.data, recipe.seed, *training, ROWS[task.row].data, self.digest)
+        keys = {"generate": text} if recipe.data.generated is not None else {}
+        return keys if recipe.int4 is None else keys | {"int4": digest(recipe.int4, text)}
 
     def _portable(self, recipe: Recipe) -> Recipe:
         """Without the places of files; which texts they are is said by the row."""
@@ -251,7 +259,7 @@ def run_worker(study: Study, name: str) -> None:
     kind, _, rest = name.partition("@")
     if kind == "corpus":
         model = study.subject.model
-        _corpora.write(rest, study.corpus(rest), tokens=study.tokens, model=model, device=device)
+        _corpora.write(rest, study.corpus(rest), tokens=study.longest, model=model, device=device)
     else:
         run_task(study, Task.parse(name), device)
 
@@ -278,22 +286,25 @@ def run_task(study: Study, task: Task, device: str) -> None:
 
 
 def quantise(study: Study, task: Task, out: Path) -> dict[str, Any]:
-    """Run the pipeline, with the INT4 blocks of another row where it has solved the very same ones."""
+    """Run the pipeline, with the INT4 blocks and the written conversations of a row that made the very same ones."""
     from upq.console import PlainLines
     from upq.pipeline import WORK, quantize
 
     recipe = study.recipe(task)
-    solved = study.out / "int4" / study.int4_key(task)
-    if recipe.int4 is not None and solved.is_dir() and not out.exists():
+    kept = {stage: study.out / "kept" / key for stage, key in study.shared_keys(task).items()}
+    if not out.exists():
         begun = out.with_name(f"{out.name}-new")  # a copy cut short must not look like a run to go on with
         shutil.rmtree(begun, ignore_errors=True)
-        shutil.copytree(solved, begun / WORK / "int4", ignore=shutil.ignore_patterns(_CACHED))
-        begun.replace(out)
+        for place in kept.values():
+            if place.is_dir():
+                shutil.copytree(place, begun / WORK, ignore=shutil.ignore_patterns(_CLOCK), dirs_exist_ok=True)
+        if begun.is_dir():
+            begun.replace(out)
     progress = PlainLines(Console(soft_wrap=True), every=60)
     manifest = quantize(study.subject.model, recipe, out, keep_work=True, progress=progress)
     seconds = dict(manifest.seconds)
-    if recipe.int4 is not None:
-        seconds["int4"] = keep_int4(out / WORK / "int4", solved, manifest)
+    for stage, place in kept.items():
+        seconds[stage] = keep(out / WORK, _SHARED[stage], place, manifest.seconds[stage])
     figures = manifest.metrics["artifact"]
     stages = {f"seconds_{stage}": spent for stage, spent in seconds.items()}
     size = {"bits": figures["bits_per_weight"], "bytes": figures["bytes"]}
@@ -307,17 +318,18 @@ def size_of(model: Path) -> dict[str, Any]:
     return {"bits": model_size(load_model(model)).bits_per_weight, "bytes": weights_bytes(model)}
 
 
-def keep_int4(blocks: Path, solved: Path, manifest: Manifest) -> float:
-    """Keep solved blocks for other rows, with the seconds they took; returns those seconds, whoever spent them."""
-    if not solved.is_dir():
-        made = blocks.with_name("kept")
+def keep(work: Path, pattern: str, place: Path, seconds: float) -> float:
+    """Keep what a stage made for other rows, with the seconds it took; returns those seconds, whoever spent them."""
+    if not place.is_dir():
+        made = work / "kept"
         shutil.rmtree(made, ignore_errors=True)  # what a killed row left half copied
-        shutil.copytree(blocks, made)
-        (made / _CACHED).write_text(json.dumps(manifest.seconds["int4"]))
-        solved.parent.mkdir(parents=True, exist_ok=True)
+        for folder in work.glob(pattern):
+            shutil.copytree(folder, made / folder.name)
+        (made / _CLOCK).write_text(json.dumps(seconds))
+        place.parent.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # a row that ran beside this one was faster
-            made.replace(solved)
-    return float(json.loads((solved / _CACHED).read_text()))
+            made.replace(place)
+    return float(json.loads((place / _CLOCK).read_text()))
 
 
 if __name__ == "__main__":
