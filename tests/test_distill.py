@@ -1,5 +1,6 @@
 """The training stage: its loss against the plain computation, its resume, and its processes."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -78,9 +79,17 @@ def make_config(**changes):
     return Distill(**{**values, "checkpoint_every": 3, **changes})
 
 
-def train(student, teacher, config, checkpoint, steps=6, data=None, progress=None):
-    data, progress = data or Random(), progress or Silent()
-    return distill(student, teacher, data, config, total_steps=steps, checkpoint=checkpoint, progress=progress)
+def train(student, teacher, config, checkpoint, steps=6, data=None, progress=None, sharded=False):
+    return distill(
+        student,
+        teacher,
+        data or Random(),
+        config,
+        total_steps=steps,
+        checkpoint=checkpoint,
+        progress=progress or Silent(),
+        sharded=sharded,
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
@@ -246,41 +255,48 @@ def test_next_token_training_never_runs_the_teacher(tmp_path):
 
 
 RANKED = """
-import json, sys
+import contextlib, json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch.distributed as dist
 import test_distill as t
-teacher, seen = t.make_teacher(), t.Losses()
-config = t.make_config(micro_batch_size=2)
-checkpoint = Path(sys.argv[2], "c.safetensors")
-try:
-    t.train(t.make(teacher), teacher, config, checkpoint, data=t.StopsAt(5), progress=seen)
-except KeyboardInterrupt:
-    if dist.get_rank() == 0:
-        Path(sys.argv[2], "losses.json").write_text(json.dumps([seen.values, dist.get_world_size()]))
+folder, sharded = Path(sys.argv[2]), sys.argv[3] == "sharded"
+losses = [t.parallel(folder / "new.safetensors", sharded=sharded)]
+losses.append(t.parallel(folder / "c.safetensors", stop=17, sharded=sharded))
+if dist.get_rank() == 0:
+    (folder / "losses.json").write_text(json.dumps([losses, dist.get_world_size()]))
 dist.destroy_process_group()
 """
 
 
-def test_two_processes_train_as_one_does(tmp_path):
-    """torchrun with two gloo processes: the same losses, and a checkpoint that one process can go on from."""
+def parallel(checkpoint, stop=-1, sharded=False):
+    """The losses of a training of 20 steps that goes on from `checkpoint` and ends before step `stop`."""
+    teacher, seen = make_teacher(), Losses()
+    config = make_config(micro_batch_size=2, hidden=0.25, train_norms=True)
+    student = make(teacher, train_norms=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        train(student, teacher, config, checkpoint, 20, data=StopsAt(stop), progress=seen, sharded=sharded)
+    return seen.values
+
+
+@pytest.mark.parametrize("weights", ["replicated", "sharded"])
+def test_two_processes_train_as_one_does(tmp_path, weights):
+    """torchrun with two gloo processes: the losses of one, and each goes on from the other's checkpoint."""
+    one, shared = parallel(tmp_path / "one.safetensors"), tmp_path / "c.safetensors"
+    assert parallel(shared, stop=8) == one[:8]
     script = tmp_path / "ranked.py"
     script.write_text(RANKED)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     done = subprocess.run(
-        [*launcher, os.path.dirname(__file__), str(tmp_path)],
+        [*launcher, os.path.dirname(__file__), str(tmp_path), weights],
         capture_output=True,
         text=True,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    losses, world = json.loads((tmp_path / "losses.json").read_text())
+    (new, resumed), world = json.loads((tmp_path / "losses.json").read_text())
     assert world == 2
-    teacher = make_teacher()
-    alone = train(make(teacher), teacher, make_config(), tmp_path / "alone.safetensors")
-    assert losses == pytest.approx(alone[:5], rel=1e-5)
-    assert train(make(teacher), teacher, make_config(), tmp_path / "c.safetensors") == pytest.approx(
-        alone[3:], rel=1e-5
-    )
+    assert new == pytest.approx(one, rel=1e-5)
+    assert resumed == pytest.approx(one[6:17], rel=1e-5)  # there is a checkpoint every three steps
+    assert parallel(shared) == pytest.approx(one[15:], rel=1e-5)

@@ -209,9 +209,10 @@ def test_changed_data_is_refused_on_resume(model, text, tmp_path):
         quantize(model, recipe, out)
 
 
-def test_torchrun_shares_the_training(model, text, finished, tmp_path):
+@pytest.mark.parametrize("weights", ["replicated", "sharded"])
+def test_torchrun_shares_the_training(model, text, finished, tmp_path, weights):
     """Two processes make the artefact of one, up to the rounding of the summed gradients."""
-    out, recipe = tmp_path / "out", make_recipe(text)
+    out, recipe = tmp_path / "out", make_recipe(text, f"memory.weights={weights}")
     arguments = [str(model), str(out), json.dumps(recipe.model_dump(mode="json")), "", "-1"]
     script = tmp_path / "child.py"
     script.write_text(CHILD)

@@ -42,12 +42,15 @@ from upq.kernels import computing
 from upq.loading import family, load_config, load_model, load_tokenizer
 from upq.losses import LOSSES
 from upq.memory import peak_memory_bytes
+from upq.nn.fake_quant import whole
 from upq.progress import Progress, Silent
 from upq.recipe import Blockwise, Data, Generated, Recipe, Source, digest
 from upq.scheme import QTensor
 from upq.streaming import StreamedModel
 
 WORK = ".work"
+# Sections that may differ between calls: exports come after the artefact, and where things lie changes no result.
+_FREE = ("export", "memory")
 _PATIENCE = timedelta(days=30)  # other processes wait for the first one's block-wise stages that long
 
 
@@ -171,8 +174,9 @@ class _Run:
         if digest != self.digest:
             raise UPQError(f"{out}: belongs to another model than {self.name}; {remedy}")
         found, given = _flat(recipe), _flat(self.recipe.model_dump(mode="json"))
-        # Exports come after the artefact and can be added to it.
-        for key in sorted((found.keys() | given.keys()) - {"export"}):
+        for key in sorted(found.keys() | given.keys()):
+            if key.partition(".")[0] in _FREE:
+                continue
             if found.get(key) != given.get(key):
                 was, now = found.get(key), given.get(key)
                 raise UPQError(f"{out}: belongs to another recipe: {key} was {was!r} and is now {now!r}; {remedy}")
@@ -324,9 +328,18 @@ class _Run:
         total = steps(config, self.recipe.data.seq_len)
         checkpoint = self.work / "distill.safetensors"
         if total:
-            distill(student, teacher, data, config, total_steps=total, checkpoint=checkpoint, progress=self.progress)
+            distill(
+                student,
+                teacher,
+                data,
+                config,
+                total_steps=total,
+                checkpoint=checkpoint,
+                progress=self.progress,
+                sharded=self.recipe.memory.weights == "sharded",
+            )
         trained = norms(student) if config.train_norms else {}
-        extra = {f"{name}.weight": norm_weight(norm).detach() for name, norm in trained.items()}
+        extra = {f"{name}.weight": whole(norm_weight(norm).detach()) for name, norm in trained.items()}
         return _Trained(freeze(student), extra)
 
     def finish(self, data: TokenSet, trained: _Trained) -> Manifest:

@@ -107,6 +107,13 @@ class Embeddings(Strict):
     bits: Literal[4, 8] | None = None
 
 
+class Memory(Strict):
+    """Where things lie while a run is under way; results do not depend on it."""
+
+    # Under torchrun, of the training: a copy in each process, or shards over all of them (FSDP2).
+    weights: Literal["replicated", "sharded"] = "replicated"
+
+
 class Recipe(Strict):
     name: str = "custom"
     seed: int = 0
@@ -115,6 +122,7 @@ class Recipe(Strict):
     int2: Blockwise
     distill: Distill
     embeddings: Embeddings = Embeddings()
+    memory: Memory = Memory()
     export: tuple[Plugin, ...] = ()  # formats to write beside the artefact, once it is finished
 
     @classmethod

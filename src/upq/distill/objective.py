@@ -80,10 +80,14 @@ class Objective(nn.Module):
         spec = family(student.config)
         self._decoder, self._head = spec.decoder, spec.head
 
+    @property
+    def teacher(self) -> PreTrainedModel | None:
+        return self._teacher[0]
+
     def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Loss summed over the tokens of `mask_BT` that have a predecessor; without `hidden`, in nats."""
         target_T, mask_T = tokens_BT[:, 1:].reshape(-1), mask_BT[:, 1:].reshape(-1)
-        (teacher,) = self._teacher
+        teacher = self.teacher
         teachers: list[Tensor] = []
         teacher_TH, teacher_head = None, None
         if teacher is not None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from upq.artifact import load_tensors, save_tensors
 from upq.distill.objective import Objective
+from upq.distill.sharding import shard
 from upq.distill.student import fake_quant_layers, norm_weight, norms
 from upq.errors import UPQError
 from upq.losses import LOSSES, Loss
@@ -60,8 +61,12 @@ def distill(
     total_steps: int,
     checkpoint: Path,
     progress: Progress,
+    sharded: bool = False,
 ) -> list[float]:
     """Train `student` in place; returns the loss of each step (nats a token) since the last resume.
+
+    Several processes (torchrun) share each batch. `sharded` cuts weights, gradients and moments over them, teacher
+    included (FSDP2); else each has a copy of its own. Both take up each other's checkpoints.
 
     Every `checkpoint_every` steps the latents, scales and optimiser moments go to `checkpoint`, atomically; a later
     call goes on from there. Raises UPQError where the loss stops being finite; the last checkpoint stays.
@@ -72,10 +77,15 @@ def distill(
     loss = make_loss(config, teacher, data)
     taught = teacher if loss.uses_teacher or config.hidden else None
     objective = Objective(student, taught, loss, chunk=config.chunk_tokens, hidden=config.hidden)
+    sharded = sharded and accelerator.num_processes > 1
+    if sharded:
+        shard(objective, accelerator.device.type)
     groups = _groups(student, config)
     rates = [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=0.0, fused=True)
-    objective, optimizer = accelerator.prepare(objective, optimizer)
+    if not sharded:
+        objective = accelerator.prepare(objective)
+    optimizer = accelerator.prepare(optimizer)
     learned = [p for p in objective.parameters() if p.requires_grad]
     first = _resume(checkpoint, objective, optimizer, progress) if checkpoint.is_file() else 0
     progress.start("distill", done=first)
@@ -136,7 +146,8 @@ def _step(
     for i, (tokens, mask) in enumerate(mine):
         last = i == len(mine) - 1
         # Gradients are averaged over processes, so each is scaled up: the sum is over the whole global batch.
-        with nullcontext() if last else accelerator.no_sync(objective):
+        # Shards have nothing to put off: their gradients are summed up where they lie.
+        with nullcontext() if last else accelerator.no_sync(objective), accelerator.autocast():
             value = objective(tokens.to(accelerator.device), mask.to(accelerator.device)) / targets
             accelerator.backward(value * world)
         total += value.detach()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from upq.grids import GRIDS, Params
@@ -14,7 +15,12 @@ from upq.scheme import QTensor, QuantScheme
 
 def rms(tensor: Tensor) -> float:
     """Root mean square: the unit of weights' learning rates (about 0.02 in a 1B model, 0.12 in a tiny one)."""
-    return float(tensor.detach().float().square().mean().sqrt())
+    return float(whole(tensor.detach()).float().square().mean().sqrt())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all its shards together: every process has to ask for it, and each gets all."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ class FakeQuantLinear(nn.Module):
         return F.linear(x, self.fake().to(x.dtype), self.bias)
 
     def freeze(self) -> QTensor:
-        return GRIDS.get(self.scheme.grid).freeze(self.weight, dict(self.grid_params), self.scheme)
+        params = {key: whole(value) for key, value in self.grid_params.items()}
+        return GRIDS.get(self.scheme.grid).freeze(whole(self.weight), params, self.scheme)
 
     def extra_repr(self) -> str:
         o, i = self.weight.shape
