@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -135,3 +137,50 @@ def test_stderr_of_ratio_of_single_instructions_is_that_of_a_mean(judging: Any) 
 def test_suites_are_tasks(judging: Any, split: str) -> None:
     suites = judging.Suites(split)
     assert {*suites.areas, suites.ifeval} <= judging.mini.names()
+
+
+# ---- memory of the block-wise stages
+
+
+WALKS = """
+import json, sys
+from pathlib import Path
+import torch
+from upq.blockwise import METHODS, BlockStore, walk
+from upq.memory import peak_memory_bytes
+from upq.progress import Silent
+from upq.scheme import QuantScheme
+from upq.streaming import StreamedModel
+
+model, out = map(Path, sys.argv[1:])
+config, flexround = json.loads((model / "config.json").read_text()), METHODS.get("flexround")
+for layers in (2, 12):
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    method = flexround(flexround.Config(iterations=1, scale="max"))
+    store = BlockStore(out / str(layers), QuantScheme(bits=4), latents=False)
+    walk(StreamedModel(model), torch.arange(64).view(4, 16), method, store, source=None, seed=0, progress=Silent())
+    print(store.done(layers), peak_memory_bytes())
+"""
+
+
+def test_the_peak_does_not_grow_with_depth(tmp_path: Path) -> None:
+    """Twelve blocks of the benchmark's checkpoint after two of them, in one process; a block is 15 MB in float32."""
+    made, out = tmp_path / "model", tmp_path / "out"
+    importlib.import_module("memory").make(made, layers=12, hidden=512, vocabulary=300)
+    index = json.loads((made / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) == 13
+    command = [sys.executable, "-c", WALKS, str(made), str(out)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (few, shallow), (many, deep) = (map(int, line.split()) for line in done.stdout.splitlines())
+    assert (few, many) == (2, 12)
+    assert deep < shallow + 4 * 15e6
+
+
+def test_figures_of_memory_say_what_was_measured() -> None:
+    judge = importlib.import_module("memory").judge
+    assert [figure.ok for figure in judge({4: 100, 8: 109}, is_1b=False)] == [True]
+    assert [figure.ok for figure in judge({4: 100, 8: 112}, is_1b=False)] == [False]
+    assert [figure.ok for figure in judge({4: 5_000_000_000, 16: 5_400_000_000}, is_1b=True)] == [True, True]
+    assert [figure.ok for figure in judge({16: 6_100_000_000}, is_1b=True)] == [False]
+    assert not judge({4: 7_000_000_000}, is_1b=True)

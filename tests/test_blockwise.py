@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tiny import tiny_model
@@ -46,21 +47,15 @@ def make_task(tmp_path_factory: pytest.TempPathFactory) -> MakeTask:
         model = StreamedModel(path)
         hidden_NTH, contexts = model.embed(IDS)
         first, second = model.block(0), model.block(1)
-        fp_NTH = run_block(first, hidden_NTH, contexts[0])
+        targets_NTH = hidden_NTH.clone()
+        run_block(first, targets_NTH, contexts[0])
+        run_block(second, targets_NTH, contexts[1])
         for linear in model.spec.linears:
             weight = first.get_submodule(linear).weight
             scheme = QuantScheme(bits=3)
             weight.copy_(GRIDS.get("seq").fake(weight, search_scale(weight, scheme), scheme))
-        return RecordingTask(
-            1,
-            second,
-            model.spec,
-            contexts[1],
-            seed=0,
-            fp_inputs_NTH=fp_NTH,
-            inputs_NTH=run_block(first, hidden_NTH, contexts[0]),
-            targets_NTH=run_block(second, fp_NTH, contexts[1]),
-        )
+        run_block(first, hidden_NTH, contexts[0])
+        return RecordingTask(1, second, model.spec, contexts[1], seed=0, inputs_NTH=hidden_NTH, targets_NTH=targets_NTH)
 
     built: dict[int, BlockTask] = {}
 
@@ -276,11 +271,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
 
 
 def stage(
-    model: StreamedModel, method: Method, store: BlockStore, *, source: BlockStore | None = None, limit: int = 99
+    model: StreamedModel,
+    method: Method,
+    store: BlockStore,
+    *,
+    source: BlockStore | None = None,
+    limit: int = 99,
+    rows: int = 8,
+    activations: Path | None = None,
 ) -> int:
     """Blocks solved in this walk."""
     progress = Counting(limit)
-    walk(model, IDS[:8], method, store, source=source, seed=5, progress=progress)
+    walk(model, IDS[:rows], method, store, source=source, seed=5, progress=progress, activations=activations)
     return progress.blocks
 
 
@@ -306,6 +308,65 @@ class TestWalk:
             assert files(store) == files(whole)
         assert stage(model, method, whole, source=source) == 0
 
+    @pytest.mark.parametrize("name", METHODS.names())
+    def test_where_activations_lie_makes_no_difference(self, name: str, model: StreamedModel, tmp_path: Path) -> None:
+        """In memory, on disk, killed on disk and resumed on disk or in memory: the same bytes, and no file left."""
+        options = {"iterations": 4} if name in LEARNED else {"scale": "hessian"}
+        method, int2, disk = make(name, **options), QuantScheme(bits=2), tmp_path / "disk"
+        disk.mkdir()
+        whole, on_disk = BlockStore(tmp_path / "memory", int2), BlockStore(tmp_path / "on-disk", int2)
+        assert stage(model, method, whole, rows=11) == 3  # more than one batch
+        assert stage(model, method, on_disk, rows=11, activations=disk) == 3
+        assert files(on_disk) == files(whole)
+        for first, then in ((disk, disk), (disk, None), (None, disk)):
+            store = BlockStore(tmp_path / f"{first is None}-{then is None}", int2)
+            with pytest.raises(Killed):
+                stage(model, method, store, rows=11, limit=1, activations=first)
+            assert stage(model, method, store, rows=11, activations=then) == 2
+            assert files(store) == files(whole)
+        assert not list(disk.iterdir())
+
+    def test_hidden_states_are_held_twice_and_not_more(
+        self, model: StreamedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each block's outputs take the place of its inputs: two tensors serve all blocks."""
+        seen: list[tuple[int, int]] = []
+
+        def solve(self: Any, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
+            seen.append((task.inputs_NTH.data_ptr(), task.targets_NTH.data_ptr()))
+            return original(self, task, scheme)
+
+        original = METHODS.get("gptq").solve
+        monkeypatch.setattr(METHODS.get("gptq"), "solve", solve)
+        stage(model, make("gptq"), BlockStore(tmp_path, QuantScheme(bits=2)))
+        assert len(seen) == 3
+        assert len(set(seen)) == 1
+        assert len(set(seen[0])) == 2
+
+    def test_how_a_checkpoint_is_laid_out_makes_no_difference(self, tmp_path: Path) -> None:
+        """One file, shards with an index, tied or not, without a head: the same blocks are the same bytes."""
+        tied = tiny_model("llama", tie_word_embeddings=True)
+        untied = tiny_model("llama", tie_word_embeddings=False)
+        untied.load_state_dict(tied.state_dict())
+        tied.save_pretrained(tmp_path / "tied")
+        tied.save_pretrained(tmp_path / "tied-shards", max_shard_size="30KB")
+        untied.save_pretrained(tmp_path / "untied")
+        untied.save_pretrained(tmp_path / "untied-shards", max_shard_size="30KB")
+        untied.save_pretrained(tmp_path / "headless")
+        tensors = load_file(tmp_path / "headless/model.safetensors")
+        for name in ("lm_head.weight", "model.norm.weight"):  # which these stages never read
+            del tensors[name]
+        save_file(tensors, tmp_path / "headless/model.safetensors")
+        layouts = sorted(tmp_path.iterdir())
+        assert {len(list(path.glob("*.safetensors"))) > 2 for path in layouts if "shards" in path.name} == {True}
+        method, found = make("flexround", iterations=4), []
+        for path in layouts:
+            store = BlockStore(path / "blocks", QuantScheme(bits=2))
+            stage(StreamedModel(path), method, store)
+            found.append(files(store))
+        assert len(found[0]) == 2
+        assert all(each == found[0] for each in found)
+
     def test_blocks_are_solved_on_the_quantised_prefix(self, model: StreamedModel, tmp_path: Path) -> None:
         """Targets are the original's all the way; inputs are what the quantised blocks before it wrote."""
 
@@ -320,21 +381,20 @@ class TestWalk:
         spy, store = Spy(Spy.Config()), BlockStore(tmp_path, QuantScheme(bits=2))
         spy.tasks = []
         stage(model, spy, store)
-        hidden_NTH, contexts = model.embed(IDS[:8])
-        fp_NTH = quantised_NTH = hidden_NTH
+        fp_NTH, contexts = model.embed(IDS[:8])
+        quantised_NTH = fp_NTH.clone()
         for index, task in enumerate(spy.tasks):
             block = model.block(index)
             assert task.index == index
             assert torch.equal(task.inputs_NTH, quantised_NTH)
-            assert torch.equal(task.fp_inputs_NTH, fp_NTH)
-            fp_NTH = run_block(block, fp_NTH, contexts[index])
+            run_block(block, fp_NTH, contexts[index])
             assert torch.equal(task.targets_NTH, fp_NTH)
             for linear, weight in store.weights(index).items():
                 block.get_submodule(linear).weight.copy_(weight)
-            quantised_NTH = run_block(block, quantised_NTH, contexts[index])
+            run_block(block, quantised_NTH, contexts[index])
             relative = ((quantised_NTH - fp_NTH).norm() / fp_NTH.norm()).item()
             assert store.report(index)["mlp.up_proj"]["block"] == pytest.approx(relative, rel=1e-4)
-        assert not torch.equal(spy.tasks[2].inputs_NTH, spy.tasks[2].fp_inputs_NTH)
+        assert not torch.equal(spy.tasks[2].inputs_NTH, spy.tasks[1].targets_NTH)
         assert len({task.seed for task in spy.tasks}) == 3
 
     def test_the_source_gives_the_weights(self, model: StreamedModel, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ SRC = Path(upq.__file__).parent
 LAYERS = (
     ("errors", "scheme", "registry", "recipe", "recipes", "progress", "artifact", "memory"),
     ("grids", "losses", "kernels"),
-    ("nn", "models", "loading", "streaming", "data"),
+    ("nn", "models", "loading", "activations", "streaming", "data"),
     ("blockwise", "distill", "formats", "evals", "demo", "decoding"),
     ("hf", "exports", "card", "pipeline", "console", "quiet", "bench"),
     ("cli",),

@@ -118,6 +118,20 @@ def test_killed_at_every_stage_and_rerun_is_never_killed(model, text, finished, 
     assert not (out / ".work").exists()
 
 
+def test_where_activations_lie_may_change_at_any_time(model, text, finished, tmp_path):
+    """Killed with activations on disk and resumed with them in memory: the bytes of a run that was always in memory."""
+    out, on_disk = tmp_path / "out", make_recipe(text, "memory.activations=disk")
+    killed = run_child(model, out, on_disk, "block-0001.safetensors", 1)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    known = {"run.json", "data.json", "tokens.safetensors", "int4"}
+    assert {path.name for path in (out / ".work").iterdir()} == known  # the activations are gone
+    quantize(model, make_recipe(text), out)
+    for name in ("model.safetensors", "config.json"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+    manifest = quantize(model, on_disk, out)  # and a finished run is finished
+    assert manifest.recipe["memory"] == {"activations": "memory"}
+
+
 def test_a_second_run_does_nothing(model, text, finished):
     before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
     manifest = quantize(model, make_recipe(text), finished)

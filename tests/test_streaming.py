@@ -35,7 +35,7 @@ def streamed_logits(stream: StreamedModel, whole: PreTrainedModel, ids_NT: Tenso
     """Embedding and blocks from the stream; final norm and head, which it leaves alone, from the whole model."""
     hidden_NTH, contexts = stream.embed(ids_NT, **options)
     for index in range(len(stream)):
-        hidden_NTH = run_block(stream.block(index), hidden_NTH, contexts[index], **options)
+        run_block(stream.block(index), hidden_NTH, contexts[index], **options)
     normed_NTH = whole.get_submodule(stream.spec.final_norm)(hidden_NTH)
     return whole.get_submodule(stream.spec.head)(normed_NTH)
 
@@ -149,6 +149,36 @@ def test_a_damaged_index_is_named(sharded: tuple[PreTrainedModel, Path], text: s
     (path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(UPQError, match=r"model\.safetensors\.index\.json: .*download"):
         StreamedModel(path)
+
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def test_of_the_embedding_only_the_rows_of_the_tokens_are_read(tmp_path: Path) -> None:
+    """Damage in a row that no token asks for is not noticed, and in one that a token asks for it is named."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    expected_NTH, _ = StreamedModel(tmp_path).embed(IDS)
+    weight_VH = load_file(file)[EMBEDDING]
+    assert torch.equal(expected_NTH, weight_VH[IDS])
+    assert 0 not in IDS
+    for token, damaged in ((0, False), (int(IDS[10, 12]), True)):
+        save_file(load_file(file) | {EMBEDDING: weight_VH.index_fill(0, torch.tensor([token]), torch.nan)}, file)
+        if damaged:
+            with pytest.raises(UPQError, match=rf"{tmp_path}: tensor {EMBEDDING} holds NaN or infinity; .*damaged"):
+                StreamedModel(tmp_path).embed(IDS)
+        else:
+            assert torch.equal(StreamedModel(tmp_path).embed(IDS)[0], expected_NTH)
+
+
+@pytest.mark.parametrize(("name", "overrides"), VARIANTS)
+def test_blocks_of_a_kind_share_their_context(name: str, overrides: dict[str, Any], tmp_path: Path) -> None:
+    """Masks and rotations are as many as there are kinds of blocks, however many blocks there are."""
+    tiny_model(name, **overrides).save_pretrained(tmp_path)
+    _, contexts = StreamedModel(tmp_path).embed(IDS)
+    kinds = len(set(overrides.get("layer_types", [""])))
+    for key in contexts[0]:
+        assert len({id(context[key]) for context in contexts}) <= kinds, key
 
 
 NAME = "model.layers.1.mlp.up_proj.weight"

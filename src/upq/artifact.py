@@ -44,7 +44,7 @@ def atomic_write(path: Path, content: bytes | str | Callable[[BinaryIO], object]
     """Write `path` whole: into a neighbour first, then renamed. On any failure `path` is as it was before."""
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _explained(path):
+        with explained(path):
             with tmp.open("wb") as file:
                 if callable(content):
                     content(file)
@@ -60,10 +60,10 @@ def atomic_write(path: Path, content: bytes | str | Callable[[BinaryIO], object]
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """A scratch directory whose files move into `out` on success, each whole; on failure `out` is as it was before."""
-    with _explained(out):
+    with explained(out):
         scratch = Path(tempfile.mkdtemp(prefix=".upq-", dir=out))
     try:
-        with _explained(out):
+        with explained(out):
             yield scratch
             umask = os.umask(0)
             os.umask(umask)
@@ -82,7 +82,7 @@ def whole(out: Path) -> Iterator[Path]:
     """A scratch path beside `out`, for a file or a directory, that gets its name on success; on failure it goes."""
     scratch = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        with _explained(out):
+        with explained(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             yield scratch
             for file in scratch.rglob("*") if scratch.is_dir() else [scratch]:
@@ -98,7 +98,7 @@ def whole(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Turn the operating system's refusal to write into one line with a remedy."""
     try:
         yield

@@ -307,6 +307,7 @@ class _Run:
             source=self.store("int4") if name == "int2" and self.recipe.int4 is not None else None,
             seed=self.recipe.seed,
             progress=self.progress,
+            activations=self.work if self.recipe.memory.activations == "disk" else None,
         )
 
     def store(self, name: str) -> BlockStore:

@@ -108,8 +108,9 @@ class Embeddings(Strict):
 
 
 class Memory(Strict):
-    """Where things lie while a run is under way; results do not depend on it."""
+    """Where a run keeps what it works on. Results do not depend on it, so it may change between two calls of a run."""
 
+    activations: Literal["memory", "disk"] = "memory"  # hidden states of the calibration rows
     # Under torchrun, of the training: a copy in each process, or shards over all of them (FSDP2).
     weights: Literal["replicated", "sharded"] = "replicated"
 

@@ -13,8 +13,10 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from upq.activations import Activations, Allocate, in_memory, stretches
 from upq.errors import UPQError
 from upq.loading import family, load_config
 
@@ -58,43 +60,64 @@ class StreamedModel:
         self._fill(block, f"{self.spec.blocks}.{index}.")
         return block.to(self.device)
 
+    def weight(self, index: int, linear: str) -> Tensor:
+        """Weight (O, I) of a linear of block `index`, read anew."""
+        module = self._blocks[index].get_submodule(linear)
+        assert isinstance(module, nn.Linear)
+        return self._tensor(f"{self.spec.blocks}.{index}.{linear}.weight", module.weight.shape).to(self.device)
+
     @torch.no_grad()
-    def embed(self, tokens_NT: Tensor, *, batch_size: int = 8) -> tuple[Tensor, list[Context]]:
-        """Hidden states (N, T, H) before the first block, and what each block is called with beside them."""
+    def embed(
+        self, tokens_NT: Tensor, *, batch_size: int = 8, allocate: Allocate = in_memory
+    ) -> tuple[Activations, list[Context]]:
+        """Hidden states (N, T, H) before the first block, and what each block is called with beside them.
+
+        Of the embedding only the rows of each batch's tokens are read. Blocks of one kind share their context.
+        """
         decoder = self._skeleton.get_submodule(self.spec.decoder)
-        embedding = self._skeleton.get_submodule(self.spec.embedding)
-        self._fill(embedding, f"{self.spec.embedding}.")
-        embedding.to(self.device)
         recorders = [_Recorder(block) for block in self._blocks]
         self._skeleton.set_submodule(self.spec.blocks, nn.ModuleList(recorders))
         self._skeleton.set_submodule(self.spec.final_norm, nn.Identity())
-        try:
-            hidden = [
-                decoder(input_ids=batch.to(self.device), use_cache=False).last_hidden_state
-                for batch in torch.split(tokens_NT, batch_size)
-            ]
-            # Positions and mask are the same for every row, so one row's context serves any batch.
-            decoder(input_ids=tokens_NT[:1].to(self.device), use_cache=False)
-        finally:
-            embedding.to("meta")
-        return torch.cat(hidden), [r.context for r in recorders]
+
+        def run(ids_BT: Tensor) -> Tensor:
+            hidden_BTH: Tensor = decoder(inputs_embeds=self._embeddings(ids_BT), use_cache=False).last_hidden_state
+            return hidden_BTH
+
+        hidden_NTH: Activations | None = None
+        for rows in stretches(len(tokens_NT), batch_size):
+            hidden_BTH = run(tokens_NT[rows])
+            if hidden_NTH is None:
+                hidden_NTH = allocate(torch.Size((len(tokens_NT), *hidden_BTH.shape[1:])), self.device)
+            hidden_NTH[rows] = hidden_BTH
+        assert hidden_NTH is not None
+        # Positions and mask are the same for every row, so one row's context serves any batch.
+        run(tokens_NT[:1])
+        return hidden_NTH, [r.context for r in recorders]
+
+    def _embeddings(self, ids_BT: Tensor) -> Tensor:
+        """Embeddings (B, T, H) of tokens. The whole matrix in float32 would be the largest thing in memory."""
+        embedding = self._skeleton.get_submodule(self.spec.embedding)
+        assert isinstance(embedding, nn.Embedding)
+        used_R, places_BT = ids_BT.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        rows_RH = self._tensor(f"{self.spec.embedding}.weight", embedding.weight.shape, rows=used_R)
+        return F.embedding(places_BT.to(self.device), rows_RH.to(self.device))
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
-        names = dict(module.state_dict())
-        tensors = {name: self.tensor(prefix + name) for name in names}
-        for name, tensor in tensors.items():
-            if tensor.shape != names[name].shape:
-                shapes = f"{tuple(tensor.shape)}, but the config says {tuple(names[name].shape)}"
-                raise UPQError(f"{self.path}: tensor {prefix + name} has shape {shapes}; is config.json of this model?")
+        tensors = {name: self._tensor(prefix + name, empty.shape) for name, empty in module.state_dict().items()}
         module.load_state_dict(tensors, assign=True)
         module.requires_grad_(False)
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor of the checkpoint, float32."""
+    def _tensor(self, name: str, shape: torch.Size, *, rows: Tensor | None = None) -> Tensor:
+        """One tensor of the checkpoint, which the config gives `shape`, in float32; all of it or some rows."""
         if name not in self._files:
             raise UPQError(f"{self.path}: tensor {name} is missing from the checkpoint; is the download complete?")
         with _opened(self._files[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(name)  # mapped: what is not looked at is not read
+        if tensor.shape != shape:
+            shapes = f"{tuple(tensor.shape)}, but the config says {tuple(shape)}"
+            raise UPQError(f"{self.path}: tensor {name} has shape {shapes}; is config.json of this model?")
+        if rows is not None:
+            tensor = tensor[rows]
         if not tensor.isfinite().all():
             raise UPQError(f"{self.path}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
         return tensor.float()
@@ -115,9 +138,10 @@ class _Recorder(nn.Module):
 
 
 @torch.no_grad()
-def run_block(block: nn.Module, hidden_NTH: Tensor, context: Context, *, batch_size: int = 8) -> Tensor:
-    """Outputs of a block for all rows, in the order and the batches of the input (so a rerun is bit-identical)."""
-    return torch.cat([block(batch, **context) for batch in torch.split(hidden_NTH, batch_size)])
+def run_block(block: nn.Module, hidden_NTH: Activations, context: Context, *, batch_size: int = 8) -> None:
+    """Put a block's outputs in the place of its inputs, in their order and batches (so a rerun is bit-identical)."""
+    for rows in stretches(len(hidden_NTH), batch_size):
+        hidden_NTH[rows] = block(hidden_NTH[rows], **context)
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from upq.activations import Activations, stretches
 from upq.grids import GRIDS, Params, search_scale
 from upq.models import ModelSpec
 from upq.nn.fake_quant import Solution
@@ -34,9 +35,8 @@ class BlockTask:
     spec: ModelSpec
     context: Context
     seed: int
-    fp_inputs_NTH: Tensor | None = None  # what the original block reads
-    inputs_NTH: Tensor | None = None  # what this block will read: the output of the quantised blocks before it
-    targets_NTH: Tensor | None = None  # what the original block writes, given `fp_inputs_NTH`
+    inputs_NTH: Activations | None = None  # what this block will read: the output of the quantised blocks before it
+    targets_NTH: Activations | None = None  # what the original block writes behind the original blocks before it
 
     def weights(self) -> dict[str, Tensor]:
         """Linear name to weight (O, I), in the order of the family's groups."""
@@ -67,9 +67,9 @@ class BlockTask:
     def error(self, weights: dict[str, Tensor], *, relative: bool = False, batch_size: int = 8) -> float:
         """`loss` over all calibration rows."""
         assert self.targets_NTH is not None
-        n = len(self.targets_NTH)
-        at = [slice(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
-        return sum(self.loss(weights, rows, relative=relative).item() * (rows.stop - rows.start) for rows in at) / n
+        n, at = len(self.targets_NTH), stretches(len(self.targets_NTH), batch_size)
+        squares = (self.loss(weights, rows, relative=relative).item() * (rows.stop - rows.start) for rows in at)
+        return float(sum(squares) / n)
 
     @torch.no_grad()
     def second_moments(self, names: tuple[str, ...], *, full: bool, batch_size: int = 8) -> dict[str, Tensor]:
@@ -77,8 +77,8 @@ class BlockTask:
         assert self.inputs_NTH is not None
         moments: dict[str, Tensor] = {}
         with _recorded_inputs(self.block, names) as inputs:
-            for batch in torch.split(self.inputs_NTH, batch_size):
-                self.block(batch, **self.context)
+            for rows in stretches(len(self.inputs_NTH), batch_size):
+                self.block(self.inputs_NTH[rows], **self.context)
                 for name, x in inputs.items():
                     x_TI = x.reshape(-1, x.shape[-1]).float()
                     moment = x_TI.T @ x_TI if full else x_TI.square().sum(0)

@@ -38,9 +38,9 @@ def reconstruct(
     rows = len(task.inputs_NTH)
     for index in batches(rows, min(batch_size, rows), iterations, task.seed):
         loss = task.loss(weights(), index, relative=relative)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # before the next forward pass, which needs the room
         schedule.step()
     with torch.no_grad():
         after = task.error(weights(), relative=relative)

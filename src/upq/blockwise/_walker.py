@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from upq.activations import Activations, Allocate, allocator, stretches
 from upq.blockwise._base import BlockTask, Method, linear
-from upq.blockwise._store import BlockStore
+from upq.blockwise._store import BlockStore, Report
 from upq.nn.fake_quant import Solution
 from upq.progress import Progress
-from upq.streaming import StreamedModel, run_block
+from upq.streaming import Context, StreamedModel, run_block
 
 
 def walk(
@@ -23,53 +25,74 @@ def walk(
     source: BlockStore | None,
     seed: int,
     progress: Progress,
+    activations: Path | None = None,
 ) -> None:
     """Solve every block of `model` that `store` does not hold yet.
 
     Two streams of hidden states pass through the blocks: the original's, which gives the targets, and that of the
     quantised prefix, which each block will really read. `source` gives the weights that become codes (the INT4
     stage's, for the INT2 stage); None takes the original's. Blocks already on disk are run, not solved, so an
-    interrupted walk ends in the same bytes. One block is in memory at a time, in both forms.
+    interrupted walk ends in the same bytes. One block is in memory at a time; the streams are in memory too, or in
+    files below `activations`, where that is given.
     """
-    streams: tuple[Tensor, Tensor] | None = None
     done = store.done(len(model))
-    if method.needs_inputs and done < len(model):
-        hidden_NTH, contexts = model.embed(calibration_NT)
-        streams = (hidden_NTH, hidden_NTH)
-    for index in range(len(model)):
-        if streams is None and index < done:
-            continue
-        block = model.block(index)
-        original = {name: linear(block, name).weight.detach().clone() for name in model.spec.linears}
-        task = BlockTask(index, block, model.spec, context={}, seed=seed * 1_000_003 + index)
-        if streams is not None:
-            fp_inputs, inputs = streams
-            targets = run_block(block, fp_inputs, contexts[index])
-            task = replace(
-                task, context=contexts[index], fp_inputs_NTH=fp_inputs, inputs_NTH=inputs, targets_NTH=targets
-            )
-        if source is not None:
-            _put(block, source.weights(index))
-        if index >= done:
-            solutions = method.solve(task, store.scheme)
-            report = _report(task, solutions, original)
-            store.save(index, solutions, report)
-            figures = {"error": report[model.spec.linears[0]]["block"]} if task.targets_NTH is not None else {}
-            progress.advance(1, **figures)
-        if streams is not None:
-            _put(block, store.weights(index))
-            assert task.targets_NTH is not None
-            streams = (task.targets_NTH, run_block(block, streams[1], contexts[index]))
+    with allocator(activations) as allocate:
+        streams: _Streams | None = None
+        if method.needs_inputs and done < len(model):
+            streams = _Streams.begin(model, calibration_NT, allocate)
+        for index in range(len(model)):
+            if streams is None and index < done:
+                continue
+            block = model.block(index)
+            context = {} if streams is None else streams.contexts[index]
+            if streams is not None:
+                run_block(block, streams.original_NTH, context)
+            if source is not None:
+                _put(block, source.weights(index))
+            if index >= done:
+                task = BlockTask(index, block, model.spec, context, seed=seed * 1_000_003 + index)
+                if streams is not None:
+                    task = replace(task, inputs_NTH=streams.quantised_NTH, targets_NTH=streams.original_NTH)
+                report = _solve(task, method, store, model)
+                figures = {} if streams is None else {"error": report[model.spec.linears[0]]["block"]}
+                progress.advance(1, **figures)
+            if streams is not None:
+                _put(block, store.weights(index))
+                run_block(block, streams.quantised_NTH, context)
 
 
-def _report(
-    task: BlockTask, solutions: dict[str, Solution], original: dict[str, Tensor]
-) -> dict[str, dict[str, float]]:
+@dataclass(frozen=True)
+class _Streams:
+    """The hidden states before a block. Each block's outputs take the place of its inputs: no other copy is kept."""
+
+    original_NTH: Activations
+    quantised_NTH: Activations
+    contexts: list[Context]
+
+    @classmethod
+    def begin(cls, model: StreamedModel, calibration_NT: Tensor, allocate: Allocate) -> _Streams:
+        original_NTH, contexts = model.embed(calibration_NT, allocate=allocate)
+        quantised_NTH = allocate(original_NTH.shape, model.device)
+        for rows in stretches(len(original_NTH), 1):
+            quantised_NTH[rows] = original_NTH[rows]
+        return cls(original_NTH, quantised_NTH, contexts)
+
+
+def _solve(task: BlockTask, method: Method, store: BlockStore, model: StreamedModel) -> Report:
+    """Solve one block and write it. What that took is free again on return, before the next block is read."""
+    solutions = method.solve(task, store.scheme)
+    report = _report(task, solutions, model)
+    store.save(task.index, solutions, report)
+    return report
+
+
+def _report(task: BlockTask, solutions: dict[str, Solution], model: StreamedModel) -> Report:
     """Per linear: relative error of the weight against the original's, and of the block's output where it is known."""
     weights = {name: s.qtensor().dequantize() for name, s in solutions.items()}
-    report = {name: {"weight": _relative(w_OI, original[name])} for name, w_OI in weights.items()}
+    # The original is read once more: kept, it would be a copy of the block for as long as the block is being solved.
+    report = {name: {"weight": _relative(w_OI, model.weight(task.index, name))} for name, w_OI in weights.items()}
     if task.targets_NTH is not None:
-        block = (task.error(weights) / task.targets_NTH.square().mean().item()) ** 0.5
+        block = (task.error(weights) / _mean_square(task.targets_NTH)) ** 0.5
         for figures in report.values():
             figures["block"] = block
     return report
@@ -77,6 +100,11 @@ def _report(
 
 def _relative(approximation: Tensor, exact: Tensor) -> float:
     return float((approximation - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _mean_square(hidden_NTH: Activations, batch_size: int = 8) -> float:
+    batches = (hidden_NTH[rows] for rows in stretches(len(hidden_NTH), batch_size))
+    return float(sum(batch.square().mean().item() * len(batch) for batch in batches) / len(hidden_NTH))
 
 
 @torch.no_grad()
