@@ -1,11 +1,14 @@
 """Laws every loss obeys, and its gradient against float64 autograd of the textbook definition."""
 
+import itertools
+
 import pytest
 import torch
 
-from upq.losses import LOSSES
+from upq.losses import LOSSES, Divergence, TopK, log_softmax
 
 CONFIG = {"cakld": {"confidence": 0.3}}
+DIVERGENCES = [name for name in LOSSES.names() if issubclass(LOSSES.get(name), Divergence)]
 
 
 def make(name, **options):
@@ -110,3 +113,68 @@ def test_gjs_tends_to_the_two_kl_directions(beta, limit):
 def test_gjs_is_bounded_by_log_2():
     z, teacher, target, mask = data(scale=300.0)
     assert make("gjs")(z, teacher, target, mask).value <= mask.sum() * torch.tensor(2.0).log() + 1e-4
+
+
+def cut(teacher, k):
+    return TopK.of(log_softmax(teacher), k)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+class TestTopK:
+    """The teacher's k likeliest tokens in place of its logits: all others count as one."""
+
+    @pytest.mark.parametrize("k", [1, 5, 40])
+    def test_value_and_gradient_match_the_definition(self, name, k):
+        """float64 autograd through the sums of probabilities; nothing of it is in logarithms."""
+        z, teacher, target, mask = data(dtype=torch.float64)
+        z.requires_grad_()
+        index = teacher.topk(k).indices
+
+        def coarse(logits):
+            p = logits.softmax(-1)
+            kept = p.gather(1, index)
+            return torch.cat([kept, p.sum(1, keepdim=True) - kept.sum(1, keepdim=True)], 1).log()
+
+        expected = definition(name, coarse(z), coarse(teacher), target * 0, mask)
+        (gradient,) = torch.autograd.grad(expected, z)
+        value, grad = make(name)(z.detach(), cut(teacher, k), target, mask)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-9)
+        torch.testing.assert_close(grad, gradient, rtol=0, atol=1e-9)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_all_tokens_are_the_whole_loss(self, name, dtype):
+        z, teacher, target, mask = data(dtype=dtype)
+        whole, found = make(name)(z, teacher, target, mask), make(name)(z, cut(teacher, z.shape[1]), target, mask)
+        torch.testing.assert_close(found.value, whole.value, rtol=1e-6, atol=0)
+        torch.testing.assert_close(found.grad_TV, whole.grad_TV, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("scale", [0.3, 3.0, 10.0])
+    def test_more_tokens_come_nearer_from_below(self, name, scale):
+        """Token by token, and not in the sum alone: to tell two rare tokens apart never lowers a divergence."""
+        z, teacher, target, _ = data(t=40, dtype=torch.float64, scale=scale)
+        everywhere = torch.ones(1, dtype=torch.bool)
+        for at in range(len(z)):
+            row = z[at : at + 1], teacher[at : at + 1], target[at : at + 1]
+            whole = make(name)(*row, everywhere).value.item()
+            values = [make(name)(row[0], cut(row[1], k), row[2], everywhere).value.item() for k in range(1, 42)]
+            assert all(a <= b + 1e-12 for a, b in itertools.pairwise([*values, whole]))
+            assert values[-1] == pytest.approx(whole, abs=1e-12)
+
+    def test_zero_with_zero_gradient_at_the_teacher(self, name):
+        _, teacher, target, mask = data()
+        value, grad = make(name)(teacher, cut(teacher, 7), target, mask)
+        assert abs(value.item()) < 1e-5
+        assert grad.abs().max() < 1e-6
+
+    def test_masked_tokens_get_exactly_no_gradient(self, name):
+        z, teacher, target, mask = data()
+        _, grad = make(name)(z, cut(teacher, 7), target, mask)
+        assert (grad[~mask] == 0).all()
+        assert (grad[mask].abs().sum(-1) > 0).all()
+
+    @pytest.mark.parametrize("k", [1, 7, 41])
+    def test_finite_where_probabilities_underflow(self, name, k):
+        z, teacher, target, mask = data(scale=300.0)
+        value, grad = make(name)(z, cut(teacher, k), target, mask)
+        assert value.isfinite()
+        assert grad.isfinite().all()

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import upq
+import upq.distill.teacher
+import upq.distill.trainer
+import upq.pipeline
 from tiny import byte_tokenizer
 from upq.errors import UPQError
 from upq.kernels import computing
 from upq.pipeline import quantize
+from upq.progress import Silent
 from upq.recipe import Recipe, Source
 
 BLOCKS = 3
@@ -79,6 +84,7 @@ from pathlib import Path
 import upq.artifact, upq.blockwise._store, upq.distill.trainer
 from upq.kernels import computing
 from upq.pipeline import quantize
+from upq.progress import Silent
 from upq.recipe import Recipe, decode
 import json
 model, out, recipe, victim, count = sys.argv[1:]
@@ -202,6 +208,7 @@ def test_a_directory_of_something_else_is_left_alone(model, text, tmp_path):
         (["int4.group_size=32"], r"in_features 44 is not a multiple of group_size 32"),
         (["distill.tokens=16"], r"distill\.tokens=16 is less than one step of 128 tokens"),
         (["distill.loss.name=hinge"], r"unknown loss 'hinge': choose one of cakld, ce"),
+        (["distill.teacher=cached"], r"teacher=cached keeps no hidden states.*set distill\.hidden=0"),
         (["int4.method.iteration=3"], r"method block_ap|method flexround.*unknown key 'iteration'"),
     ],
 )
@@ -272,6 +279,92 @@ def test_exports_follow_the_artefact(model, text, tmp_path):
     dense = AutoModelForCausalLM.from_pretrained(out / "exports" / "dense")
     with computing("reference"):
         assert torch.equal(dense(tokens).logits, upq.load(out)(tokens).logits)
+
+
+FITS = ("int4=null", "int2.method=rtn", "distill.gradient_checkpointing=true")
+
+
+class Notes(Silent):
+    def __init__(self):
+        self.text, self.units = [], {}
+
+    def note(self, text):
+        self.text.append(text)
+
+    def plan(self, stages):
+        self.planned = {name: units for name, (units, _) in stages.items()}
+
+    def start(self, stage, *, done=0):
+        self.stage = stage
+        self.units[stage] = done
+
+    def advance(self, units=1, **figures):
+        self.units[self.stage] += units
+
+
+def test_a_cached_teacher_killed_and_resumed_is_never_killed(model, text, tmp_path, monkeypatch):
+    """Stopped in the pass of the teacher and in the training: the same bytes, and no target is computed twice."""
+    monkeypatch.setattr(upq.distill.teacher, "ROWS_A_SHARD", 12)  # 32 rows: three shards
+    recipe = make_recipe(text, *FITS, "distill.teacher=cached", "distill.teacher_top_k=8", "distill.hidden=0")
+    seen = Notes()
+    quantize(model, recipe, tmp_path / "whole", progress=seen)
+    assert seen.units["teacher"] == seen.planned["teacher"] == 32
+    # 8 tokens of 2 + 2 bytes and the rest in 4, at 31 positions of 32 rows
+    assert seen.text == ["teacher: the 8 likeliest of 300 tokens at each position of 32 rows, 0.04 MB on disk"]
+
+    def stops(module, count):
+        original, left = module.save_tensors, [count]
+
+        def save(*args):
+            original(*args)
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+
+        return original, save
+
+    out = tmp_path / "out"
+    for module, count in ((upq.distill.teacher, 2), (upq.distill.trainer, 1)):
+        original, save = stops(module, count)
+        monkeypatch.setattr(module, "save_tensors", save)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(model, recipe, out)
+        monkeypatch.setattr(module, "save_tensors", original)
+    shards = {path: path.stat().st_mtime_ns for path in sorted((out / ".work" / "teacher").iterdir())}
+    assert [path.name for path in shards] == [f"targets-0000{i}.safetensors" for i in range(3)]
+    resumed = Notes()
+    quantize(model, recipe, out, keep_work=True, progress=resumed)
+    assert {path: path.stat().st_mtime_ns for path in shards} == shards
+    assert resumed.units["teacher"] == 32
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_an_offloaded_teacher_gives_the_same_bytes(model, text, tmp_path):
+    for teacher in ("resident", "offloaded"):
+        quantize(model, make_recipe(text, *FITS, f"distill.teacher={teacher}"), tmp_path / teacher)
+    files = [(tmp_path / teacher / "model.safetensors").read_bytes() for teacher in ("resident", "offloaded")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("teacher", ["resident", "offloaded", "cached"])
+def test_only_a_resident_teacher_is_in_memory_during_the_training(model, text, tmp_path, monkeypatch, teacher):
+    weights, alive = [], []
+
+    def load(*args, original=upq.pipeline.load_model, **options):
+        loaded = original(*args, **options)
+        weights.append(weakref.ref(loaded.model.layers[0].mlp.up_proj.weight))
+        return loaded
+
+    def training(*args, **options):
+        alive.append(weights[-1]() is not None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(upq.pipeline, "load_model", load)
+    monkeypatch.setattr(upq.pipeline, "distill", training)
+    recipe = make_recipe(text, *FITS, f"distill.teacher={teacher}", "distill.hidden=0")
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, recipe, tmp_path / "out")
+    assert alive == [teacher == "resident"]
 
 
 def test_a_failing_export_costs_neither_the_artefact_nor_the_other_exports(model, text, tmp_path, monkeypatch):

@@ -31,8 +31,11 @@ from upq.data.generated import write_conversations
 from upq.data.packing import prepare
 from upq.data.sources import identity, sources_of
 from upq.data.tokens import TokenSet
+from upq.distill.optimizer import check as check_optimizer
 from upq.distill.student import freeze, make_student, norm_weight, norms
-from upq.distill.trainer import distill, steps
+from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher, write_cache
+from upq.distill.teacher import check as check_teacher
+from upq.distill.trainer import distill, settled, steps
 from upq.errors import UPQError
 from upq.evals.size import model_size, weights_bytes
 from upq.evals.text import evaluate_text
@@ -92,6 +95,9 @@ def quantize(
                 run.blockwise("int4", recipe.int4, data)
         with run.timed("int2"):
             run.blockwise("int2", recipe.int2, data)
+        if run.caches_teacher():
+            with run.timed("teacher"):
+                run.cache_teacher(data)
     with run.timed("distill"):
         trained = run.distill(data)
     if processes.is_main_process:
@@ -226,7 +232,11 @@ class _Run:
                 costs[name] = (blocks, blocks * stage.samples * seq * 3.0 + blocks * _method(stage).cost * seq)
         total = steps(recipe.distill, seq)
         taught = LOSSES.get(recipe.distill.loss.name).uses_teacher or recipe.distill.hidden
-        passes = 4.0 if taught else 3.0
+        passes = 4.0 if taught and not self.caches_teacher() else 3.0
+        passes += recipe.distill.gradient_checkpointing
+        if self.caches_teacher():
+            rows = min(total * recipe.distill.batch_size, self.sequences())
+            costs["teacher"] = (rows, rows * seq * blocks * 1.0)
         costs["distill"] = (total, total * recipe.distill.batch_size * seq * blocks * passes)
         costs["check"] = (3, recipe.data.validation * seq * blocks * 5.0)
         if recipe.export:
@@ -315,6 +325,29 @@ class _Run:
         assert stage is not None
         return BlockStore(self.work / name, stage.scheme(), latents=name == "int2")
 
+    def caches_teacher(self) -> bool:
+        config = self.recipe.distill
+        trains = steps(config, self.recipe.data.seq_len) > 0
+        return trains and config.teacher == "cached" and LOSSES.get(config.loss.name).uses_teacher
+
+    def cache(self, data: TokenSet) -> CachedTeacher:
+        """Where the teacher's targets are or will be: every row that the training reads, in its order."""
+        config = self.recipe.distill
+        rows = data.rows(0, steps(config, self.recipe.data.seq_len) * config.batch_size)
+        return CachedTeacher(self.work / "teacher", tuple(dict.fromkeys(rows.tolist())))
+
+    def cache_teacher(self, data: TokenSet) -> None:
+        config, cache = self.recipe.distill, self.cache(data)
+        self.progress.start("teacher", done=cache.rows_done())
+        if cache.rows_done() == len(cache.rows):
+            return
+        vocabulary = int(load_config(self.model).vocab_size)
+        size = cache.bytes(config.teacher_top_k, vocabulary, self.recipe.data.seq_len)
+        kept = f"the {min(config.teacher_top_k, vocabulary)} likeliest of {vocabulary} tokens"
+        self.progress.note(f"teacher: {kept} at each position of {len(cache.rows)} rows, {size / 1e6:,.2f} MB on disk")
+        teacher = load_model(self.model, dtype=torch.float32, device=self.device).requires_grad_(False)
+        write_cache(cache, teacher, data.tokens_NT, config, progress=self.progress)
+
     def distill(self, data: TokenSet) -> _Trained:
         config, store = self.recipe.distill, self.store("int2")
         teacher = load_model(self.model, dtype=torch.float32, device=self.device).requires_grad_(False)
@@ -328,10 +361,18 @@ class _Run:
         del solutions
         total = steps(config, self.recipe.data.seq_len)
         checkpoint = self.work / "distill.safetensors"
+        taught: Teacher = teacher
+        if self.caches_teacher():
+            config, taught = settled(config, teacher, data), self.cache(data)
+        elif config.teacher == "offloaded":
+            norm = teacher.get_submodule(family(teacher.config).final_norm)
+            config = settled(config, teacher, data)
+            taught = StreamedTeacher(StreamedModel(self.model, device=self.device), norm)
+        del teacher  # what the student does not share of it goes, unless it is still `taught`
         if total:
             distill(
                 student,
-                teacher,
+                taught,
                 data,
                 config,
                 total_steps=total,
@@ -435,6 +476,8 @@ def _plugins(recipe: Recipe, model: StreamedModel) -> None:
                 stage.scheme().groups(model.in_features(linear))
     for plugin in recipe.export:
         exporter(plugin.name, plugin.model_extra)
+    check_teacher(recipe.distill)
+    check_optimizer(recipe.distill)
     loss = LOSSES.get(recipe.distill.loss.name)
     recipe.distill.loss.options(loss.Config, f"distill.loss {recipe.distill.loss.name}")
 

@@ -85,6 +85,8 @@ class Blockwise(Strict):
 class Distill(Strict):
     loss: Plugin
     hidden: float = Field(0.0, ge=0)  # weight of the hidden states' relative error beside the loss
+    teacher: Literal["resident", "offloaded", "cached"] = "resident"  # in memory, read block by block, or its top k
+    teacher_top_k: int = Field(64, ge=1)  # cached: tokens kept a position; the rest counts as one
     tokens: int = Field(ge=0)  # budget; 0 skips the training
     batch_size: int = Field(16, ge=1)  # sequences an optimiser step, over all processes
     micro_batch_size: int = Field(4, ge=1)  # sequences a forward pass on one process
@@ -96,6 +98,8 @@ class Distill(Strict):
     beta2: float = Field(0.95, gt=0, lt=1)
     clip: float = Field(1.0, gt=0)  # gradient norm
     train_norms: bool = False
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments in float32, or in 8 bits (torchao)
+    gradient_checkpointing: bool = False  # keep the blocks' inputs for the backward pass and run each block again
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast on an accelerator, fp32 on CPU
     chunk_tokens: int = Field(1024, ge=1)  # tokens whose fp32 logits exist at one time
     checkpoint_every: int = Field(50, ge=1)  # optimiser steps

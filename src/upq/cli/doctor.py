@@ -14,6 +14,7 @@ CORE = ("torch", "transformers", "safetensors", "accelerate", "datasets", "pydan
 EXTRAS = {
     "eval": ("lm_eval", "langdetect", "immutabledict", "nltk"),
     "export": ("compressed_tensors", "gguf", "onnx", "onnxruntime", "openvino", "openvino_tokenizers", "torchao"),
+    "train": ("torchao",),
     "dev": ("pytest", "hypothesis", "ruff", "mypy"),
 }
 ENOUGH_DISK = 5e9  # bytes; a 1B model's run needs about that

@@ -53,13 +53,17 @@ class TokenSet:
 
         Each epoch is a permutation of all rows of its own; a batch may begin in one epoch and end in the next.
         """
-        n = len(self.tokens_NT)
-        places = range(step * size, (step + 1) * size)
-        rows = torch.tensor([int(permutation(n, self.seed, place // n)[place % n]) for place in places])
+        rows = self.rows(step, size)
         tokens_BT = self.tokens_NT[rows].long()
         if self.mask_NT is None:
             return tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool)
         return tokens_BT, self.mask_NT[rows].bool()
+
+    def rows(self, step: int, size: int) -> Tensor:
+        """Numbers (B,) of the rows of a batch, int64."""
+        n = len(self.tokens_NT)
+        places = range(step * size, (step + 1) * size)
+        return torch.tensor([int(permutation(n, self.seed, place // n)[place % n]) for place in places])
 
     def calibration(self, n: int) -> Tensor:
         """The first `n` training rows of the first epoch (int64), or all of them where there are fewer."""

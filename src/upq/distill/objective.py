@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from upq.distill.teacher import StreamedTeacher
 from upq.loading import family
-from upq.losses import Loss
+from upq.losses import Loss, TopK
+
+Targets = Callable[[slice], Tensor | TopK | None]  # tokens to what the loss reads of the teacher
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -23,11 +27,10 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         student_TH: Tensor,
-        teacher_TH: Tensor | None,
         target_T: Tensor,
         mask_T: Tensor,
         student_head: nn.Module,
-        teacher_head: nn.Module | None,
+        teacher: Targets,
         loss: Loss,
         chunk: int,
     ) -> Tensor:
@@ -35,14 +38,11 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_TH = torch.empty_like(student_TH)
         for start in range(0, len(student_TH), chunk):
             at = slice(start, start + chunk)
-            teacher_TV = None
-            if teacher_head is not None:
-                assert teacher_TH is not None
-                teacher_TV = teacher_head(teacher_TH[at])
+            expected = teacher(at)
             with torch.enable_grad():
                 hidden_TH = student_TH[at].detach().requires_grad_()
                 student_TV = student_head(hidden_TH)
-            value, grad_TV = loss(student_TV.detach(), teacher_TV, target_T[at], mask_T[at])
+            value, grad_TV = loss(student_TV.detach(), expected, target_T[at], mask_T[at])
             (grad_TH[at],) = torch.autograd.grad(student_TV, hidden_TH, grad_TV.to(student_TV.dtype))
             total += value
         ctx.save_for_backward(grad_TH)
@@ -51,7 +51,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_TH,) = ctx.saved_tensors
-        return (grad_TH * grads[0].to(grad_TH.dtype), None, None, None, None, None, None, None)
+        return (grad_TH * grads[0].to(grad_TH.dtype), None, None, None, None, None, None)
 
 
 class Objective(nn.Module):
@@ -64,7 +64,7 @@ class Objective(nn.Module):
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: PreTrainedModel | None,
+        teacher: PreTrainedModel | StreamedTeacher | None,
         loss: Loss,
         *,
         chunk: int,
@@ -81,38 +81,52 @@ class Objective(nn.Module):
         self._decoder, self._head = spec.decoder, spec.head
 
     @property
-    def teacher(self) -> PreTrainedModel | None:
+    def teacher(self) -> PreTrainedModel | StreamedTeacher | None:
         return self._teacher[0]
 
-    def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Loss summed over the tokens of `mask_BT` that have a predecessor; without `hidden`, in nats."""
+    def forward(self, tokens_BT: Tensor, mask_BT: Tensor, cached: TopK | None = None) -> Tensor:
+        """Loss summed over the tokens of `mask_BT` that have a predecessor; without `hidden`, in nats.
+
+        `cached` are the teacher's likeliest tokens at each of the B·(T-1) positions, where no teacher is at hand.
+        """
         target_T, mask_T = tokens_BT[:, 1:].reshape(-1), mask_BT[:, 1:].reshape(-1)
         teacher = self.teacher
         teachers: list[Tensor] = []
-        teacher_TH, teacher_head = None, None
         if teacher is not None:
             with torch.no_grad():
                 teachers = self._states(teacher, tokens_BT)
-            if self.loss.uses_teacher:
-                teacher_TH, teacher_head = teachers[-1], teacher.get_submodule(self._head)
-        students = self._states(self.student, tokens_BT)
         head = self.student.get_submodule(self._head)
+
+        def targets(at: slice) -> Tensor | TopK | None:
+            if cached is not None:
+                return cached[at]
+            if teacher is None or not self.loss.uses_teacher:
+                return None
+            # The head is frozen: the student's is that of a teacher on disk.
+            own = head if isinstance(teacher, StreamedTeacher) else teacher.get_submodule(self._head)
+            logits_TV: Tensor = own(teachers[-1][at])
+            return logits_TV
+
+        students = self._states(self.student, tokens_BT)
         total: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-            students[-1], teacher_TH, target_T, mask_T, head, teacher_head, self.loss, self.chunk
+            students[-1], target_T, mask_T, head, targets, self.loss, self.chunk
         )
         if self.hidden:
             errors = [_relative_error(s, t)[mask_T].sum() for s, t in zip(students, teachers, strict=True)]
             total = total + self.hidden / len(errors) * torch.stack(errors).sum()
         return total
 
-    def _states(self, model: PreTrainedModel, tokens_BT: Tensor) -> list[Tensor]:
+    def _states(self, model: PreTrainedModel | StreamedTeacher, tokens_BT: Tensor) -> list[Tensor]:
         """What each block writes, the last after the final norm, each (B·(T-1), H): the last position predicts nothing.
 
         Only the last one where the others have no part in the loss.
         """
-        decoder = model.get_submodule(self._decoder)
-        out = decoder(input_ids=tokens_BT, use_cache=False, output_hidden_states=bool(self.hidden))
-        states = out.hidden_states[1:] if self.hidden else (out.last_hidden_state,)
+        if isinstance(model, StreamedTeacher):
+            states = model.states(tokens_BT, every_block=bool(self.hidden))
+        else:
+            decoder = model.get_submodule(self._decoder)
+            out = decoder(input_ids=tokens_BT, use_cache=False, output_hidden_states=bool(self.hidden))
+            states = out.hidden_states[1:] if self.hidden else [out.last_hidden_state]
         return [state_BTH[:, :-1].reshape(-1, state_BTH.shape[-1]) for state_BTH in states]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from upq.loading import family
@@ -27,6 +30,16 @@ def make_student(teacher: PreTrainedModel, solutions: dict[str, Solution], *, tr
             norm.weight = nn.Parameter(norm_weight(norm).detach().float().clone())
     student.eval()  # type: ignore[no-untyped-call]  # no dropout: the teacher's distribution is the target
     return student
+
+
+def checkpoint_blocks(student: PreTrainedModel) -> None:
+    """From here on each decoder block keeps its inputs for the backward pass, and runs again in it."""
+    blocks = student.get_submodule(family(student.config).blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    for block in blocks:
+        # transformers' own switch asks for training mode, which would bring dropout back. `forward` and not the call:
+        # hooks, those that record hidden states and those of FSDP, stay outside and run once.
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def norms(model: PreTrainedModel) -> dict[str, nn.Module]:

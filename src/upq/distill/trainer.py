@@ -21,13 +21,15 @@ from transformers import PreTrainedModel
 
 from upq.artifact import load_tensors, save_tensors
 from upq.distill.objective import Objective
+from upq.distill.optimizer import make_optimizer, plain, restored, set_rate
 from upq.distill.sharding import shard
-from upq.distill.student import fake_quant_layers, norm_weight, norms
+from upq.distill.student import checkpoint_blocks, fake_quant_layers, norm_weight, norms
+from upq.distill.teacher import CachedTeacher, Teacher, autocasts
 from upq.errors import UPQError
 from upq.losses import LOSSES, Loss
 from upq.nn.fake_quant import rms
 from upq.progress import Progress
-from upq.recipe import Distill
+from upq.recipe import Distill, Plugin
 
 
 class Batches(Protocol):
@@ -35,6 +37,10 @@ class Batches(Protocol):
 
     def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Tokens (B, T) int64 and mask (B, T) bool: True where a token is a target."""
+        ...
+
+    def rows(self, step: int, size: int) -> Tensor:
+        """Numbers (B,) of the batch's rows: the same number is the same row, in any step."""
         ...
 
 
@@ -54,7 +60,7 @@ def learning_rate_factor(step: int, total: int, config: Distill) -> float:
 
 def distill(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: Teacher,
     data: Batches,
     config: Distill,
     *,
@@ -72,17 +78,21 @@ def distill(
     call goes on from there. Raises UPQError where the loss stops being finite; the last checkpoint stays.
     """
     accelerator = Accelerator(
-        mixed_precision="bf16" if _autocast(config, student.device) else "no", cpu=student.device.type == "cpu"
+        mixed_precision="bf16" if autocasts(config, student.device) else "no", cpu=student.device.type == "cpu"
     )
     loss = make_loss(config, teacher, data)
-    taught = teacher if loss.uses_teacher or config.hidden else None
+    cache = teacher if isinstance(teacher, CachedTeacher) else None
+    needed = loss.uses_teacher or config.hidden
+    taught = teacher if needed and not isinstance(teacher, CachedTeacher) else None
+    if config.gradient_checkpointing:
+        checkpoint_blocks(student)
     objective = Objective(student, taught, loss, chunk=config.chunk_tokens, hidden=config.hidden)
     sharded = sharded and accelerator.num_processes > 1
     if sharded:
         shard(objective, accelerator.device.type)
     groups = _groups(student, config)
     rates = [group["lr"] for group in groups]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=0.0, fused=True)
+    optimizer: Any = make_optimizer(config, groups, student.device)
     if not sharded:
         objective = accelerator.prepare(objective)
     optimizer = accelerator.prepare(optimizer)
@@ -93,8 +103,11 @@ def distill(
     for step in range(first, total_steps):
         factor = learning_rate_factor(step, total_steps, config)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
-        value = _step(accelerator, objective, optimizer, learned, data.batch(step, config.batch_size), config)
+            set_rate(group, rate * factor)
+        batch: tuple[Tensor, ...] = data.batch(step, config.batch_size)
+        if cache is not None:
+            batch = (*batch, data.rows(step, config.batch_size))
+        value = _step(accelerator, objective, optimizer, learned, batch, cache, config)
         if not math.isfinite(value):
             kept = f"; the state of the last checkpoint is kept in {checkpoint}" if checkpoint.is_file() else ""
             raise UPQError(f"distill: step {step}: the loss is {value}; lower distill.lr or distill.scale_lr{kept}")
@@ -106,12 +119,21 @@ def distill(
     return losses
 
 
-def make_loss(config: Distill, teacher: PreTrainedModel, data: Batches) -> Loss:
+def make_loss(config: Distill, teacher: Teacher, data: Batches) -> Loss:
+    config = settled(config, teacher, data)
+    cls = LOSSES.get(config.loss.name)
+    return cls(config.loss.options(cls.Config, f"distill.loss {config.loss.name}"))
+
+
+def settled(config: Distill, teacher: Teacher, data: Batches) -> Distill:
+    """With what the loss asks of the whole teacher measured, so that it can go: the confidence of `cakld`."""
     cls = LOSSES.get(config.loss.name)
     options = config.loss.options(cls.Config, f"distill.loss {config.loss.name}")
-    if getattr(options, "confidence", 0.0) is None:
-        options = options.model_copy(update={"confidence": confidence(teacher, data)})
-    return cls(options)
+    if getattr(options, "confidence", 0.0) is not None:
+        return config
+    assert isinstance(teacher, PreTrainedModel), "settle the configuration while the teacher is in memory"
+    options = options.model_copy(update={"confidence": confidence(teacher, data)})
+    return config.model_copy(update={"loss": Plugin(name=config.loss.name, **options.model_dump())})
 
 
 @torch.no_grad()
@@ -128,38 +150,32 @@ def _step(
     objective: nn.Module,
     optimizer: Any,
     learned: list[Tensor],
-    batch: tuple[Tensor, Tensor],
+    batch: tuple[Tensor, ...],
+    cache: CachedTeacher | None,
     config: Distill,
 ) -> float:
-    """One optimiser step on this process's share of the global batch; returns the mean loss a token over all."""
-    tokens_BT, mask_BT = batch
-    targets = int(mask_BT[:, 1:].sum())
+    """One optimiser step on this process's share of the global batch; returns the mean loss a token over all.
+
+    `batch` is tokens, mask and, where the teacher is cached, the rows' numbers.
+    """
+    targets = int(batch[1][:, 1:].sum())
     rank, world = accelerator.process_index, accelerator.num_processes
-    mine = list(
-        zip(
-            torch.split(tokens_BT[rank::world], config.micro_batch_size),
-            torch.split(mask_BT[rank::world], config.micro_batch_size),
-            strict=True,
-        )
-    )
+    mine = list(zip(*(torch.split(x[rank::world], config.micro_batch_size) for x in batch), strict=True))
     total = torch.zeros((), device=accelerator.device)
-    for i, (tokens, mask) in enumerate(mine):
+    for i, (tokens, mask, *rows) in enumerate(mine):
+        cached = [] if cache is None else [cache.read(rows[0].tolist()).to(accelerator.device)]
         last = i == len(mine) - 1
         # Gradients are averaged over processes, so each is scaled up: the sum is over the whole global batch.
         # Shards have nothing to put off: their gradients are summed up where they lie.
-        with nullcontext() if last else accelerator.no_sync(objective), accelerator.autocast():
-            value = objective(tokens.to(accelerator.device), mask.to(accelerator.device)) / targets
+        with nullcontext() if last else accelerator.no_sync(objective):
+            with accelerator.autocast():
+                value = objective(tokens.to(accelerator.device), mask.to(accelerator.device), *cached) / targets
             accelerator.backward(value * world)
         total += value.detach()
     accelerator.clip_grad_norm_(learned, config.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(accelerator.reduce(total, reduction="sum"))
-
-
-def _autocast(config: Distill, device: torch.device) -> bool:
-    # On CPU the casts cost more than the products save: 249 ms a step against 150 (LOG.md).
-    return config.precision == "bf16" or (config.precision == "auto" and device.type != "cpu")
 
 
 def _groups(student: PreTrainedModel, config: Distill) -> list[dict[str, Any]]:
@@ -184,7 +200,9 @@ def _save(accelerator: Accelerator, path: Path, objective: nn.Module, optimizer:
     inner = getattr(optimizer, "optimizer", optimizer)
     tensors: dict[str, Any] = {f"model:{k}": v for k, v in get_model_state_dict(objective, options=_FULL).items()}
     state: Any = get_optimizer_state_dict(objective, inner, options=_FULL).get("state", {})
-    tensors |= {f"optimizer:{name}:{k}": v for name, moments in state.items() for k, v in moments.items()}
+    for name, moments in state.items():
+        for k, v in moments.items():
+            tensors |= plain(f"optimizer:{name}:{k}", v)
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(path, {k: v.contiguous() for k, v in tensors.items()}, {"step": step})
@@ -195,14 +213,13 @@ def _resume(path: Path, objective: nn.Module, optimizer: Any, progress: Progress
     inner = getattr(optimizer, "optimizer", optimizer)
     tensors, metadata = load_tensors(path)
     model: dict[str, Any] = {k.removeprefix("model:"): v for k, v in tensors.items() if k.startswith("model:")}
-    state: dict[str, Any] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer:"):
-            name, _, moment = key.removeprefix("optimizer:").rpartition(":")
-            state.setdefault(name, {})[moment] = value
     options = StateDictOptions(full_state_dict=True, strict=False, ignore_frozen_params=True)
     set_model_state_dict(objective, model, options=options)
-    groups = get_optimizer_state_dict(objective, inner, options=options)["param_groups"]
-    set_optimizer_state_dict(objective, inner, {"state": state, "param_groups": groups}, options=options)
+    fresh: Any = get_optimizer_state_dict(objective, inner, options=options)  # moments of zeros, in the right form
+    state: Any = {
+        name: {k: restored(f"optimizer:{name}:{k}", form, tensors) for k, form in moments.items()}
+        for name, moments in fresh["state"].items()
+    }
+    set_optimizer_state_dict(objective, inner, {**fresh, "state": state}, options=options)
     progress.note(f"resumed the training at step {metadata['step']}")
     return int(metadata["step"])

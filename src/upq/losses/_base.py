@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from upq.losses._top_k import Coarse, TopK
 from upq.registry import Registry
 
 
@@ -32,8 +33,11 @@ class Loss(Protocol):
 
     def __init__(self, config: Any) -> None: ...
 
-    def __call__(self, student_TV: Tensor, teacher_TV: Tensor | None, target_T: Tensor, mask_T: Tensor) -> ValueAndGrad:
-        """`target_T` is the next token of each position; `mask_T` says which positions count."""
+    def __call__(
+        self, student_TV: Tensor, teacher: Tensor | TopK | None, target_T: Tensor, mask_T: Tensor
+    ) -> ValueAndGrad:
+        """`teacher` is its logits (T, V), its likeliest tokens (a `Divergence` takes either), or None for a loss
+        without one. `target_T` is the next token of each position; `mask_T` says which positions count."""
         ...
 
 
@@ -41,16 +45,26 @@ LOSSES: Registry[type[Loss]] = Registry("upq.losses", "loss")
 
 
 class Divergence(Loss):
-    """A loss between two distributions. A subclass gives the value and the gradient of each token."""
+    """A loss between two distributions. A subclass gives the value and the gradient of each token.
+
+    The teacher may come as its likeliest tokens alone; the loss then counts all others as one.
+    """
 
     uses_teacher = True
 
-    def __call__(self, student_TV: Tensor, teacher_TV: Tensor | None, target_T: Tensor, mask_T: Tensor) -> ValueAndGrad:
-        assert teacher_TV is not None
+    def __call__(
+        self, student_TV: Tensor, teacher: Tensor | TopK | None, target_T: Tensor, mask_T: Tensor
+    ) -> ValueAndGrad:
+        assert teacher is not None
         everything = bool(mask_T.all())
-        student, teacher = (student_TV, teacher_TV) if everything else (student_TV[mask_T], teacher_TV[mask_T])
-        logq_TV, logp_TV = log_softmax(student), log_softmax(teacher)
-        value_T, grad_TV = self.per_token(logq_TV, logp_TV)
+        student, teacher = (student_TV, teacher) if everything else (student_TV[mask_T], teacher[mask_T])
+        logq_TV = log_softmax(student)
+        if isinstance(teacher, TopK):
+            coarse = Coarse.of(logq_TV, teacher.index_TK)
+            value_T, grad_TR = self.per_token(coarse.logq_TR, teacher.logp_TR())
+            grad_TV = coarse.spread(grad_TR)
+        else:
+            value_T, grad_TV = self.per_token(logq_TV, log_softmax(teacher))
         if everything:
             return ValueAndGrad(value_T.sum(), grad_TV)
         scattered_TV = torch.zeros(student_TV.shape, dtype=grad_TV.dtype, device=grad_TV.device)

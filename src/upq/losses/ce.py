@@ -7,6 +7,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from upq.losses._base import LOSSES, Loss, ValueAndGrad, log_softmax
+from upq.losses._top_k import TopK
 from upq.recipe import Strict
 
 
@@ -19,7 +20,9 @@ class Ce(Loss):
 
     def __init__(self, config: BaseModel) -> None: ...
 
-    def __call__(self, student_TV: Tensor, teacher_TV: Tensor | None, target_T: Tensor, mask_T: Tensor) -> ValueAndGrad:
+    def __call__(
+        self, student_TV: Tensor, teacher: Tensor | TopK | None, target_T: Tensor, mask_T: Tensor
+    ) -> ValueAndGrad:
         logq_TV = log_softmax(student_TV)
         value_T = -logq_TV.gather(1, target_T[:, None])[:, 0]
         grad_TV = logq_TV.exp().scatter_add_(1, target_T[:, None], torch.full_like(value_T, -1)[:, None])
