@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 
 ENGINES := .venv-engines
 
-.PHONY: demo test test-engines check bench sanitize cross clean
+.PHONY: demo test soak test-engines check bench sanitize cross clean
 
 demo: $(VENV)/.installed
 	$(BIN)/upq demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not soak"
+
+# Killed at random moments, over and over.
+soak: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/faults -m "not gpu"
 
 test-engines: $(ENGINES)/.installed
 	$(ENGINES)/bin/python -m pytest tests/engines tests/test_exports*.py

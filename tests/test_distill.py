@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,9 +13,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from upq.artifact import load_tensors, save_tensors
 from upq.distill.objective import Objective
 from upq.distill.student import fake_quant_layers, freeze, make_student, norms
-from upq.distill.trainer import confidence, distill, learning_rate_factor, make_loss
+from upq.distill.trainer import confidence, distill, learning_rate_factor, make_loss, skipped_steps
 from upq.errors import UPQError
 from upq.grids import search_scale
 from upq.hf import block_linears
@@ -22,6 +25,7 @@ from upq.nn.fake_quant import Solution
 from upq.progress import Silent
 from upq.recipe import Distill
 from upq.scheme import QuantScheme
+from upq.signals import Stop, Stopped
 
 VOCAB, T = 50, 12
 
@@ -223,7 +227,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
     kept = checkpoint.read_bytes()
     broken = make_teacher()
     broken.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(UPQError, match=r"step 3: the loss is nan.*lower distill\.lr.*checkpoint is kept"):
+    with pytest.raises(UPQError, match=r"step 3: the loss is nan.*skip_bad_steps.*lower distill\.lr.*is kept in"):
         train(make(teacher), broken, make_config(), checkpoint, steps=6)
     assert checkpoint.read_bytes() == kept
 
@@ -300,3 +304,122 @@ def test_two_processes_train_as_one_does(tmp_path, weights):
     assert new == pytest.approx(one, rel=1e-5)
     assert resumed == pytest.approx(one[6:17], rel=1e-5)  # there is a checkpoint every three steps
     assert parallel(shared) == pytest.approx(one[15:], rel=1e-5)
+
+
+class BadAt(Random):
+    """Batches at whose steps in `bad` the teacher's output is no number."""
+
+    def __init__(self, teacher, *bad):
+        super().__init__()
+        weight = teacher.model.norm.weight
+        object.__setattr__(self, "poison", (weight, weight.clone(), bad))
+
+    def batch(self, step, size):
+        weight, good, bad = self.poison
+        weight.copy_(torch.full_like(good, float("nan")) if step in bad else good)
+        return super().batch(step, size)
+
+
+class Notes(Silent):
+    def __init__(self):
+        self.said = []
+
+    def note(self, text):
+        self.said.append(text)
+
+
+def assert_same(a, b):
+    for (name, p), (_, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("bad", [1, 3])
+def test_a_skipped_step_is_one_that_never_was_and_the_schedule_goes_on(tmp_path, bad):
+    """Against its definition: trained up to the step, then gone on behind it."""
+    teacher, notes = make_teacher(), Notes()
+    config = make_config(skip_bad_steps=1, checkpoint_every=1)
+    skipping = make(teacher)
+    losses = train(skipping, teacher, config, tmp_path / "a.safetensors", data=BadAt(teacher, bad), progress=notes)
+    assert [step for step, loss in enumerate(losses) if not math.isfinite(loss)] == [bad]
+    assert skipped_steps(tmp_path / "a.safetensors") == [bad]
+    assert any(f"step {bad} is left out: the loss is nan (1 of 1)" in said for said in notes.said)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make(teacher), teacher, config, tmp_path / "b.safetensors", data=StopsAt(bad))
+    tensors, metadata = load_tensors(tmp_path / "b.safetensors")
+    save_tensors(tmp_path / "b.safetensors", tensors, {**metadata, "step": bad + 1})
+    jumped = make(teacher)
+    train(jumped, teacher, config, tmp_path / "b.safetensors")
+    assert_same(skipping, jumped)
+
+
+def test_a_run_that_begins_with_a_skipped_step_resumes(tmp_path):
+    """There are no moments in its first checkpoint."""
+    teacher = make_teacher()
+    config, data = make_config(skip_bad_steps=1, checkpoint_every=1), BadAt(teacher, 0)
+    whole, resumed = make(teacher), make(teacher)
+    train(whole, teacher, config, tmp_path / "whole.safetensors", data=data)
+    assert math.isnan(train(make(teacher), teacher, config, tmp_path / "c.safetensors", steps=1, data=data)[0])
+    # A schedule of one step has another warm-up, but that step has changed nothing.
+    train(resumed, teacher, config, tmp_path / "c.safetensors", data=data)
+    assert_same(whole, resumed)
+
+
+def test_one_bad_step_too_many_stops_and_the_count_outlives_it(tmp_path):
+    teacher = make_teacher()
+    data, checkpoint = BadAt(teacher, 1, 4), tmp_path / "c.safetensors"
+    with pytest.raises(UPQError, match=r"step 4: the loss is nan; raise distill\.skip_bad_steps \(now 1\)"):
+        train(make(teacher), teacher, make_config(skip_bad_steps=1), checkpoint, data=data)
+    assert skipped_steps(checkpoint) == [1]
+    assert load_tensors(checkpoint)[1]["step"] == 4  # and not the one of checkpoint_every
+    with pytest.raises(UPQError, match="step 4"):  # the same again: the count is not begun anew
+        train(make(teacher), teacher, make_config(skip_bad_steps=1), checkpoint, data=data)
+    resumed, whole = make(teacher), make(teacher)
+    train(resumed, teacher, make_config(skip_bad_steps=2), checkpoint, data=data)
+    train(whole, teacher, make_config(skip_bad_steps=2), tmp_path / "whole.safetensors", data=data)
+    assert skipped_steps(checkpoint) == [1, 4]
+    assert_same(resumed, whole)
+
+
+def test_a_gradient_that_is_not_finite_is_a_bad_step_too(tmp_path):
+    """The loss is fine, its gradient is not: nothing learns from it."""
+
+    class Overflowing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("inf")
+
+    teacher = make_teacher()
+    student = make(teacher)
+    before = [p.clone() for p in student.parameters()]
+    student.model.layers[0].register_forward_hook(lambda _m, _args, out: Overflowing.apply(out))
+    with pytest.raises(UPQError, match=r"step 0: the gradient's norm is (nan|inf); raise distill\.skip_bad_steps"):
+        train(student, teacher, make_config(), tmp_path / "c.safetensors")
+    assert all(torch.equal(p, q) for p, q in zip(student.parameters(), before, strict=True))
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_asked_to_stop_it_finishes_the_step_saves_and_stops(tmp_path):
+    teacher, config, stop = make_teacher(), make_config(checkpoint_every=100), Stop()
+    checkpoint, whole = tmp_path / "c.safetensors", make(teacher)
+    train(whole, teacher, config, tmp_path / "whole.safetensors")
+
+    class Asks(Random):
+        def batch(self, step, size):
+            if step == 2:
+                stop.request(signal.SIGTERM)  # as its handler would, in the middle of things
+            return super().batch(step, size)
+
+    with pytest.raises(Stopped, match="SIGTERM") as caught, stop.held():
+        distill(
+            make(teacher), teacher, Asks(), config, total_steps=6, checkpoint=checkpoint, progress=Silent(), stop=stop
+        )
+    assert caught.value.exit_code == 143
+    assert load_tensors(checkpoint)[1]["step"] == 3
+    resumed = make(teacher)
+    assert len(train(resumed, teacher, config, checkpoint)) == 3
+    assert_same(resumed, whole)

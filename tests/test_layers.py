@@ -13,7 +13,7 @@ import upq
 
 SRC = Path(upq.__file__).parent
 LAYERS = (
-    ("errors", "scheme", "registry", "recipe", "recipes", "progress", "artifact", "memory"),
+    ("errors", "scheme", "registry", "recipe", "recipes", "progress", "artifact", "memory", "lock", "signals"),
     ("grids", "losses", "kernels"),
     ("nn", "models", "loading", "activations", "streaming", "data"),
     ("blockwise", "distill", "formats", "evals", "demo", "decoding"),

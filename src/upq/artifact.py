@@ -24,6 +24,8 @@ from upq.recipe import Strict, decode
 MANIFEST = "upq.json"
 MANIFEST_VERSION = 1
 _METADATA = "upq"  # one key: safetensors writes several in a random order, and equal content must give equal bytes
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_ROOM = 1 << 16  # bytes; a disk with less is full: a write that fails has filled it up to the last block
 _MODEL_FILES = (
     "config.json",
     "*.safetensors",
@@ -103,10 +105,19 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "StorageFull" in str(error)
+        full = _is_full(error, path)
         remedy = "free some space and run the same command again" if full else "check the path and its permissions"
         reason = "no space left on the device" if full else getattr(error, "strerror", None) or str(error)
         raise UPQError(f"{path}: cannot write: {reason}; {remedy}") from error
+
+
+def _is_full(error: OSError | SafetensorError, path: Path) -> bool:
+    """Whether a write failed for want of space; libraries tell it in words of their own, or not at all."""
+    if (code := getattr(error, "errno", None)) is not None:
+        return code in _FULL
+    if any(f"os error {code}" in str(error) for code in _FULL):  # safetensors
+        return True
+    return path.parent.is_dir() and shutil.disk_usage(path.parent).free < _ROOM
 
 
 # --- tensors -------------------------------------------------------------------------------------------------------
@@ -132,6 +143,13 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with _readable(path), safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         return tensors, json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+
+
+def load_metadata(path: Path) -> dict[str, Any]:
+    """The metadata that `save_tensors` wrote; no tensor is read."""
+    with _readable(path), safe_open(path, framework="pt") as file:
+        metadata: dict[str, Any] = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+        return metadata
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -198,6 +216,7 @@ class Manifest(Strict):
     metrics: dict[str, dict[str, Any]] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)  # by stage
     peak_memory_bytes: int | None = None
+    skipped_steps: list[int] = Field(default_factory=list)  # of the training: their loss or gradient was not finite
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
 
@@ -219,6 +238,22 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     atomic_write(directory / MANIFEST, text + "\n")
 
 
+def verify(directory: Path, manifest: Manifest) -> None:
+    """UPQError that names the first file of an artefact which is not what its manifest says.
+
+    Every file is read: about as fast as SHA-256 goes, if the disk does.
+    """
+    remedy = "copy or download the artefact again"
+    for name, entry in manifest.files.items():
+        file = directory / name
+        if not file.is_file():
+            raise UPQError(f"{file}: missing, though {MANIFEST} lists it with sha256 {entry.sha256}; {remedy}")
+        if (size := file.stat().st_size) != entry.bytes:
+            raise UPQError(f"{file}: damaged: of {size} bytes, {MANIFEST} says {entry.bytes}; {remedy}")
+        if (found := digest_file(file)) != entry.sha256:
+            raise UPQError(f"{file}: damaged: its sha256 is {found}, {MANIFEST} says {entry.sha256}; {remedy}")
+
+
 # --- digests -------------------------------------------------------------------------------------------------------
 
 
@@ -232,9 +267,18 @@ def file_entry(path: Path) -> FileEntry:
     return FileEntry(bytes=path.stat().st_size, sha256=digest_file(path))
 
 
-def digest_model_dir(path: Path) -> str:
-    """SHA-256 over configuration, weights and tokenizer files of a model directory, independent of where it lies."""
+def model_digests(path: Path) -> dict[str, str]:
+    """SHA-256 of each configuration, weight and tokenizer file of a model directory."""
     files = sorted({file for pattern in _MODEL_FILES for file in path.glob(pattern) if file.is_file()})
     if not any(file.name == "config.json" for file in files):
         raise UPQError(f"{path}: no config.json in this directory; is it a Hugging Face model?")
-    return hashlib.sha256("".join(f"{f.name} {digest_file(f)}\n" for f in files).encode()).hexdigest()
+    return {file.name: digest_file(file) for file in files}
+
+
+def digest_model_dir(path: Path) -> str:
+    """SHA-256 over `model_digests`: the same model has the same, wherever it lies."""
+    return digest_of(model_digests(path))
+
+
+def digest_of(files: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in files.items()).encode()).hexdigest()

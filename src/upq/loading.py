@@ -49,6 +49,13 @@ def family(config: PretrainedConfig) -> ModelSpec:
     return FAMILIES.get(config.model_type)
 
 
+def check_finite(model: PreTrainedModel, name: str | Path) -> None:
+    """UPQError that names the first tensor of a loaded model with NaN or infinity in it."""
+    for path, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UPQError(f"{name}: tensor {path} holds NaN or infinity; the checkpoint is damaged")
+
+
 def _check_directory(model: str | Path) -> None:
     path = Path(model)
     if path.is_dir() and not (path / "config.json").is_file():

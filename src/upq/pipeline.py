@@ -12,7 +12,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
@@ -24,7 +24,17 @@ from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
-from upq.artifact import MANIFEST, Manifest, SourceModel, atomic_write, digest_model_dir, read_manifest, write_manifest
+from upq.artifact import (
+    MANIFEST,
+    Manifest,
+    SourceModel,
+    atomic_write,
+    digest_of,
+    explained,
+    model_digests,
+    read_manifest,
+    write_manifest,
+)
 from upq.blockwise import METHODS, BlockStore, Method, walk
 from upq.card import model_card
 from upq.data.generated import write_conversations
@@ -35,25 +45,29 @@ from upq.distill.optimizer import check as check_optimizer
 from upq.distill.student import freeze, make_student, norm_weight, norms
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher, write_cache
 from upq.distill.teacher import check as check_teacher
-from upq.distill.trainer import distill, settled, steps
+from upq.distill.trainer import distill, settled, skipped_steps, steps
 from upq.errors import UPQError
 from upq.evals.size import model_size, weights_bytes
 from upq.evals.text import evaluate_text
 from upq.exports import beside, exporter
 from upq.hf import load, write_artifact
 from upq.kernels import computing
-from upq.loading import family, load_config, load_model, load_tokenizer
+from upq.loading import check_finite, family, load_config, load_model, load_tokenizer
+from upq.lock import lock
 from upq.losses import LOSSES
 from upq.memory import peak_memory_bytes
 from upq.nn.fake_quant import whole
 from upq.progress import Progress, Silent
 from upq.recipe import Blockwise, Data, Generated, Recipe, Source, digest
 from upq.scheme import QTensor
+from upq.signals import Stop
 from upq.streaming import StreamedModel
 
 WORK = ".work"
-# Sections that may differ between calls: exports come after the artefact, and where things lie changes no result.
-_FREE = ("export", "memory")
+LOCK = ".lock"
+# What may change between one command and the next: exports come after the artefact and can be added to it, where things
+# lie changes no result, and a run that has met no bad step is the run of any number of them.
+_FREE = ("export", "memory", "distill.skip_bad_steps")
 _PATIENCE = timedelta(days=30)  # other processes wait for the first one's block-wise stages that long
 
 
@@ -65,26 +79,44 @@ def quantize(
     device: str = "auto",
     keep_work: bool = False,
     progress: Progress | None = None,
+    stop: Stop | None = None,
 ) -> Manifest:
     """Quantise a Hugging Face causal LM (directory or hub id) into the directory `out`, or go on where a run stopped.
 
     Under torchrun the training is shared among all processes; the stages before and after it are the first one's.
-    Raises UPQError, with nothing changed, where `out` holds something else: another model, recipe or data.
+    Raises UPQError, with nothing changed, where `out` holds something else: another model, recipe or data, or where
+    another process is at work in it. `stop` ends the training after a step, its state saved, by raising Stopped.
     """
+    with ExitStack() as held:
+        return _quantize(model, recipe, Path(out), device, keep_work, progress, stop or Stop(), held)
+
+
+def _quantize(
+    model: str | Path,
+    recipe: Recipe,
+    out: Path,
+    device: str,
+    keep_work: bool,
+    progress: Progress | None,
+    stop: Stop,
+    held: ExitStack,
+) -> Manifest:
     target = _device(device)
     processes = PartialState(cpu=target == "cpu", timeout=_PATIENCE)
     if target == "cuda":
         target = str(processes.device)  # a GPU for each process
     progress = (progress or Silent()) if processes.is_main_process else Silent()
     with processes.main_process_first():  # the others then find the blocks on disk
-        run = _Run.open(_local(model), recipe, Path(out), target, progress, writes=processes.is_main_process)
+        run = _Run.open(_local(model), recipe, out, target, progress, held, writes=processes.is_main_process)
         if run is None:
+            if processes.is_main_process and (out / WORK).exists() and not keep_work:
+                shutil.rmtree(out / WORK)  # a run that was killed in its last moments has left it
             progress.note(f"{out} is finished already: nothing to do")
             if recipe.export:
                 progress.plan({"export": (len(recipe.export), 1.0)})
             if processes.is_main_process:
-                _export(recipe, Path(out), progress)
-            return read_manifest(Path(out))
+                _export(recipe, out, progress)
+            return read_manifest(out)
         if (section := run.to_be_written()) is not None:
             with run.timed("generate"):
                 run.generate(section)
@@ -99,16 +131,16 @@ def quantize(
             with run.timed("teacher"):
                 run.cache_teacher(data)
     with run.timed("distill"):
-        trained = run.distill(data)
+        trained = run.distill(data, stop)
     if processes.is_main_process:
         with run.timed("check"):
             manifest = run.finish(data, trained)
         run.publish(manifest)
         if not keep_work:
             shutil.rmtree(run.work)
-        _export(recipe, Path(out), progress)
+        _export(recipe, out, progress)
     processes.wait_for_everyone()
-    return read_manifest(Path(out))
+    return read_manifest(out)
 
 
 def _export(recipe: Recipe, out: Path, progress: Progress) -> None:
@@ -139,7 +171,7 @@ class _Run:
 
     model: Path
     name: str
-    digest: str
+    files: dict[str, str]  # of the model, to their SHA-256
     recipe: Recipe
     out: Path
     device: str
@@ -149,43 +181,71 @@ class _Run:
 
     @classmethod
     def open(
-        cls, model: tuple[Path, str], recipe: Recipe, out: Path, device: str, progress: Progress, *, writes: bool
+        cls,
+        model: tuple[Path, str],
+        recipe: Recipe,
+        out: Path,
+        device: str,
+        progress: Progress,
+        held: ExitStack,
+        *,
+        writes: bool,
     ) -> _Run | None:
-        """Check that model, recipe and directory go together; None where the artefact is there already."""
+        """Check that model, recipe and directory go together; None where the artefact is there already.
+
+        The process that writes has the directory to itself until `held` is closed.
+        """
         path, name = model
         config = load_config(path)
         family(config)
         if getattr(config, "quantization_config", None) is not None:
             raise UPQError(f"{name}: already quantised; give the original FP16, BF16 or FP32 model")
         _plugins(recipe, StreamedModel(path))
-        run = cls(path, name, digest_model_dir(path), recipe, out, device, progress, writes)
-        if (out / MANIFEST).is_file():
-            manifest = read_manifest(out)
-            run.check(manifest.model.digest, manifest.recipe, out)
-            return None
         if out.exists() and not out.is_dir():
             raise UPQError(f"{out}: is a file; --out wants a directory")
-        if run.state.is_file():
-            found = json.loads(run.state.read_text())
-            run.check(found["model"], found["recipe"], out)
-            run.seconds = found["seconds"]
-        elif out.is_dir() and any(path.name != WORK for path in out.iterdir()):
+        finished = (out / MANIFEST).is_file()
+        if not finished and not (out / WORK).is_dir() and out.is_dir() and any(p.name != LOCK for p in out.iterdir()):
             raise UPQError(f"{out}: not empty, and no UPQ run is in it; name a new directory")
-        run.work.mkdir(parents=True, exist_ok=True)
+        if writes and (recipe.export or not finished or (out / WORK).exists()):
+            held.enter_context(lock(out / LOCK, progress.note))
+            _sweep(out)
+        run = cls(path, name, model_digests(path), recipe, out, device, progress, writes)
+        if (out / MANIFEST).is_file():
+            manifest = read_manifest(out)
+            run.check(manifest.model.digest, {}, manifest.recipe)
+            return None
+        if run.state.is_file():
+            found = _stored(run.state)
+            run.check(found["model"], found.get("files", {}), found["recipe"])
+            run.seconds = found["seconds"]
+        elif any(path.name not in (WORK, LOCK) for path in out.iterdir()):
+            raise UPQError(f"{out}: not empty, and no UPQ run is in it; name a new directory")
+        with explained(run.work):
+            run.work.mkdir(exist_ok=True)
         run.progress.plan(run.costs())
         return run
 
-    def check(self, digest: str, recipe: dict[str, Any], out: Path) -> None:
+    @property
+    def digest(self) -> str:
+        return digest_of(self.files)
+
+    def check(self, digest: str, files: dict[str, str], recipe: dict[str, Any]) -> None:
+        """`files`: their digests as the run began, where they are known, to name the one that differs."""
         remedy = "give the same command as before, or another --out"
         if digest != self.digest:
-            raise UPQError(f"{out}: belongs to another model than {self.name}; {remedy}")
+            changed = [name for name in sorted(files.keys() | self.files) if files.get(name) != self.files.get(name)]
+            where = ""
+            if files:
+                sha256 = [of.get(changed[0], "that of no file") for of in (files, self.files)]
+                where = f": sha256 of {changed[0]} was {sha256[0]} and is now {sha256[1]}"
+            raise UPQError(f"{self.out}: belongs to another model than {self.name}{where}; {remedy}")
         found, given = _flat(recipe), _flat(self.recipe.model_dump(mode="json"))
         for key in sorted(found.keys() | given.keys()):
-            if key.partition(".")[0] in _FREE:
+            if f"{key}.".startswith(tuple(f"{free}." for free in _FREE)):
                 continue
             if found.get(key) != given.get(key):
                 was, now = found.get(key), given.get(key)
-                raise UPQError(f"{out}: belongs to another recipe: {key} was {was!r} and is now {now!r}; {remedy}")
+                raise UPQError(f"{self.out}: belongs to another recipe: {key} was {was!r} and is now {now!r}; {remedy}")
 
     @property
     def blocks(self) -> int:
@@ -200,22 +260,35 @@ class _Run:
         """What the run is. Written once the data is ready: until then nothing would be lost by another recipe."""
         return self.work / "run.json"
 
+    @property
+    def checkpoint(self) -> Path:
+        return self.work / "distill.safetensors"
+
     def write_state(self) -> None:
         if not self.writes:
             return
-        state = {"model": self.digest, "recipe": self.recipe.model_dump(mode="json"), "seconds": self.seconds}
+        state = {
+            "model": self.digest,
+            "files": self.files,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "seconds": self.seconds,
+        }
         atomic_write(self.state, json.dumps(state, indent=1))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Adds the time within to the stage's clock, which outlives an interruption of the run."""
         before, began = self.seconds.get(stage, 0.0), time.monotonic()
+        failed = True
         try:
             yield
+            failed = False
         finally:
             self.seconds[stage] = before + time.monotonic() - began
             if self.state.is_file():
-                self.write_state()
+                # On a full disk the stage's own error is the one to be shown.
+                with suppress(UPQError) if failed else nullcontext():
+                    self.write_state()
 
     def costs(self) -> dict[str, tuple[int, float]]:
         """Units and cost of each stage; the cost counts passes of one token through one block."""
@@ -263,6 +336,7 @@ class _Run:
         for source in sources_of(self.recipe.data):
             identity(source)  # a file that is not there shows before the model has written for hours
         model = load_model(self.model, dtype=torch.float32 if self.device == "cpu" else "auto", device=self.device)
+        check_finite(model, self.model)
         tokenizer, seed = load_tokenizer(self.model), self.recipe.seed
         write_conversations(self.generated(section), model, tokenizer, section, seed=seed, progress=self.progress)
 
@@ -299,7 +373,7 @@ class _Run:
         if not len(data.validation_tokens_NT):
             raise UPQError("data: too little text to hold any back for validation; add text or lower data.seq_len")
         seen = self.work / "data.json"
-        if seen.is_file() and json.loads(seen.read_text()) != data.digest:
+        if seen.is_file() and _stored(seen) != data.digest:
             raise UPQError(f"{self.out}: the data has changed since this run began; restore it, or use another --out")
         if self.writes:
             atomic_write(seen, json.dumps(data.digest))
@@ -348,9 +422,10 @@ class _Run:
         teacher = load_model(self.model, dtype=torch.float32, device=self.device).requires_grad_(False)
         write_cache(cache, teacher, data.tokens_NT, config, progress=self.progress)
 
-    def distill(self, data: TokenSet) -> _Trained:
+    def distill(self, data: TokenSet, stop: Stop) -> _Trained:
         config, store = self.recipe.distill, self.store("int2")
         teacher = load_model(self.model, dtype=torch.float32, device=self.device).requires_grad_(False)
+        check_finite(teacher, self.model)
         prefix = family(teacher.config).blocks
         solutions = {
             f"{prefix}.{index}.{name}": solution
@@ -360,7 +435,6 @@ class _Run:
         student = make_student(teacher, solutions, train_norms=config.train_norms)
         del solutions
         total = steps(config, self.recipe.data.seq_len)
-        checkpoint = self.work / "distill.safetensors"
         taught: Teacher = teacher
         if self.caches_teacher():
             config, taught = settled(config, teacher, data), self.cache(data)
@@ -370,16 +444,18 @@ class _Run:
             taught = StreamedTeacher(StreamedModel(self.model, device=self.device), norm)
         del teacher  # what the student does not share of it goes, unless it is still `taught`
         if total:
-            distill(
-                student,
-                taught,
-                data,
-                config,
-                total_steps=total,
-                checkpoint=checkpoint,
-                progress=self.progress,
-                sharded=self.recipe.memory.weights == "sharded",
-            )
+            with stop.held():
+                distill(
+                    student,
+                    taught,
+                    data,
+                    config,
+                    total_steps=total,
+                    checkpoint=self.checkpoint,
+                    progress=self.progress,
+                    sharded=self.recipe.memory.weights == "sharded",
+                    stop=stop,
+                )
         trained = norms(student) if config.train_norms else {}
         extra = {f"{name}.weight": whole(norm_weight(norm).detach()) for name, norm in trained.items()}
         return _Trained(freeze(student), extra)
@@ -398,7 +474,8 @@ class _Run:
         )
         made = self.work / "artifact"
         shutil.rmtree(made, ignore_errors=True)  # what a killed run left half done
-        made.mkdir()
+        with explained(made):
+            made.mkdir()
         write_artifact(
             made,
             source,
@@ -417,7 +494,8 @@ class _Run:
         self.progress.advance(1)
         metrics = {"source": before, **self.int4_metrics(teacher, data), "artifact": after}
         self.progress.advance(1)
-        return read_manifest(made).model_copy(update={"metrics": metrics})
+        skipped = skipped_steps(self.checkpoint) if self.checkpoint.is_file() else []
+        return read_manifest(made).model_copy(update={"metrics": metrics, "skipped_steps": skipped})
 
     def publish(self, manifest: Manifest) -> None:
         """Move the artefact out of the work directory, the manifest last."""
@@ -425,8 +503,9 @@ class _Run:
         manifest = manifest.model_copy(update={"seconds": self.seconds, "peak_memory_bytes": peak_memory_bytes()})
         atomic_write(made / "README.md", model_card(manifest))
         write_manifest(made, manifest)
-        for file in sorted(made.iterdir(), key=lambda path: path.name == MANIFEST):
-            file.replace(self.out / file.name)
+        with explained(self.out):
+            for file in sorted(made.iterdir(), key=lambda path: path.name == MANIFEST):
+                file.replace(self.out / file.name)
 
     def int4_metrics(self, teacher: PreTrainedModel, data: TokenSet) -> dict[str, dict[str, Any]]:
         """What the INT4 stage had reached, as a row of its own."""
@@ -497,6 +576,22 @@ def _device(device: str) -> str:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UPQError(f"device {device}: torch {torch.__version__} sees no CUDA device; use --device cpu")
     return device
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed writers left half done. With the lock held, nobody is at work on any of it."""
+    for path in [*(out / WORK).rglob(".*"), *(out / "exports").glob(".*.tmp")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)  # it may have gone with its directory
+
+
+def _stored(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UPQError(f"{path}: damaged ({error}); delete {path.parent} and run the same command again") from error
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

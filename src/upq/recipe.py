@@ -103,6 +103,7 @@ class Distill(Strict):
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast on an accelerator, fp32 on CPU
     chunk_tokens: int = Field(1024, ge=1)  # tokens whose fp32 logits exist at one time
     checkpoint_every: int = Field(50, ge=1)  # optimiser steps
+    skip_bad_steps: int = Field(0, ge=0)  # as many whose loss or gradient is not finite are left out; one more stops
 
 
 class Embeddings(Strict):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from upq.artifact import load_tensors, save_tensors
+from upq.artifact import explained, load_tensors, save_tensors
 from upq.kernels.reference import pack, unpack
 from upq.nn.fake_quant import Solution
 from upq.scheme import QTensor, QuantScheme
@@ -43,7 +43,8 @@ class BlockStore:
                 columns = torch.tensor(q.codes_OI.shape[1])
                 tensors |= {f"{name}:packed": packed, f"{name}:columns": columns}
                 tensors |= {f"{name}:scale": q.scale_OG, f"{name}:zero": q.zero_OG}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         save_tensors(self.path(index), tensors, {"report": report})
 
     def solutions(self, index: int) -> dict[str, Solution]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from upq.activations import Activations, Allocate, allocator, stretches
 from upq.blockwise._base import BlockTask, Method, linear
+from upq.blockwise._finite import watched
 from upq.blockwise._store import BlockStore, Report
+from upq.errors import UPQError
 from upq.nn.fake_quant import Solution
 from upq.progress import Progress
 from upq.streaming import Context, StreamedModel, run_block
@@ -34,8 +37,11 @@ def walk(
     stage's, for the INT2 stage); None takes the original's. Blocks already on disk are run, not solved, so an
     interrupted walk ends in the same bytes. One block is in memory at a time; the streams are in memory too, or in
     files below `activations`, where that is given.
+
+    Raises UPQError where a block writes NaN or infinity: it names block and linear, and such a block is not stored.
     """
     done = store.done(len(model))
+    done, linears = store.done(len(model)), model.spec.linears
     with allocator(activations) as allocate:
         streams: _Streams | None = None
         if method.needs_inputs and done < len(model):
@@ -43,22 +49,24 @@ def walk(
         for index in range(len(model)):
             if streams is None and index < done:
                 continue
-            block = model.block(index)
+            block, at = model.block(index), f"{store.folder.name}: block {index}"
             context = {} if streams is None else streams.contexts[index]
             if streams is not None:
-                run_block(block, streams.original_NTH, context)
+                with watched(block, linears, f"{at}, of the original model", "is it whole?"):
+                    run_block(block, streams.original_NTH, context)
             if source is not None:
                 _put(block, source.weights(index))
             if index >= done:
                 task = BlockTask(index, block, model.spec, context, seed=seed * 1_000_003 + index)
                 if streams is not None:
                     task = replace(task, inputs_NTH=streams.quantised_NTH, targets_NTH=streams.original_NTH)
-                report = _solve(task, method, store, model)
-                figures = {} if streams is None else {"error": report[model.spec.linears[0]]["block"]}
+                report = _solve(task, method, store, model, at)
+                figures = {} if streams is None else {"error": report[linears[0]]["block"]}
                 progress.advance(1, **figures)
             if streams is not None:
                 _put(block, store.weights(index))
-                run_block(block, streams.quantised_NTH, context)
+                with watched(block, linears, f"{at}, stored", f"delete {store.path(index)}"):
+                    run_block(block, streams.quantised_NTH, context)
 
 
 @dataclass(frozen=True)
@@ -78,10 +86,15 @@ class _Streams:
         return cls(original_NTH, quantised_NTH, contexts)
 
 
-def _solve(task: BlockTask, method: Method, store: BlockStore, model: StreamedModel) -> Report:
+def _solve(task: BlockTask, method: Method, store: BlockStore, model: StreamedModel, at: str) -> Report:
     """Solve one block and write it. What that took is free again on return, before the next block is read."""
     solutions = method.solve(task, store.scheme)
-    report = _report(task, solutions, model)
+    remedy = f"choose another {store.folder.name}.method, with another --out"
+    with watched(task.block, task.spec.linears, f"{at}, quantised", remedy):
+        report = _report(task, solutions, model)
+    for name, found in report.items():
+        if not math.isfinite(found["weight"]):
+            raise UPQError(f"{at}, quantised: {name} holds NaN or infinity; {remedy}")
     store.save(task.index, solutions, report)
     return report
 

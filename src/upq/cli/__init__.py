@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import typer
@@ -16,6 +17,7 @@ from upq.cli.export import export
 from upq.cli.quantize import quantize
 from upq.cli.serve import serve
 from upq.errors import UPQError
+from upq.signals import Stop, Stopped
 
 app = typer.Typer(
     help="Instruction-tuned language models in 2 bits a weight.",
@@ -42,7 +44,8 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceba
 
 
 def main() -> None:
-    """Entry point: an UPQError is one line on stderr and exit code 2, an interruption 130."""
+    """Entry point: an UPQError is one line on stderr and exit code 2; Ctrl-C is 130, SIGTERM 143."""
+    signal.signal(signal.SIGTERM, Stop().request)
     try:
         app()
     except UPQError as error:
@@ -52,9 +55,9 @@ def main() -> None:
 
         Console(stderr=True).print(f"[bold red]error:[/bold red] {_escaped(error)}", soft_wrap=True, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except Stopped as stopped:
+        print(f"stopped by {stopped}; what is on disk is whole", file=sys.stderr)
+        sys.exit(stopped.exit_code)
 
 
 def _escaped(error: UPQError) -> str:

@@ -38,6 +38,7 @@ def demo(
     from upq.loading import load_model, load_tokenizer
     from upq.quiet import quiet_libraries
     from upq.recipe import Recipe, Source
+    from upq.signals import Stop
 
     quiet_libraries()
     console = Console()
@@ -49,8 +50,8 @@ def demo(
     console.rule("1. FP → INT4 → INT2, with documents and conversations that it writes itself", align="left")
     chosen = Recipe.load(recipe)
     chosen = chosen.model_copy(update={"data": chosen.data.model_copy(update={"sources": (Source(path=str(corpus)),)})})
-    with reporter(console) as progress:
-        manifest = pipeline.quantize(REFERENCE, chosen, artifact, progress=progress)
+    with Stop().listening() as stop, reporter(console) as progress:
+        manifest = pipeline.quantize(REFERENCE, chosen, artifact, progress=progress, stop=stop)
     rounding = Recipe.load(recipe, ["int4=null", "int2.method=rtn", "int2.grid=affine", "distill.tokens=0"])
     rounding = rounding.model_copy(update={"data": chosen.data})
     plain = pipeline.quantize(REFERENCE, rounding, nearest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,9 +22,20 @@ ENOUGH_DISK = 5e9  # bytes; a 1B model's run needs about that
 
 
 def doctor(
+    artifact: Annotated[Path | None, typer.Argument(help="Check this artefact's files instead of the machine.")] = None,
     strict: Annotated[bool, typer.Option(help="Exit with code 2 if anything is missing, extras included.")] = False,
 ) -> None:
-    """Show versions, cores, memory, accelerator and optional parts, each with a remedy where it is missing."""
+    """Show versions, cores, memory, accelerator and optional parts, each with a remedy where it is missing.
+
+    With an artefact: compare every file with the SHA-256 in its manifest.
+    """
+    if artifact is not None:
+        from upq.artifact import read_manifest, verify
+
+        manifest = read_manifest(artifact)
+        verify(artifact, manifest)
+        print(f"{artifact}: all {len(manifest.files)} files are as they were written")
+        return
     import os
     import platform
     import shutil

@@ -42,7 +42,7 @@ def evaluate(
     from rich.console import Console
     from rich.markup import escape
 
-    from upq.artifact import atomic_write
+    from upq.artifact import MANIFEST, atomic_write, read_manifest, verify
     from upq.console import reporter, table
     from upq.evals import evaluate_tasks, evaluate_text, model_size, weights_bytes
     from upq.kernels import COMPUTES, computing
@@ -55,6 +55,8 @@ def evaluate(
     errors = Console(stderr=True)
     target = _device(device)
     with errors.status(f"loading {model}"):
+        if (Path(model) / MANIFEST).is_file():  # figures of a damaged file would be taken for the method's
+            verify(Path(model), read_manifest(Path(model)))
         tokenizer = load_tokenizer(model)
         student = load_model(model, device=target)
     figures: dict[str, Any] = {

@@ -38,11 +38,14 @@ def quantize(
     from upq import pipeline
     from upq.console import reporter
     from upq.quiet import quiet_libraries
+    from upq.signals import Stop
 
     quiet_libraries()
     console = Console()
-    with reporter(console) as progress:
-        manifest = pipeline.quantize(model, chosen, out, device=device, keep_work=keep_work, progress=progress)
+    with Stop().listening() as stop, reporter(console) as progress:
+        manifest = pipeline.quantize(
+            model, chosen, out, device=device, keep_work=keep_work, progress=progress, stop=stop
+        )
     console.print(result_table(manifest))
     console.print(f"[bold]{out}[/bold] is ready: upq chat {out}", highlight=False, soft_wrap=True)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from upq.artifact import atomic_write
+from upq.artifact import atomic_write, explained
 from upq.errors import UPQError
 from upq.progress import Progress
 from upq.recipe import Generated
@@ -43,7 +43,8 @@ def write_conversations(
     `progress` advances by tokens. Raises UPQError where the model has no chat template or ends no answer.
     """
     assert section.tokens is not None
-    folder.mkdir(parents=True, exist_ok=True)
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     done = number = empty = 0
     while done < section.tokens:
         path = folder / f"{number:06}.jsonl"

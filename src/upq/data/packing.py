@@ -12,6 +12,7 @@ import tempfile
 from array import array
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from upq.artifact import explained
 from upq.data import tokens
 from upq.data.encoding import Encoded, Encoder, tokenizer_identity
 from upq.data.sources import Document, identity, read_documents, sources_of
@@ -71,8 +73,10 @@ def prepare(
             progress.note(f"data: {path} is up to date")
             return stored
         progress.note(f"data: {path} was made from other data or settings and is made anew")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+    with scratch as folder:
         spool = _Spool(Path(folder), masked=section.loss_on == "assistant")
         with spool:
             reading = _Reading(sources, Encoder(tokenizer, section.loss_on), progress)
@@ -188,7 +192,8 @@ class _Spool:
 
     def __init__(self, folder: Path, *, masked: bool) -> None:
         self._names = {"tokens": folder / "tokens", "mask": folder / "mask"}
-        self._files: dict[str, BinaryIO] = {name: path.open("wb") for name, path in self._names.items()}
+        with explained(folder):
+            self._files: dict[str, BinaryIO] = {name: path.open("wb") for name, path in self._names.items()}
         self.masked = masked
         self.lengths = array("q")
         self.keys = array("Q")  # equal for documents of equal tokens
@@ -199,20 +204,23 @@ class _Spool:
 
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # of a full disk, which the write before has told
+                file.close()
 
     def add(self, encoded: Encoded) -> None:
-        self._files["tokens"].write(encoded.tokens_L.data)
-        if self.masked:
-            assert encoded.mask_L is not None
-            assert len(encoded.mask_L) == len(encoded.tokens_L)
-            self._files["mask"].write(encoded.mask_L.data)
+        with explained(self._names["tokens"]):
+            self._files["tokens"].write(encoded.tokens_L.data)
+            if self.masked:
+                assert encoded.mask_L is not None
+                assert len(encoded.mask_L) == len(encoded.tokens_L)
+                self._files["mask"].write(encoded.mask_L.data)
         self.lengths.append(len(encoded.tokens_L))
         self.keys.append(int.from_bytes(hashlib.blake2b(encoded.tokens_L.data, digest_size=8).digest(), "little"))
         self.total += len(encoded.tokens_L)
 
     def view(self, name: Literal["tokens", "mask"]) -> NDArray[Any]:
-        self._files[name].flush()
+        with explained(self._names[name]):
+            self._files[name].flush()
         return np.memmap(self._names[name], np.int32 if name == "tokens" else np.uint8, mode="r")
 
 

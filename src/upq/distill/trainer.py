@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedModel
 
-from upq.artifact import load_tensors, save_tensors
+from upq.artifact import load_metadata, load_tensors, save_tensors
 from upq.distill.objective import Objective
 from upq.distill.optimizer import make_optimizer, plain, restored, set_rate
 from upq.distill.sharding import shard
@@ -27,9 +28,10 @@ from upq.distill.student import checkpoint_blocks, fake_quant_layers, norm_weigh
 from upq.distill.teacher import CachedTeacher, Teacher, autocasts
 from upq.errors import UPQError
 from upq.losses import LOSSES, Loss
-from upq.nn.fake_quant import rms
+from upq.nn.fake_quant import rms, whole
 from upq.progress import Progress
 from upq.recipe import Distill, Plugin
+from upq.signals import Stop, Stopped
 
 
 class Batches(Protocol):
@@ -68,6 +70,7 @@ def distill(
     checkpoint: Path,
     progress: Progress,
     sharded: bool = False,
+    stop: Stop | None = None,
 ) -> list[float]:
     """Train `student` in place; returns the loss of each step (nats a token) since the last resume.
 
@@ -75,7 +78,9 @@ def distill(
     included (FSDP2); else each has a copy of its own. Both take up each other's checkpoints.
 
     Every `checkpoint_every` steps the latents, scales and optimiser moments go to `checkpoint`, atomically; a later
-    call goes on from there. Raises UPQError where the loss stops being finite; the last checkpoint stays.
+    call goes on from there. A step whose loss or gradient is not finite changes nothing; `skip_bad_steps` of them are
+    left out, one more is an UPQError. That, and a `stop` that waits, which is heeded after a step by raising Stopped,
+    come once the state is in `checkpoint`.
     """
     accelerator = Accelerator(
         mixed_precision="bf16" if autocasts(config, student.device) else "no", cpu=student.device.type == "cpu"
@@ -97,7 +102,8 @@ def distill(
         objective = accelerator.prepare(objective)
     optimizer = accelerator.prepare(optimizer)
     learned = [p for p in objective.parameters() if p.requires_grad]
-    first = _resume(checkpoint, objective, optimizer, progress) if checkpoint.is_file() else 0
+    first, skipped = _resume(checkpoint, objective, optimizer, progress) if checkpoint.is_file() else (0, [])
+    stop = stop or Stop()
     progress.start("distill", done=first)
     losses: list[float] = []
     for step in range(first, total_steps):
@@ -107,16 +113,34 @@ def distill(
         batch: tuple[Tensor, ...] = data.batch(step, config.batch_size)
         if cache is not None:
             batch = (*batch, data.rows(step, config.batch_size))
-        value = _step(accelerator, objective, optimizer, learned, batch, cache, config)
-        if not math.isfinite(value):
-            kept = f"; the state of the last checkpoint is kept in {checkpoint}" if checkpoint.is_file() else ""
-            raise UPQError(f"distill: step {step}: the loss is {value}; lower distill.lr or distill.scale_lr{kept}")
+        value, norm, stopping = _step(accelerator, objective, optimizer, learned, batch, cache, config, stop)
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            wrong = f"the loss is {value}" if not math.isfinite(value) else f"the gradient's norm is {norm}"
+            if len(skipped) == config.skip_bad_steps:
+                if step > first:
+                    _save(accelerator, checkpoint, objective, optimizer, step, skipped)
+                kept = f"; the state before it is kept in {checkpoint}" if checkpoint.is_file() else ""
+                raise UPQError(
+                    f"distill: step {step}: {wrong}; raise distill.skip_bad_steps (now {config.skip_bad_steps}) to go "
+                    f"on without it, or lower distill.lr or distill.scale_lr with another --out{kept}"
+                )
+            skipped.append(step)
+            progress.note(f"distill: step {step} is left out: {wrong} ({len(skipped)} of {config.skip_bad_steps})")
         losses.append(value)
         finished = step + 1
-        if finished % config.checkpoint_every == 0 or finished == total_steps:
-            _save(accelerator, checkpoint, objective, optimizer, finished)
+        if finished % config.checkpoint_every == 0 or finished == total_steps or stopping:
+            _save(accelerator, checkpoint, objective, optimizer, finished, skipped)
         progress.advance(1, loss=value)
+        if stopping:
+            progress.note(f"distill: stopped after step {step}; its state is in {checkpoint}")
+            raise Stopped(stop.signum or signal.SIGTERM)  # another process's, under torchrun
     return losses
+
+
+def skipped_steps(checkpoint: Path) -> list[int]:
+    """The steps that were left out up to `checkpoint`."""
+    skipped: list[int] = load_metadata(checkpoint).get("skipped", [])
+    return skipped
 
 
 def make_loss(config: Distill, teacher: Teacher, data: Batches) -> Loss:
@@ -153,10 +177,12 @@ def _step(
     batch: tuple[Tensor, ...],
     cache: CachedTeacher | None,
     config: Distill,
-) -> float:
-    """One optimiser step on this process's share of the global batch; returns the mean loss a token over all.
+    stop: Stop,
+) -> tuple[float, float, bool]:
+    """One optimiser step on this process's share of the global batch: tokens, mask and, with a cache, rows' numbers.
 
-    `batch` is tokens, mask and, where the teacher is cached, the rows' numbers.
+    Returns, alike in all processes, the mean loss a token, the norm of the gradient and whether any is to stop. If one
+    of the two figures is not finite, nothing has changed.
     """
     targets = int(batch[1][:, 1:].sum())
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -172,10 +198,13 @@ def _step(
                 value = objective(tokens.to(accelerator.device), mask.to(accelerator.device), *cached) / targets
             accelerator.backward(value * world)
         total += value.detach()
-    accelerator.clip_grad_norm_(learned, config.clip)
-    optimizer.step()
+    norm = float(whole(accelerator.clip_grad_norm_(learned, config.clip)))
+    asked = torch.full_like(total, stop.signum is not None)
+    value, stopping = accelerator.reduce(torch.stack([total, asked]), reduction="sum").tolist()
+    if math.isfinite(value) and math.isfinite(norm):
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(accelerator.reduce(total, reduction="sum"))
+    return value, norm, stopping > 0
 
 
 def _groups(student: PreTrainedModel, config: Distill) -> list[dict[str, Any]]:
@@ -196,7 +225,9 @@ def _groups(student: PreTrainedModel, config: Distill) -> list[dict[str, Any]]:
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
-def _save(accelerator: Accelerator, path: Path, objective: nn.Module, optimizer: Any, step: int) -> None:
+def _save(
+    accelerator: Accelerator, path: Path, objective: nn.Module, optimizer: Any, step: int, skipped: list[int]
+) -> None:
     inner = getattr(optimizer, "optimizer", optimizer)
     tensors: dict[str, Any] = {f"model:{k}": v for k, v in get_model_state_dict(objective, options=_FULL).items()}
     state: Any = get_optimizer_state_dict(objective, inner, options=_FULL).get("state", {})
@@ -205,11 +236,11 @@ def _save(accelerator: Accelerator, path: Path, objective: nn.Module, optimizer:
             tensors |= plain(f"optimizer:{name}:{k}", v)
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(path, {k: v.contiguous() for k, v in tensors.items()}, {"step": step})
+        save_tensors(path, {k: v.contiguous() for k, v in tensors.items()}, {"step": step, "skipped": skipped})
     accelerator.wait_for_everyone()
 
 
-def _resume(path: Path, objective: nn.Module, optimizer: Any, progress: Progress) -> int:
+def _resume(path: Path, objective: nn.Module, optimizer: Any, progress: Progress) -> tuple[int, list[int]]:
     inner = getattr(optimizer, "optimizer", optimizer)
     tensors, metadata = load_tensors(path)
     model: dict[str, Any] = {k.removeprefix("model:"): v for k, v in tensors.items() if k.startswith("model:")}
@@ -222,4 +253,4 @@ def _resume(path: Path, objective: nn.Module, optimizer: Any, progress: Progress
     }
     set_optimizer_state_dict(objective, inner, {**fresh, "state": state}, options=options)
     progress.note(f"resumed the training at step {metadata['step']}")
-    return int(metadata["step"])
+    return int(metadata["step"]), list(metadata.get("skipped", []))

@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from upq import kernels
-from upq.artifact import MANIFEST, Manifest, digest_file, load_rows, read_manifest, tensor_shapes
-from upq.errors import UPQError
+from upq.artifact import Manifest, load_rows, read_manifest, tensor_shapes, verify
 from upq.grids import GRIDS
 from upq.hf import block_linears, empty_model
 from upq.loading import family, load_tokenizer
@@ -93,7 +92,7 @@ class Source:
     @classmethod
     def open(cls, path: Path) -> Source:
         manifest = read_manifest(path)
-        _check_digests(path, manifest)
+        verify(path, manifest)
         shards = [path / name for name in manifest.files if name.endswith(".safetensors")]
         model, quantization = empty_model(path, shards)
         schemes = quantization.schemes(model)
@@ -162,12 +161,3 @@ class Source:
 def _dtype(files: Mapping[str, Path], spec: ModelSpec) -> torch.dtype:
     name = f"{spec.final_norm}.weight"
     return load_rows(files[name], name, 0, 1).dtype
-
-
-def _check_digests(path: Path, manifest: Manifest) -> None:
-    for name, entry in manifest.files.items():
-        file = path / name
-        if not file.is_file():
-            raise UPQError(f"{file}: missing, though {MANIFEST} lists it; copy or download the artefact again")
-        if file.stat().st_size != entry.bytes or digest_file(file) != entry.sha256:
-            raise UPQError(f"{file}: not the file that {MANIFEST} lists (SHA-256 differs); copy the artefact again")

@@ -121,7 +121,10 @@ def _save(model: openvino.Model, file: Path) -> None:
         for output in node.outputs():
             names = output.get_names()
             output.get_tensor().set_names({own if _COUNTED.fullmatch(name) else name for name in names})
-    openvino.save_model(model, file, compress_to_fp16=False)
+    try:
+        openvino.save_model(model, file, compress_to_fp16=False)
+    except RuntimeError as error:  # a full disk is "basic_ios::clear: iostream error"
+        raise OSError(f"OpenVINO: {error}") from error
 
 
 class _OvGraph:

@@ -1,0 +1,31 @@
+"""Stops a walk where the hidden states stop being numbers, before anything is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from upq.errors import UPQError
+
+
+@contextmanager
+def watched(block: nn.Module, linears: tuple[str, ...], where: str, remedy: str) -> Iterator[None]:
+    """Within, the first linear of `block` that writes NaN or infinity is an UPQError, or else the block itself."""
+
+    def check(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, out_BTX: Tensor) -> None:
+            if not out_BTX.isfinite().all():
+                raise UPQError(f"{where}: what {name} writes holds NaN or infinity; {remedy}")
+
+        return hook
+
+    watch = {name: block.get_submodule(name) for name in linears} | {"the block, but none of its linears,": block}
+    handles = [module.register_forward_hook(check(name)) for name, module in watch.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

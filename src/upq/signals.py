@@ -1,0 +1,67 @@
+"""A run that is asked to end, by Ctrl-C or by SIGTERM, and when it heeds."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Self
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """A signal ended the run. Like KeyboardInterrupt no Exception: nothing on its way up may take it for a failure."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell reports a process that the signal has killed."""
+        return 128 + self.signum
+
+
+class Stop:
+    """Law: a request raises Stopped at once; within `held` only a second one does, and the first one waits.
+
+    Nothing happens to a process's signals but within `listening`.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None  # of a request that waits
+        self._held = False
+
+    def request(self, signum: int, _frame: FrameType | None = None) -> None:
+        """A signal handler."""
+        if not self._held or self.signum is not None:
+            raise Stopped(signum)
+        self.signum = signum
+        # print() is not safe in a handler: the signal may come while another one holds the stream.
+        os.write(2, b"stopping when this step is done and saved; the same signal again stops at once\n")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While what is within cannot be left anywhere: it looks at `signum` and stops where it can."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self.signum is not None:
+            raise Stopped(self.signum)
+
+    @contextmanager
+    def listening(self) -> Iterator[Self]:
+        """SIGINT and SIGTERM are requests. For the main thread alone, as Python has it."""
+        # What is ignored stays so: that is how a shell keeps Ctrl-C from what it runs in the background.
+        heard = [signum for signum in _SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+        before = {signum: signal.signal(signum, self.request) for signum in heard}
+        try:
+            yield self
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)

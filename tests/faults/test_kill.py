@@ -1,0 +1,63 @@
+"""kill -9, wherever: the same command then ends in the bytes of a run that nothing happened to."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from victim import Command, Unharmed, Victim, outcome
+
+
+def test_killed_in_every_stage_one_after_the_other(victim: Victim, unharmed: Unharmed, tmp_path: Path) -> None:
+    """A little after the first block of INT4, the second of INT2 and the first checkpoint, all in one directory."""
+    out, chance = tmp_path / "out", random.Random(0)
+    for sign in ("int4/block-0000.safetensors", "int2/block-0001.safetensors", "distill.safetensors"):
+        command = Command(victim.arguments(out), tmp_path / "log")
+        command.wait_for((out / ".work" / sign).is_file)
+        time.sleep(chance.uniform(0, 0.03))
+        command.signal(signal.SIGKILL)
+        assert command.end() == -signal.SIGKILL
+        assert not (out / "upq.json").exists()
+        assert not (out / "model.safetensors").exists()
+        for path in out.rglob("*"):  # by the clock, it was all written in 1970
+            os.utime(path, (0, 0))
+    command = Command(victim.arguments(out), tmp_path / "log")
+    assert command.end() == 0, command.said()
+    assert "taken over from process" in command.said()
+    assert "resumed the training at step" in command.said()
+    assert outcome(out) == unharmed.outcome  # and nothing else in the directory
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(25))
+def test_killed_at_a_random_moment(victim: Victim, unharmed: Unharmed, tmp_path: Path, seed: int) -> None:
+    out = tmp_path / "out"
+    command = Command(victim.arguments(out), tmp_path / "log")
+    time.sleep(random.Random(seed).uniform(0, unharmed.seconds))
+    command.signal(signal.SIGKILL)
+    command.end()
+    print(f"killed at: {command.said().splitlines()[-1:]}")
+    command = Command(victim.arguments(out), tmp_path / "log")
+    assert command.end() == 0, command.said()
+    assert outcome(out) == unharmed.outcome
+
+
+@pytest.mark.soak
+def test_killed_again_and_again(victim: Victim, unharmed: Unharmed, tmp_path: Path) -> None:
+    """Every life is a little longer than the one before, until one is long enough."""
+    out, lives = tmp_path / "out", 1
+    while True:
+        command = Command(victim.arguments(out), tmp_path / "log")
+        time.sleep(0.1 * unharmed.seconds * lives)
+        command.signal(signal.SIGKILL)
+        if command.end() == 0:
+            break
+        lives += 1
+        assert lives < 30
+    assert lives > 3
+    assert outcome(out) == unharmed.outcome

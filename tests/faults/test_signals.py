@@ -1,0 +1,77 @@
+"""Ctrl-C and SIGTERM: the exit code says which, what was done is saved, and the same command goes on."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from upq.artifact import load_metadata
+from upq.signals import Stop, Stopped
+from victim import RECIPE, Command, Unharmed, Victim, outcome
+
+
+def test_interrupted_then_terminated_then_finished(victim: Victim, unharmed: Unharmed, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    work = out / ".work"
+
+    command = Command(victim.arguments(out), log)
+    command.wait_for((work / "int4" / "block-0001.safetensors").is_file)
+    command.signal(signal.SIGINT)
+    assert command.end() == 130
+    assert "stopped by SIGINT" in command.said()
+    assert "Traceback" not in command.said()
+    assert not (out / ".lock").exists()
+    assert not (work / "distill.safetensors").exists()
+
+    command = Command(victim.arguments(out), log)
+    command.wait_for((work / "distill.safetensors").is_file)
+    command.signal(signal.SIGTERM)
+    assert command.end() == 143
+    assert "stopped by SIGTERM" in command.said()
+    step = load_metadata(work / "distill.safetensors")["step"]
+    # The step that was under way is in the checkpoint.
+    assert f"stopped after step {step - 1};" in command.said()
+
+    command = Command(victim.arguments(out), log)
+    assert command.end() == 0, command.said()
+    assert f"resumed the training at step {step}" in command.said()
+    assert "taken over" not in command.said()  # both have let go of the lock
+    assert outcome(out) == unharmed.outcome
+    assert step >= RECIPE["distill"]["checkpoint_every"]
+
+
+def test_a_request_waits_only_while_it_is_held_and_only_once(capfd: pytest.CaptureFixture[str]) -> None:
+    stop = Stop()
+    with pytest.raises(Stopped, match="SIGINT"):
+        stop.request(signal.SIGINT)
+    reached = []
+    with pytest.raises(Stopped, match="SIGTERM") as caught, stop.held():  # noqa: PT012
+        stop.request(signal.SIGTERM)
+        reached.append("the end of what was held")
+    assert reached
+    assert caught.value.exit_code == 143
+    assert "the same signal again stops at once" in capfd.readouterr().err
+    stop = Stop()
+    with pytest.raises(Stopped, match="SIGINT") as caught, stop.held():  # noqa: PT012
+        stop.request(signal.SIGTERM)
+        stop.request(signal.SIGINT)
+        pytest.fail("the second request was not heeded")
+    assert caught.value.exit_code == 130
+
+
+def test_what_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Stop().listening():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_signals_are_the_callers_own_again_afterwards() -> None:
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Stopped, match="SIGTERM"), Stop().listening():
+        signal.raise_signal(signal.SIGTERM)
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
