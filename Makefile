@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 ENGINES := .venv-engines
 
-.PHONY: demo test soak test-engines check bench sanitize cross clean
+.PHONY: demo test soak test-engines check bench sanitize cross fuzz clean
 
 demo: $(VENV)/.installed
 	$(BIN)/upq demo
@@ -42,6 +42,11 @@ cross: $(VENV)/.installed
 		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
 	$(BIN)/cmake --build build/aarch64 --parallel
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/kernels_test 20
+
+# 10 minutes in all; what it finds lies in build/fuzz/crashes and goes on failing with `tools/fuzz.py TARGET --input FILE`.
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt atheris
+	for target in artifact recipe data; do $(BIN)/python tools/fuzz.py $$target --seconds 200 || exit 1; done
 
 # torch first and alone, pinned: left to itself, pip would fetch a CUDA build with gigabytes of libraries.
 $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/upq/kernels/cpu/*)

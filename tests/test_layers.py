@@ -13,7 +13,19 @@ import upq
 
 SRC = Path(upq.__file__).parent
 LAYERS = (
-    ("errors", "scheme", "registry", "recipe", "recipes", "progress", "artifact", "memory", "lock", "signals"),
+    (
+        "errors",
+        "bounded",
+        "signals",
+        "scheme",
+        "registry",
+        "recipe",
+        "recipes",
+        "progress",
+        "artifact",
+        "lock",
+        "memory",
+    ),
     ("grids", "losses", "kernels"),
     ("nn", "models", "loading", "activations", "streaming", "data"),
     ("blockwise", "distill", "formats", "evals", "demo", "decoding"),

@@ -211,7 +211,7 @@ def test_a_damaged_tensor_is_named(change: Any, message: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("file", "remedy"),
     [
-        ("pytorch_model.bin", r"found pytorch_model\.bin: convert it with save_pretrained"),
+        ("pytorch_model.bin", r"found pytorch_model\.bin, a pickle, .* python -c .*save_pretrained"),
         (None, "is the download complete"),
     ],
 )

@@ -18,10 +18,13 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from upq.bounded import parse_json, read_json
 from upq.errors import UPQError
 from upq.recipe import Strict, decode
 
 MANIFEST = "upq.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MANIFEST_VERSION = 1
 _METADATA = "upq"  # one key: safetensors writes several in a random order, and equal content must give equal bytes
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -142,7 +145,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_tensors` wrote: tensors on the CPU and the metadata."""
     with _readable(path), safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        return tensors, json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+        raw = (file.metadata() or {}).get(_METADATA, "{}").encode()
+        metadata = parse_json(raw, str(path), remedy="delete it and run the same command again")
+        return tensors, metadata if isinstance(metadata, dict) else {}
 
 
 def load_metadata(path: Path) -> dict[str, Any]:
@@ -166,6 +171,54 @@ def load_rows(path: Path, name: str, start: int = 0, stop: int | None = None) ->
         return rows
 
 
+def plain_name(name: object, where: str) -> str:
+    """A file of the directory itself: a list in a downloaded file must not lead to other files of this machine."""
+    # Symlinks are followed, for a hub snapshot is made of them.
+    if not isinstance(name, str) or name in ("", ".", "..") or not {"/", "\\", "\0", ":"}.isdisjoint(name):
+        raise UPQError(f"{where}: names {name!r}, which is no file name of this directory; do not use it")
+    return name
+
+
+def tensor_files(path: Path) -> dict[str, Path]:
+    """Tensor name to safetensors file of a model directory: of the single file, or else as the index says."""
+    index, single = path / INDEX, path / WEIGHTS
+    if single.is_file():  # first, as in transformers: what is checked is what is loaded
+        return dict.fromkeys(tensor_shapes(single), single)
+    if not index.is_file():
+        raise UPQError(f"{path}: no {WEIGHTS}; {_instead(path)}")
+    files = {name: path / file for name, file in _weight_map(index).items()}
+    for file in sorted(set(files.values())):
+        if not file.is_file():
+            raise UPQError(f"{path}: shard {file.name} named by the index is missing; is the download complete?")
+    return files
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of tensors names."""
+    return sorted(set(_weight_map(index).values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    raw = read_json(index, remedy="is the download complete?")
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UPQError(f"{index}: not an index of tensors; is the download complete?")
+    return {name: plain_name(file, str(index)) for name, file in weight_map.items()}
+
+
+def _instead(path: Path) -> str:
+    found = sorted(p.name for kind in _PICKLES for p in path.glob(kind))
+    if not found:
+        return "is the download complete?"
+    return (
+        f"found {found[0]}, a pickle, which can run any code when it is read and never is here. Whoever trusts it"
+        ' converts it: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;'
+        f" d = '{path}';"
+        " m = M.from_pretrained(d, use_safetensors=False, dtype='auto'); m.save_pretrained(d + '-safe');"
+        " T.from_pretrained(d).save_pretrained(d + '-safe')\""
+    )
+
+
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
     try:
@@ -175,7 +228,8 @@ def _readable(path: Path) -> Iterator[None]:
     except (SafetensorError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UPQError(
-            f"{path}: damaged or truncated ({reason}); delete it and run the same command again, or copy it again"
+            f"{path}: damaged or truncated ({reason}); delete it and run the same command again, or copy or"
+            " download it again"
         ) from error
 
 
@@ -222,15 +276,15 @@ class Manifest(Strict):
 
 def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UPQError(f"{directory}: no {MANIFEST} here; is it a finished UPQ artefact?") from None
-    except (OSError, ValueError) as error:
-        raise UPQError(f"{path}: cannot be read ({error}); delete it and run the same command again") from error
+    if not path.exists():
+        raise UPQError(f"{directory}: no {MANIFEST} here; is it a finished UPQ artefact?")
+    raw = read_json(path, remedy="delete it and run the same command again")
     if isinstance(raw, dict) and isinstance(found := raw.get("manifest_version"), int) and found > MANIFEST_VERSION:
         raise UPQError(f"{path}: written by a newer upq (manifest {found}); upgrade: pip install -U upq")
-    return decode(Manifest, raw, str(path))
+    manifest = decode(Manifest, raw, str(path))
+    for name in manifest.files:
+        plain_name(name, str(path))
+    return manifest
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -38,11 +38,12 @@ from upq.artifact import (
 from upq.card import model_card
 from upq.errors import UPQError
 from upq.grids import GRIDS, search_scale
-from upq.loading import family, load_config, load_model
+from upq.loading import check_sizes, family, foreign, load_config, load_model
 from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead, dense_like, pack_like
 from upq.scheme import QTensor, QuantScheme
 
 FORMAT_VERSION = 1
+_OURS = "is config.json from this upq?"
 _ROWS = 4096  # rows of an embedding quantised at one time: the scale search holds several fp32 copies of them
 
 
@@ -88,24 +89,32 @@ class UpqConfig(QuantizationConfigMixin):
         quant_method: str = "upq",
         **unknown: Any,
     ) -> None:
+        if type(format_version) is not int:
+            raise UPQError(f"quantization_config: format_version {format_version!r} is no number; {_OURS}")
         if format_version > FORMAT_VERSION:
             raise UPQError(
                 f"quantization_config: format_version {format_version} is newer than this upq knows "
                 f"({FORMAT_VERSION}); upgrade: pip install -U upq"
             )
         if unknown:
-            raise UPQError(f"quantization_config: unknown key {min(unknown)!r}; is config.json from this upq?")
+            raise UPQError(f"quantization_config: unknown key {min(unknown)!r}; {_OURS}")
+        if not isinstance(overrides, Mapping | None):
+            raise UPQError(f"quantization_config.overrides: expected an object, got {overrides!r}; {_OURS}")
         self.quant_method = cast(Any, quant_method)
         self.format_version = format_version
         self.linears = _scheme(linears, "linears")
-        self.overrides = {path: s and _scheme(s, f"overrides.{path}") for path, s in sorted((overrides or {}).items())}
-        self.embeddings = embeddings and _scheme(embeddings, "embeddings")
+        self.overrides = {
+            path: None if s is None else _scheme(s, f"overrides.{path}")
+            for path, s in sorted((overrides or {}).items())
+        }
+        self.embeddings = None if embeddings is None else _scheme(embeddings, "embeddings")
         self.dequantize = dequantize
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        if "linears" not in config_dict and config_dict.get("format_version", FORMAT_VERSION) <= FORMAT_VERSION:
-            raise UPQError("quantization_config: key 'linears' is missing; is config.json from this upq?")
+        version = config_dict.get("format_version", FORMAT_VERSION)
+        if "linears" not in config_dict and not (isinstance(version, int) and version > FORMAT_VERSION):
+            raise UPQError(f"quantization_config: key 'linears' is missing; {_OURS}")
         filled = {"linears": {}, **config_dict}
         return super().from_dict(filled, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
 
@@ -127,7 +136,10 @@ class UpqConfig(QuantizationConfigMixin):
         found = {path: self.overrides.get(path, self.linears) for path in linears}
         if self.embeddings is not None:
             found |= dict.fromkeys(embedding_tables(model), self.embeddings)
-        return {path: scheme for path, scheme in found.items() if scheme is not None}
+        packed = {path: scheme for path, scheme in found.items() if scheme is not None}
+        if not packed:
+            raise UPQError(f"quantization_config: nothing is packed; {_OURS}")
+        return packed
 
 
 def _scheme(raw: Mapping[str, Any] | QuantScheme, where: str) -> QuantScheme:
@@ -136,7 +148,7 @@ def _scheme(raw: Mapping[str, Any] | QuantScheme, where: str) -> QuantScheme:
     try:
         return QuantScheme(**raw)
     except TypeError as error:
-        raise UPQError(f"quantization_config.{where}: not a scheme ({error}); is config.json from this upq?") from None
+        raise UPQError(f"quantization_config.{where}: not a scheme ({error}); {_OURS}") from None
 
 
 @register_quantizer("upq")
@@ -236,8 +248,9 @@ def empty_model(path: Path, files: list[Path]) -> tuple[PreTrainedModel, UpqConf
         raise UPQError(f"{path}: config.json names no upq quantization; is it a UPQ artefact?")
     quantization: UpqConfig = UpqConfig.from_dict(raw)
     del config.quantization_config
+    check_sizes(path, config, files)
     auto: Any = AutoModelForCausalLM  # untyped
-    with torch.device("meta"):
+    with foreign(f"{path}: config.json describes no model"), torch.device("meta"):
         model: PreTrainedModel = auto.from_config(config)
         _swap(model, quantization)
     _check_files(model, files, _guard(model, quantization))

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
+from pydantic import Field
 from transformers import PreTrainedModel
 
 from upq.artifact import (
@@ -36,6 +37,7 @@ from upq.artifact import (
     write_manifest,
 )
 from upq.blockwise import METHODS, BlockStore, Method, walk
+from upq.bounded import read_json
 from upq.card import model_card
 from upq.data.generated import write_conversations
 from upq.data.packing import prepare
@@ -58,7 +60,7 @@ from upq.losses import LOSSES
 from upq.memory import peak_memory_bytes
 from upq.nn.fake_quant import whole
 from upq.progress import Progress, Silent
-from upq.recipe import Blockwise, Data, Generated, Recipe, Source, digest
+from upq.recipe import Blockwise, Data, Generated, Recipe, Source, Strict, decode, digest
 from upq.scheme import QTensor
 from upq.signals import Stop
 from upq.streaming import StreamedModel
@@ -165,6 +167,15 @@ class _Trained:
     norms: dict[str, torch.Tensor]
 
 
+class _State(Strict):
+    """`run.json`."""
+
+    model: str  # digest over `files`
+    files: dict[str, str] = Field(default_factory=dict)  # of the model, to their SHA-256
+    recipe: dict[str, Any]
+    seconds: dict[str, float]  # by stage
+
+
 @dataclass
 class _Run:
     """One run in its directory: the stages' inputs, outputs and clocks."""
@@ -215,9 +226,9 @@ class _Run:
             run.check(manifest.model.digest, {}, manifest.recipe)
             return None
         if run.state.is_file():
-            found = _stored(run.state)
-            run.check(found["model"], found.get("files", {}), found["recipe"])
-            run.seconds = found["seconds"]
+            found = decode(_State, read_json(run.state, remedy=f"delete {run.work} to begin anew"), str(run.state))
+            run.check(found.model, found.files, found.recipe)
+            run.seconds = found.seconds
         elif any(path.name not in (WORK, LOCK) for path in out.iterdir()):
             raise UPQError(f"{out}: not empty, and no UPQ run is in it; name a new directory")
         with explained(run.work):
@@ -373,7 +384,7 @@ class _Run:
         if not len(data.validation_tokens_NT):
             raise UPQError("data: too little text to hold any back for validation; add text or lower data.seq_len")
         seen = self.work / "data.json"
-        if seen.is_file() and _stored(seen) != data.digest:
+        if seen.is_file() and read_json(seen, remedy=f"delete {self.work} to begin anew") != data.digest:
             raise UPQError(f"{self.out}: the data has changed since this run began; restore it, or use another --out")
         if self.writes:
             atomic_write(seen, json.dumps(data.digest))
@@ -585,13 +596,6 @@ def _sweep(out: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)  # it may have gone with its directory
-
-
-def _stored(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UPQError(f"{path}: damaged ({error}); delete {path.parent} and run the same command again") from error
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -12,11 +12,13 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from upq.bounded import YAML_BYTES, parse_yaml, read_bytes
 from upq.errors import UPQError
 from upq.scheme import PER_CHANNEL, QuantScheme
 
 M = TypeVar("M", bound=BaseModel)
 STAGES = ("int4", "int2", "distill")
+_ERRORS, _SHOWN = 1000, 200  # errors that are looked at, characters of a value in a message
 
 
 class Strict(BaseModel):
@@ -161,12 +163,19 @@ def decode(model: type[M], raw: Any, where: str) -> M:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
+        if error.error_count() > _ERRORS:  # each takes kilobytes once it is looked at
+            raise UPQError(f"{where}: {error.error_count():,} values are not what they should be") from None
         first = error.errors()[0]
         at = ".".join(str(part) for part in first["loc"] if part != "function-before")
         if first["type"] == "extra_forbidden":
             known = ", ".join(_fields_at(model, first["loc"][:-1]))
             raise UPQError(f"{where}: unknown key {at!r}; keys here: {known}") from None
-        raise UPQError(f"{where}: {at or 'top level'}: {first['msg'].lower()} (got {first['input']!r})") from None
+        raise UPQError(f"{where}: {at or 'top level'}: {first['msg'].lower()} (got {_shown(first['input'])})") from None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
@@ -185,13 +194,13 @@ def _read(name_or_file: str) -> dict[str, Any]:
     if name_or_file in names():
         text = resources.files("upq.recipes").joinpath(f"{name_or_file}.yaml").read_text()
     elif path.is_file():
-        text = path.read_text()
+        try:
+            text = read_bytes(path, 4 * YAML_BYTES, remedy="is it a recipe?").decode()
+        except UnicodeDecodeError as error:
+            raise UPQError(f"recipe {name_or_file}: not UTF-8 text at byte {error.start}; is it a recipe?") from None
     else:
         raise UPQError(f"recipe {name_or_file!r} is neither a file nor one of: {', '.join(names())}")
-    try:
-        raw = _yaml(text)
-    except yaml.YAMLError as error:
-        raise UPQError(f"recipe {name_or_file}: not valid YAML: {' '.join(str(error).split())}") from None
+    raw = parse_yaml(text, _Loader, f"recipe {name_or_file}: the text", remedy="mend it")
     if not isinstance(raw, dict):
         raise UPQError(f"recipe {name_or_file}: expected a mapping of sections, got {type(raw).__name__}")
     return raw
@@ -206,10 +215,6 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
-
-
 def override(raw: dict[str, Any], item: str) -> None:
     """Put `dotted.key=yaml value` into a mapping of mappings."""
     key, equals, value = item.partition("=")
@@ -222,7 +227,4 @@ def override(raw: dict[str, Any], item: str) -> None:
             # `method: rtn` is short for `method: {name: rtn}`
             here[part] = {"name": here[part]} if isinstance(here.get(part), str) else {}
         here = here[part]
-    try:
-        here[last] = _yaml(value)
-    except yaml.YAMLError:
-        raise UPQError(f"--set {item!r}: the value is not valid YAML") from None
+    here[last] = parse_yaml(value, _Loader, f"--set {item!r}: the value", remedy="mend it")

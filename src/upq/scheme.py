@@ -29,6 +29,9 @@ class QuantScheme:
     scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
+        # They come from files too: 2.0 would pass every comparison below, and a list is no name.
+        if not (type(self.bits) is type(self.group_size) is int and type(self.grid) is type(self.scale_dtype) is str):
+            raise UPQError(f"bits and group_size must be integers, grid and scale_dtype names, got {self}")
         if not 2 <= self.bits <= 8:
             raise UPQError(f"bits must be in 2..8, got {self.bits}")
         if self.group_size != PER_CHANNEL and (self.group_size <= 0 or self.group_size % 8):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +16,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from upq.activations import Activations, Allocate, in_memory, stretches
+from upq.artifact import tensor_files
 from upq.errors import UPQError
-from upq.loading import family, load_config
+from upq.loading import check_sizes, family, foreign, load_config
 
 Context = dict[str, Any]  # keyword arguments of a decoder block: positions, mask, rotary embeddings
 
@@ -34,10 +34,11 @@ class StreamedModel:
         self.device = torch.device(device)
         self.config = load_config(path)
         self.spec = family(self.config)
-        self._files = _tensor_files(path)
+        self._files = tensor_files(path)
+        check_sizes(path, self.config, self._files.values())
         auto: Any = AutoModelForCausalLM  # untyped
         # Parameters on meta, buffers real: the rotary frequencies are not in the checkpoint.
-        with init_empty_weights(include_buffers=False):
+        with foreign(f"{path}: config.json describes no model"), init_empty_weights(include_buffers=False):
             self._skeleton: PreTrainedModel = auto.from_config(self.config, dtype=torch.float32)
         self._skeleton.eval().requires_grad_(False)
         blocks = self._skeleton.get_submodule(self.spec.blocks)
@@ -142,28 +143,6 @@ def run_block(block: nn.Module, hidden_NTH: Activations, context: Context, *, ba
     """Put a block's outputs in the place of its inputs, in their order and batches (so a rerun is bit-identical)."""
     for rows in stretches(len(hidden_NTH), batch_size):
         hidden_NTH[rows] = block(hidden_NTH[rows], **context)
-
-
-def _tensor_files(path: Path) -> dict[str, Path]:
-    """Tensor name to safetensors file, from the index or from the single file."""
-    index = path / "model.safetensors.index.json"
-    single = path / "model.safetensors"
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            files = {name: path / file for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UPQError(f"{index}: not an index of tensors; is the download complete?") from None
-        for file in sorted(set(files.values())):
-            if file.parent != path or not file.is_file():
-                raise UPQError(f"{path}: shard {file.name} named by the index is missing; is the download complete?")
-        return files
-    if not single.is_file():
-        found = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt"))
-        remedy = f"found {found[0]}: convert it with save_pretrained" if found else "is the download complete?"
-        raise UPQError(f"{path}: no model.safetensors; {remedy}")
-    with _opened(single) as file:
-        return dict.fromkeys(file.keys(), single)
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from upq.cli.serve import serve
 from upq.errors import UPQError
 from upq.signals import Stop, Stopped
 
+_LINE = 2000  # characters of an error
+
 app = typer.Typer(
     help="Instruction-tuned language models in 2 bits a weight.",
     no_args_is_help=True,
@@ -63,4 +65,7 @@ def main() -> None:
 def _escaped(error: UPQError) -> str:
     from rich.markup import escape
 
-    return escape(" ".join(str(error).split()))
+    # A message quotes names from files: neither control sequences nor halves of characters go to the terminal.
+    line = " ".join(str(error).split())
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line[:_LINE])
+    return escape(shown + "…" * (len(line) > _LINE))

@@ -79,9 +79,12 @@ def answer(
     import torch
     from transformers import TextStreamer
 
-    encoded: Any = tokenizer.apply_chat_template(
-        history, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    from upq.data.conversations import refusals
+
+    with refusals("chat"):
+        encoded: Any = tokenizer.apply_chat_template(
+            history, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
     length = encoded["input_ids"].shape[1]
     room = model.config.max_position_embeddings - length
     if room < 1:

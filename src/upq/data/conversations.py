@@ -16,7 +16,6 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from upq.data.sources import Message
@@ -39,7 +38,8 @@ class ChatTemplate:
         """The template's text, or None for a tokenizer that has none."""
         if not self.tokenizer.chat_template:
             return None
-        text: str = self.tokenizer.get_chat_template()
+        with refusals("the model's tokenizer"):
+            text: str = self.tokenizer.get_chat_template()
         return text
 
     @property
@@ -49,7 +49,7 @@ class ChatTemplate:
     def render(self, messages: tuple[Message, ...], where: str, *, prompt: bool = False) -> str:
         """The conversation as one text; with `prompt`, up to where the assistant's next answer begins."""
         self._require(where)
-        with _refusals(where):
+        with refusals(where):
             text = self.tokenizer.apply_chat_template(_plain(messages), tokenize=False, add_generation_prompt=prompt)
         assert isinstance(text, str)
         return text
@@ -57,7 +57,7 @@ class ChatTemplate:
     def encode_marked(self, messages: tuple[Message, ...], where: str) -> tuple[list[int], list[int]]:
         """Tokens and assistant mask of a template that marks the assistant's part itself."""
         self._require(where)
-        with _refusals(where):
+        with refusals(where):
             out: Any = self.tokenizer.apply_chat_template(
                 _plain(messages),
                 tokenize=True,
@@ -127,11 +127,15 @@ class ChatTemplate:
 
 
 @contextmanager
-def _refusals(where: str) -> Iterator[None]:
-    """Turns what a template raises on a conversation it was not written for into one line."""
+def refusals(where: str) -> Iterator[None]:
+    """Turns what a template raises on a conversation it was not written for into one line.
+
+    A template is a program of the model's author: in jinja's sandbox it reaches nothing but the messages, but it can
+    raise whatever an expression raises: 1 / 0, a recursion without end.
+    """
     try:
         yield
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise UPQError(f"{where}: the chat template refuses this conversation ({reason}); mend or remove it") from error
 

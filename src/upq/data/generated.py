@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from upq.artifact import atomic_write, explained
+from upq.data.conversations import refusals
 from upq.errors import UPQError
 from upq.progress import Progress
 from upq.recipe import Generated
@@ -86,13 +87,15 @@ def _header(tokenizer: PreTrainedTokenizerBase) -> str:
             "data.generated: the model's tokenizer has no chat template, so it cannot write conversations;"
             " leave them out with --set data.generated=null"
         )
-    text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+    with refusals("data.generated"):
+        text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
     assert isinstance(text, str)
     return text.split(_MARK)[0]
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, talk: Conversation, *, prompt: bool = False) -> list[int]:
-    rendered: Any = tokenizer.apply_chat_template(talk, add_generation_prompt=prompt, return_dict=True)
+    with refusals("data.generated"):
+        rendered: Any = tokenizer.apply_chat_template(talk, add_generation_prompt=prompt, return_dict=True)
     ids: list[int] = rendered["input_ids"]
     return ids
 

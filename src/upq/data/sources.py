@@ -13,16 +13,21 @@ What a path may be:
 An object or a row becomes a document by one column: `field` if the source names it, else the first of `messages`,
 `conversations`, `text` that is there. A text without any character but white space is no document and is passed over;
 a whole file or data set of nothing else is an error.
+
+A document of text has at most TEXT_BYTES, a row of JSON ROW_BYTES: what is read into memory at one time is bounded
+whatever the file, a small `.gz` of gigabytes included. Files themselves may have any size.
 """
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +40,9 @@ TEXT = (".txt", ".text", ".md")
 LINES = (".jsonl", ".ndjson", ".json")
 KINDS = (*TEXT, *LINES, ".parquet")
 COLUMNS = ("messages", "conversations", "text")
+TEXT_BYTES = 128 << 20
+ROW_BYTES = 32 << 20  # `[],` makes 64 bytes of 3
+_PIECE = 1 << 20  # of an array, read at a time
 ROLES = ("system", "user", "assistant", "tool")
 # The other spelling in wide use, {from, value}, with its names for the roles.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
@@ -154,41 +162,69 @@ def _opened(file: Path, *, compressed: bool = True) -> BinaryIO:
         raise UPQError(f"{file}: cannot be opened ({error.strerror}); check its permissions") from error
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
+def _lines(file: Path, limit: int) -> Iterator[tuple[int, str]]:
     """Numbered lines, each with its end; a line that is not text is an error that names the byte."""
     offset = 0
-    with _opened(file) as raw:
-        try:
-            for number, line in enumerate(raw, start=1):
-                yield number, _decode(line, file, offset)
-                offset += len(line)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UPQError(f"{file}: damaged gzip file ({error}); compress or download it again") from error
+    with _reading(file) as raw:
+        for number, line in enumerate(iter(lambda: raw.readline(limit + 1), b""), start=1):
+            if len(line) > limit:
+                raise _too_long(f"{file}:{number}", limit)
+            yield number, _decode(line, file, offset)
+            offset += len(line)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[BinaryIO]:
+    try:
+        with _opened(file) as raw:
+            yield raw
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UPQError(f"{file}: damaged gzip file ({error}); compress or download it again") from error
+    except OSError as error:
+        raise UPQError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
+
+
+def _too_long(where: str, limit: int) -> UPQError:
+    remedy = "split the text, or set the source's `separator: blank_line`" if limit == TEXT_BYTES else "split the row"
+    return UPQError(f"{where}: a document of more than {limit >> 20} MB; {remedy}")
 
 
 def _decode(raw: bytes, file: Path, offset: int) -> str:
     zero = raw.find(b"\0")
     if zero >= 0:
-        remedy = f"only text files can have this name; other kinds are {', '.join(LINES)}, .parquet"
-        raise UPQError(f"{file}: binary data, a zero byte at byte {offset + zero}; {remedy}")
+        raise _binary(file, offset + zero)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        at = offset + error.start
-        raise UPQError(f"{file}: not UTF-8 text at byte {at}; convert the file, for example with iconv") from error
+        raise _no_text(file, offset + error.start) from error
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
+def _binary(file: Path, at: int) -> UPQError:
+    remedy = f"only text files can have this name; other kinds are {', '.join(LINES)}, .parquet"
+    return UPQError(f"{file}: binary data, a zero byte at byte {at}; {remedy}")
+
+
+def _no_text(file: Path, at: int) -> UPQError:
+    return UPQError(f"{file}: not UTF-8 text at byte {at}; convert the file, for example with iconv")
+
+
 def _text_file(file: Path, source: Source) -> Iterator[Document]:
-    yield Document("".join(line for _, line in _lines(file)), str(file))
+    with _reading(file) as raw:
+        whole = raw.read(TEXT_BYTES + 1)
+    if len(whole) > TEXT_BYTES:
+        raise _too_long(str(file), TEXT_BYTES)
+    yield Document(_decode(whole, file, 0), str(file))
 
 
 def _text_blocks(file: Path, source: Source) -> Iterator[Document]:
     block: list[str] = []
-    first = 1
-    for number, line in _lines(file):
+    first, size = 1, 0
+    for number, line in _lines(file, TEXT_BYTES):
         if line.strip():
-            first = first if block else number
+            first, size = (first, size + len(line)) if block else (number, len(line))
+            if size > TEXT_BYTES:
+                raise _too_long(f"{file}:{first}", TEXT_BYTES)
             block.append(line)
         elif block:
             yield Document("".join(block).rstrip("\r\n"), f"{file}:{first}")
@@ -198,27 +234,110 @@ def _text_blocks(file: Path, source: Source) -> Iterator[Document]:
 
 
 def _json_lines(file: Path, source: Source) -> Iterator[Document]:
-    for number, line in _lines(file):
+    for number, line in _lines(file, ROW_BYTES):
         if line.strip():
             where = f"{file}:{number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UPQError(f"{where}: invalid JSON ({error}); each line must hold one whole object") from None
             yield _from_row(row, source, where)
 
 
 def _json_array(file: Path, source: Source) -> Iterator[Document]:
-    try:
-        rows = json.loads("".join(line for _, line in _lines(file)))
-    except json.JSONDecodeError as error:
-        raise UPQError(f"{file}:{error.lineno}: invalid JSON ({error.msg}); mend the file") from None
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(_items(file), start=1):
         yield _from_row(row, source, f"{file}: item {number}")
 
 
+def _items(file: Path) -> Iterator[Any]:
+    """The items of one JSON array, each parsed as soon as it is there: the whole may be larger than memory."""
+    scan = json.JSONDecoder().raw_decode
+    with _reading(file) as raw:
+        text = _Ahead(raw, file)
+        text.skip("[")
+        if text.peek() == "]":
+            text.skip("]")
+        else:
+            while True:
+                text.peek()  # white space
+                yield text.value(scan)
+                if text.peek() != ",":
+                    break
+                text.skip(",")
+            text.skip("]")
+        if text.peek():
+            raise text.wrong("extra data")
+
+
+class _Ahead:
+    """The text of a file from where reading stands, as far as it has been needed."""
+
+    def __init__(self, raw: BinaryIO, file: Path) -> None:
+        self._raw, self._file = raw, file
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._text, self._at, self._offset = "", 0, 0
+        self._line, self._ended = 1, False
+
+    def peek(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        while True:
+            while self._at < len(self._text):
+                if self._text[self._at] not in " \t\r\n":
+                    return self._text[self._at]
+                self._at += 1
+            if self._ended:
+                return ""
+            self._more(_PIECE)
+
+    def skip(self, character: str) -> None:
+        if self.peek() != character:
+            raise self.wrong(f"expected {character!r}")
+        self._at += 1
+
+    def value(self, scan: Callable[[str, int], tuple[Any, int]]) -> Any:
+        piece = _PIECE
+        while True:
+            try:
+                value, end = scan(self._text, self._at)
+                # A number at the end of what has been read may go on.
+                if end < len(self._text) or self._ended:
+                    self._at = end
+                    return value
+            except json.JSONDecodeError as error:
+                if self._ended:
+                    raise self.wrong(error.msg, error.pos) from None
+            except (ValueError, RecursionError) as error:
+                raise self.wrong(str(error)) from None
+            if (held := len(self._text) - self._at) > ROW_BYTES:
+                raise _too_long(f"{self._file}:{self._line}", ROW_BYTES)
+            self._more(min(piece, ROW_BYTES + 1 - held))
+            piece *= 2  # so that an item is not parsed again for each megabyte of it
+
+    def _more(self, size: int) -> None:
+        self._line += self._text.count("\n", 0, self._at)
+        raw = self._raw.read(size)
+        self._ended = not raw
+        zero = raw.find(b"\0")
+        if zero >= 0:
+            raise _binary(self._file, self._offset + zero)
+        before = len(self._decoder.getstate()[0])
+        try:
+            text = self._decoder.decode(raw, self._ended)
+        except UnicodeDecodeError as error:
+            raise _no_text(self._file, self._offset - before + error.start) from error
+        if self._offset == 0:
+            text = text.removeprefix("\ufeff")
+        self._text, self._at = self._text[self._at :] + text, 0
+        self._offset += len(raw)
+
+    def wrong(self, what: str, at: int | None = None) -> UPQError:
+        line = self._line + self._text.count("\n", 0, self._at if at is None else at)
+        return UPQError(f"{self._file}:{line}: invalid JSON ({what}); mend the file")
+
+
 def _starts_array(file: Path) -> bool:
-    return next((line.lstrip().startswith("[") for _, line in _lines(file) if line.strip()), False)
+    with _reading(file) as raw:
+        return _Ahead(raw, file).peek() == "["
 
 
 def _parquet(file: Path, source: Source) -> Iterator[Document]:
@@ -233,7 +352,7 @@ def _parquet(file: Path, source: Source) -> Iterator[Document]:
                 for value in batch.column(column).to_pylist():
                     number += 1
                     yield _document(value, column, f"{file}: row {number}")
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, LookupError, ValueError) as error:  # text that is not UTF-8 is a ValueError
         raise UPQError(f"{file}: not a readable parquet file ({_first_line(error)}); write it again") from error
 
 

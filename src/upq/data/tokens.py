@@ -138,6 +138,9 @@ def read(path: Path, key: str, seed: int) -> TokenSet | None:
             if metadata.get("key") != key:
                 return None
             names = set(file.keys())
+            rows = [file.get_slice(name) for name in ("tokens", "validation_tokens")]
+            if any(len(row.get_shape()) != 2 or row.get_dtype() != "I32" for row in rows):
+                return None
             mask, validation_mask = (
                 file.get_tensor(name) if name in names else None for name in ("mask", "validation_mask")
             )
@@ -150,7 +153,7 @@ def read(path: Path, key: str, seed: int) -> TokenSet | None:
                 sources=tuple(SourceUse(**use) for use in json.loads(metadata["sources"])),
                 seed=seed,
             )
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
         return None
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 from datasets import Dataset, DatasetDict
 
+from upq.bounded import read_bytes
 from upq.errors import UPQError
 
 _MMLU_COLUMNS = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
@@ -65,16 +66,20 @@ def mmlu_docs(*, test: str, dev: str, **_metadata: Any) -> DatasetDict:
 def ifeval_docs(*, file: str, **_metadata: Any) -> DatasetDict:
     """lm-eval scores the split that the original calls `train`."""
     rows = []
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_bytes(Path(file), remedy="is it IFEval's file?").splitlines(), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise UPQError(f"{file}:{number}: not a JSON object; expected one object a line") from None
         missing = [key for key in _IFEVAL_KEYS if not isinstance(row, dict) or key not in row]
         if missing:
             raise UPQError(f"{file}:{number}: {', '.join(missing)} missing; IFEval rows hold {', '.join(_IFEVAL_KEYS)}")
+        if not all(isinstance(row[key], list) for key in ("kwargs", "instruction_id_list")):
+            raise UPQError(f"{file}:{number}: kwargs and instruction_id_list must be lists; mend the row")
+        if not all(isinstance(kwargs, dict) for kwargs in row["kwargs"]):
+            raise UPQError(f"{file}:{number}: each of kwargs must be an object; mend the row")
         if len(row["kwargs"]) != len(row["instruction_id_list"]):
             raise UPQError(f"{file}:{number}: as many kwargs as instruction_id_list entries are needed")
         rows.append({key: row[key] for key in _IFEVAL_KEYS})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from upq.artifact import shard_names
 from upq.errors import UPQError
 from upq.loading import family
 from upq.nn.fake_quant import FakeQuantLinear
@@ -50,8 +50,7 @@ def weights_bytes(model: str | Path) -> int:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         # hub repositories often hold the same weights a second time, in the original author's format
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        files = [directory / name for name in sorted(names)]
+        files = [directory / name for name in shard_names(index)]
     elif (directory / "model.safetensors").is_file():
         files = [directory / "model.safetensors"]
     else:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from upq.artifact import load_rows, tensor_shapes
+from upq.bounded import read_json
 from upq.exports._base import Rows
 from upq.exports._source import Source
 
@@ -100,7 +101,7 @@ def _write(
 
 def write_config(source: Source, out: Path, changes: Mapping[str, Any]) -> None:
     """The artefact's config.json without its quantisation, with `changes`."""
-    config = json.loads((source.path / "config.json").read_text())
+    config = read_json(source.path / "config.json", remedy="copy the artefact again")
     del config["quantization_config"]
     (out / "config.json").write_text(json.dumps(config | dict(changes), indent=2) + "\n")
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from upq.artifact import atomic_write
-from upq.errors import UPQError
+from upq.bounded import read_json
 from upq.recipe import Strict, decode
 
 REPORT = "export.json"
@@ -50,8 +50,4 @@ def write_report(path: Path, report: Report) -> None:
 
 
 def read_report(path: Path) -> Report:
-    try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UPQError(f"{path}: cannot be read ({error}); export again") from error
-    return decode(Report, raw, str(path))
+    return decode(Report, read_json(path, remedy="export again"), str(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from upq import kernels
 from upq.artifact import Manifest, load_rows, read_manifest, tensor_shapes, verify
+from upq.bounded import read_json
+from upq.errors import UPQError
 from upq.grids import GRIDS
 from upq.hf import block_linears, empty_model
 from upq.loading import family, load_tokenizer
@@ -145,9 +146,15 @@ class Source:
     def ends(self) -> list[int]:
         """The ids on which the model stops, as transformers' generate reads them."""
         file = self.path / "generation_config.json"
-        settings = json.loads(file.read_text()) if file.is_file() else {}
+        remedy = "correct it or leave it out"
+        settings = read_json(file, remedy=remedy) if file.is_file() else {}
+        if not isinstance(settings, dict):
+            raise UPQError(f"{file}: expected an object, got {type(settings).__name__}; {remedy}")
         found = settings.get("eos_token_id", self.config.eos_token_id)
-        return found if isinstance(found, list) else [] if found is None else [found]
+        ends = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(end) is int for end in ends):
+            raise UPQError(f"{file}: eos_token_id is {found!r}, not one or more token ids; {remedy}")
+        return ends
 
     def companions(self) -> list[Path]:
         """Files that every Hugging Face directory of this model has: tokenizer, chat template, generation settings."""

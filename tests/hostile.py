@@ -1,0 +1,112 @@
+"""What must hold for any file a stranger may hand over, as one function a kind: it is read, or UPQError says why not.
+
+tests/test_hostile.py and tools/fuzz.py call the same functions, on inputs of their own making.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers.utils import logging
+
+import upq
+from tiny import CHAT, byte_tokenizer, tiny_artifact, tiny_model
+from upq.blockwise import METHODS
+from upq.data import Message, read_documents
+from upq.data.conversations import ChatTemplate
+from upq.data.encoding import Encoder
+from upq.errors import UPQError
+from upq.exports._source import Source as Artifact
+from upq.loading import load_tokenizer
+from upq.losses import LOSSES
+from upq.recipe import Recipe, Source
+from upq.streaming import StreamedModel
+
+TALK = (Message("user", "Hi"), Message("assistant", "Ho"))
+CONVERSATION = [{"role": message.role, "content": message.content} for message in TALK]
+DATA = ("a.txt", "a.jsonl", "a.json", "a.txt.gz", "a.jsonl.gz", "a.parquet")
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+def models(root: Path) -> list[Path]:
+    """Valid directories to start from: an artefact, and a dense model in shards."""
+    dense = root / "dense"
+    tiny_model("llama", vocab_size=300, eos_token_id=257).save_pretrained(dense, max_shard_size="20KB")
+    byte_tokenizer(bos="<s>", eos="</s>", chat_template=CHAT).save_pretrained(dense)
+    return [tiny_artifact(root / "artifact"), dense]
+
+
+def data_file(name: str, rows: list[dict[str, Any]]) -> bytes:
+    """A valid file of one of DATA's names."""
+    if name.endswith(".parquet"):
+        out = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), out)
+        return out.getvalue()
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    text = json.dumps(rows, indent=1) if name == "a.json" else text
+    return gzip.compress(text.encode(), mtime=0) if name.endswith(".gz") else text.encode()
+
+
+def read_model(directory: Path) -> None:
+    """An artefact or a dense model, by every way there is into it."""
+    with _refused():
+        upq.load(directory)
+    with _refused():
+        tokenizer = load_tokenizer(directory)
+        template = ChatTemplate(tokenizer)
+        if template.source is not None:
+            template.render(TALK, "here")
+    with _refused():
+        source = Artifact.open(directory)
+        source.ends(), source.companions()
+    with _refused():
+        StreamedModel(directory).block(0)
+
+
+def read_recipe(file: Path) -> None:
+    with _refused():
+        recipe = Recipe.load(str(file))
+        for stage in (recipe.int4, recipe.int2):
+            if stage is not None:
+                stage.scheme()
+                stage.method.options(METHODS.get(stage.method.name).Config, "method")
+        recipe.distill.loss.options(LOSSES.get(recipe.distill.loss.name).Config, "loss")
+        assert Recipe.load(str(file)) == recipe
+
+
+def read_data(file: Path) -> None:
+    tokenizer = byte_tokenizer(bos="<s>", eos="</s>", chat_template=CHAT)
+    for separator in ("none", "blank_line"):
+        with _refused():
+            documents = list(read_documents(Source(path=str(file), separator=separator)))
+            Encoder(tokenizer).encode(documents)
+
+
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    with contextlib.suppress(UPQError):
+        yield
+
+
+@contextlib.contextmanager
+def with_file(directory: Path, name: str, content: bytes) -> Iterator[Path]:
+    """The directory with one file exchanged; as it was, afterwards."""
+    file = directory / name
+    kept = file.read_bytes() if file.is_file() else None
+    file.write_bytes(content)
+    try:
+        yield directory
+    finally:
+        file.unlink()
+        if kept is not None:
+            file.write_bytes(kept)

@@ -1,0 +1,100 @@
+"""Coverage-guided fuzzing of everything that reads a stranger's file: `python tools/fuzz.py artifact --seconds 600`.
+
+The law is that of tests/test_hostile.py, and so are the functions (tests/hostile.py): a file is read, or UPQError says
+why not. Anything else, or 1 GB of memory more than the imports take, is a finding: libFuzzer stops and leaves the input
+in `--crashes`. `--input FILE` runs one such input again. Needs atheris: pip install 'upq[fuzz]'.
+
+An input for `artifact` is the number of a file in its first byte, then that file's content; for `data`, of a kind of
+file. The corpus starts from valid files and grows in `--corpus`, from run to run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import atheris
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+with atheris.instrument_imports(include=["upq", "yaml"]):
+    import hostile
+    from upq.memory import resident_bytes
+    from upq.recipe import Recipe, names
+
+ROOM = 1 << 30
+Run = Callable[[bytes], None]
+
+
+def artifact(scratch: Path) -> tuple[Run, list[bytes]]:
+    places = [(model, file.name) for model in hostile.models(scratch) for file in sorted(model.iterdir())]
+    seeds = [bytes([n]) + (model / name).read_bytes() for n, (model, name) in enumerate(places)]
+
+    def run(raw: bytes) -> None:
+        model, name = places[raw[0] % len(places)]
+        with hostile.with_file(model, name, raw[1:]):
+            hostile.read_model(model)
+
+    return run, seeds
+
+
+def recipe(scratch: Path) -> tuple[Run, list[bytes]]:
+    def run(raw: bytes) -> None:
+        (scratch / "recipe.yaml").write_bytes(raw)
+        hostile.read_recipe(scratch / "recipe.yaml")
+
+    return run, [Recipe.load(name).dump().encode() for name in names()]
+
+
+def data(scratch: Path) -> tuple[Run, list[bytes]]:
+    def run(raw: bytes) -> None:
+        file = scratch / hostile.DATA[raw[0] % len(hostile.DATA)]
+        file.write_bytes(raw[1:])
+        hostile.read_data(file)
+
+    rows = ([{"text": "one"}, {"text": "zwö 二"}], [{"messages": hostile.CONVERSATION}])
+    return run, [bytes([n]) + hostile.data_file(name, r) for n, name in enumerate(hostile.DATA) for r in rows]
+
+
+TARGETS = {"artifact": artifact, "recipe": recipe, "data": data}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument("--corpus", type=Path, default=ROOT / "build" / "fuzz" / "corpus")
+    parser.add_argument("--crashes", type=Path, default=ROOT / "build" / "fuzz" / "crashes")
+    parser.add_argument("--input", type=Path, help="run this input alone")
+    options = parser.parse_args()
+    # libFuzzer leaves by _exit: the folder is the system's to remove.
+    run, seeds = TARGETS[options.target](Path(tempfile.mkdtemp(prefix="upq-fuzz-")))
+
+    def one(raw: bytes) -> None:
+        if raw:
+            with contextlib.redirect_stderr(None):  # warnings of the libraries, thousands of times
+                run(raw)
+
+    if options.input:
+        one(options.input.read_bytes())
+        return
+    corpus, crashes = (folder / options.target for folder in (options.corpus, options.crashes))
+    for folder in (corpus, crashes):
+        folder.mkdir(parents=True, exist_ok=True)
+    for n, seed in enumerate(seeds):
+        (corpus / f"seed-{n:03}").write_bytes(seed)
+    one(seeds[0])  # what is imported late belongs to the imports
+    memory = (resident_bytes() + ROOM) >> 20
+    limits = [f"-max_total_time={options.seconds}", f"-rss_limit_mb={memory}", "-timeout=60", "-max_len=65536"]
+    # Valid files all take the same way, and only one of them would be kept for that.
+    settings = ["-keep_seed=1", f"-artifact_prefix={crashes}/", "-print_final_stats=1"]
+    atheris.Setup([sys.argv[0], str(corpus), *limits, *settings], one)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
