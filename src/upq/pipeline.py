@@ -68,8 +68,8 @@ from upq.streaming import StreamedModel
 WORK = ".work"
 LOCK = ".lock"
 # What may change between one command and the next: exports come after the artefact and can be added to it, where things
-# lie changes no result, and a run that has met no bad step is the run of any number of them.
-_FREE = ("export", "memory", "distill.skip_bad_steps")
+# lie and what is computed twice changes no result, and a run that has met no bad step is the run of any number of them.
+_FREE = ("export", "memory", "distill.skip_bad_steps", "distill.gradient_checkpointing")
 _PATIENCE = timedelta(days=30)  # other processes wait for the first one's block-wise stages that long
 
 
