@@ -9,6 +9,7 @@ import contextlib
 import gzip
 import io
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from upq.streaming import StreamedModel
 
 TALK = (Message("user", "Hi"), Message("assistant", "Ho"))
 CONVERSATION = [{"role": message.role, "content": message.content} for message in TALK]
+ODD: list[Any] = [None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, 10**12, 0.5, 1e308, float("nan"), float("inf")]
+ODD += ["", "..", "/", "a/b", "float16", "\ud800", "\0", [], {}]
 DATA = ("a.txt", "a.jsonl", "a.json", "a.txt.gz", "a.jsonl.gz", "a.parquet")
 
 logging.set_verbosity_error()
@@ -43,7 +46,15 @@ def models(root: Path) -> list[Path]:
     dense = root / "dense"
     tiny_model("llama", vocab_size=300, eos_token_id=257).save_pretrained(dense, max_shard_size="20KB")
     byte_tokenizer(bos="<s>", eos="</s>", chat_template=CHAT).save_pretrained(dense)
-    return [tiny_artifact(root / "artifact"), dense]
+    artifact = tiny_artifact(root / "artifact")
+    (artifact / "upq.json").write_bytes(unsigned(artifact))
+    return [artifact, dense]
+
+
+def unsigned(artifact: Path) -> bytes:
+    """The manifest without a digest of what is going to be changed, as whoever changed it would see to."""
+    raw = json.loads((artifact / "upq.json").read_text())
+    return json.dumps(raw | {"files": {"model.safetensors": raw["files"]["model.safetensors"]}}).encode()
 
 
 def data_file(name: str, rows: list[dict[str, Any]]) -> bytes:
@@ -55,6 +66,22 @@ def data_file(name: str, rows: list[dict[str, Any]]) -> bytes:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     text = json.dumps(rows, indent=1) if name == "a.json" else text
     return gzip.compress(text.encode(), mtime=0) if name.endswith(".gz") else text.encode()
+
+
+def exchanged(text: bytes, choose: random.Random) -> bytes:
+    """JSON with one value of it, at any depth, exchanged for an odd one, left out or cut short."""
+    return json.dumps(_exchanged(json.loads(text), choose)).encode(errors="surrogatepass")
+
+
+def _exchanged(value: Any, choose: random.Random) -> Any:
+    if not isinstance(value, dict | list) or not value or choose.random() < 0.1:
+        odd = choose.choice(ODD)
+        return choose.choice([odd, odd, [odd], {"a": odd}, str(odd), [odd, value]])
+    key = choose.choice(list(value)) if isinstance(value, dict) else choose.randrange(len(value))
+    if choose.random() < 0.1:
+        return {k: v for k, v in value.items() if k != key} if isinstance(value, dict) else value[:key]
+    inner = _exchanged(value[key], choose)
+    return {**value, key: inner} if isinstance(value, dict) else [*value[:key], inner, *value[key + 1 :]]
 
 
 def read_model(directory: Path) -> None:

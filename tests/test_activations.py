@@ -73,7 +73,7 @@ def test_the_file_does_not_count_as_memory(tmp_path: Path) -> None:
         for at in stretches(rows, 4):
             disk_NTH[at] = batch_BTH
         assert sum(disk_NTH[at].sum().item() for at in stretches(rows, 4)) == rows * row.numel()
-        assert resident_bytes() - before < 16 * 2**20
+        assert resident_bytes() - before < 32 * 2**20  # two batches are 8 MiB, and the allocator keeps some more
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -140,41 +138,6 @@ def test_suites_are_tasks(judging: Any, split: str) -> None:
 
 
 # ---- memory of the block-wise stages
-
-
-WALKS = """
-import json, sys
-from pathlib import Path
-import torch
-from upq.blockwise import METHODS, BlockStore, walk
-from upq.memory import peak_memory_bytes
-from upq.progress import Silent
-from upq.scheme import QuantScheme
-from upq.streaming import StreamedModel
-
-model, out = map(Path, sys.argv[1:])
-config, flexround = json.loads((model / "config.json").read_text()), METHODS.get("flexround")
-for layers in (2, 12):
-    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
-    method = flexround(flexround.Config(iterations=1, scale="max"))
-    store = BlockStore(out / str(layers), QuantScheme(bits=4), latents=False)
-    walk(StreamedModel(model), torch.arange(64).view(4, 16), method, store, source=None, seed=0, progress=Silent())
-    print(store.done(layers), peak_memory_bytes())
-"""
-
-
-def test_the_peak_does_not_grow_with_depth(tmp_path: Path) -> None:
-    """Twelve blocks of the benchmark's checkpoint after two of them, in one process; a block is 15 MB in float32."""
-    made, out = tmp_path / "model", tmp_path / "out"
-    importlib.import_module("memory").make(made, layers=12, hidden=512, vocabulary=300)
-    index = json.loads((made / "model.safetensors.index.json").read_text())["weight_map"]
-    assert len(set(index.values())) == 13
-    command = [sys.executable, "-c", WALKS, str(made), str(out)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (few, shallow), (many, deep) = (map(int, line.split()) for line in done.stdout.splitlines())
-    assert (few, many) == (2, 12)
-    assert deep < shallow + 4 * 15e6
 
 
 def test_figures_of_memory_say_what_was_measured() -> None:

@@ -178,7 +178,7 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, int]]:
     for file in sorted(folder.rglob("*.safetensors")):
         yield from tensor_bytes("", load_file(file))
     for file in sorted(folder.rglob("*.pt")):
-        yield from tensor_bytes("", torch.load(file, map_location="cpu", weights_only=False))
+        yield from tensor_bytes("", torch.load(file, map_location="cpu", weights_only=True))
 
 
 def tensor_bytes(name: str, value: Any) -> Iterator[tuple[str, int]]:

@@ -21,7 +21,7 @@ def quantise(job: peer.Job) -> str:
 
 def load(job: peer.Job) -> nn.Module:
     model = peer.load_original(job)
-    model.load_state_dict(torch.load(job.stored / "model.pt", weights_only=False), assign=True)
+    model.load_state_dict(torch.load(job.stored / "model.pt", weights_only=True), assign=True)
     return model
 
 

@@ -60,8 +60,9 @@ def load_model(model: str | Path, *, dtype: torch.dtype | str = "auto", device: 
 
     Sizes and shapes are compared with the headers of the files before memory is taken for any of them.
     """
-    path, config = _downloaded(model), load_config(model)
+    config = load_config(model)
     family(config)
+    path = _downloaded(model)
     _check_weights(path, config)
     settings = path / "generation_config.json"
     if settings.is_file():

@@ -63,7 +63,7 @@ class EndsAt(Silent):
 def test_a_shard_of_the_model_that_is_not_whole(victim: Victim, sharded: Path, tmp_path: Path, damage: Damage) -> None:
     shard = sorted(sharded.glob("*.safetensors"))[1]
     damage(shard)
-    with pytest.raises(UPQError, match=rf"{shard.name}.*is the download complete") as caught:
+    with pytest.raises(UPQError, match=rf"{shard.name}.*download") as caught:
         quantize(sharded, victim.recipe("data.generated=null"), tmp_path / "out")
     assert "\n" not in str(caught.value)
 
@@ -127,7 +127,7 @@ def test_files_of_the_run_that_are_cut_short(victim: Victim, tmp_path: Path) -> 
         file = out / ".work" / name
         whole = file.read_bytes()
         file.write_bytes(whole[:-1])
-        with pytest.raises(UPQError, match=rf"{file}: damaged .*; delete .* and run the same command again") as caught:
+        with pytest.raises(UPQError, match=rf"{file}: (damaged|cannot be read) .*; delete ") as caught:
             quantize(victim.model, recipe, out)
         assert "\n" not in str(caught.value)
         file.write_bytes(whole)

@@ -34,14 +34,14 @@ def test_killed_in_every_stage_one_after_the_other(victim: Victim, unharmed: Unh
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("seed", range(25))
-def test_killed_at_a_random_moment(victim: Victim, unharmed: Unharmed, tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("part", range(25))
+def test_killed_at_a_random_moment(victim: Victim, unharmed: Unharmed, tmp_path: Path, part: int) -> None:
+    """One moment in each of 25 equal parts of the run."""
     out = tmp_path / "out"
-    command = Command(victim.arguments(out), tmp_path / "log")
-    time.sleep(random.Random(seed).uniform(0, unharmed.seconds))
-    command.signal(signal.SIGKILL)
-    command.end()
-    print(f"killed at: {command.said().splitlines()[-1:]}")
+    moment = 1 + int(unharmed.operations * (part + random.Random(part).random()) / 25)
+    command = Command(victim.arguments(out), tmp_path / "log", dies_at=moment)
+    assert command.end() == -signal.SIGKILL
+    print(f"killed at {moment} of {unharmed.operations}, with", *sorted(path.name for path in out.rglob("*")))
     command = Command(victim.arguments(out), tmp_path / "log")
     assert command.end() == 0, command.said()
     assert outcome(out) == unharmed.outcome
@@ -51,13 +51,7 @@ def test_killed_at_a_random_moment(victim: Victim, unharmed: Unharmed, tmp_path:
 def test_killed_again_and_again(victim: Victim, unharmed: Unharmed, tmp_path: Path) -> None:
     """Every life is a little longer than the one before, until one is long enough."""
     out, lives = tmp_path / "out", 1
-    while True:
-        command = Command(victim.arguments(out), tmp_path / "log")
-        time.sleep(0.1 * unharmed.seconds * lives)
-        command.signal(signal.SIGKILL)
-        if command.end() == 0:
-            break
+    while Command(victim.arguments(out), tmp_path / "log", dies_at=10 * lives).end() != 0:
         lives += 1
-        assert lives < 30
-    assert lives > 3
+    assert lives > 5
     assert outcome(out) == unharmed.outcome

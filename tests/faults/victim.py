@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -84,7 +85,7 @@ class Unharmed:
 
     out: Path
     outcome: dict[str, Any]
-    seconds: float
+    operations: int
 
 
 # Importing torch and transformers costs seconds a process: this server has them, and each command is a fork of it.
@@ -93,11 +94,15 @@ _SERVER.set_forkserver_preload(["upq.cli", "upq.pipeline"])
 
 
 class Command:
-    """`upq ARGUMENTS`, under way; what it prints goes to `log`."""
+    """`upq ARGUMENTS`, under way; what it prints goes to `log`.
 
-    def __init__(self, arguments: list[str], log: Path) -> None:
+    With `dies_at`, it kills itself (SIGKILL) as it is about to do its so many-th operation on a file. Between two of them
+    nothing on the disk changes, so these are all the moments there are, but for those within a write.
+    """
+
+    def __init__(self, arguments: list[str], log: Path, *, dies_at: int | None = None) -> None:
         self.log = log
-        self._process = _SERVER.Process(target=_main, args=(arguments, str(log)))
+        self._process = _SERVER.Process(target=_main, args=(arguments, str(log), dies_at))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -111,6 +116,10 @@ class Command:
         assert code is not None, f"still running after {seconds} s: {self.said()}"
         return code
 
+    def operations(self) -> int:
+        """How many it has done, where it has come to its end."""
+        return int(self.said().splitlines()[-1].removesuffix(_COUNTED))
+
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
@@ -123,10 +132,16 @@ class Command:
             time.sleep(0.001)
 
     def signal(self, signum: int) -> None:
-        os.kill(self.pid, signum)
+        """Nothing where it has ended by itself."""
+        if self._process.exitcode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signum)
 
 
-def _main(arguments: list[str], log: str) -> None:
+_COUNTED = " operations on files below --out"
+
+
+def _main(arguments: list[str], log: str, dies_at: int | None) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -134,7 +149,25 @@ def _main(arguments: list[str], log: str) -> None:
     sys.argv = ["upq", *arguments]
     from upq.cli import main
 
-    main()
+    if "--out" not in arguments:
+        main()
+    out, done = str(Path(arguments[arguments.index("--out") + 1])), 0
+
+    def count(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal done
+        # shutil.rmtree names files by their directory's descriptor, the last argument.
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and (
+            str(args[0]).startswith(out) or (event in ("os.remove", "os.rmdir") and args[-1] != -1)
+        ):
+            done += 1
+            if done == dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    try:
+        main()
+    finally:
+        print(f"{done}{_COUNTED}", flush=True)
 
 
 def outcome(out: Path) -> dict[str, Any]:

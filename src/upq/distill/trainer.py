@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -173,7 +174,7 @@ def _step(
     accelerator: Accelerator,
     objective: nn.Module,
     optimizer: Any,
-    learned: list[Tensor],
+    learned: Sequence[Tensor],
     batch: tuple[Tensor, ...],
     cache: CachedTeacher | None,
     config: Distill,
