@@ -263,6 +263,24 @@ def test_a_hub_snapshot_is_made_of_links_and_loads(valid: list[Path], tmp_path: 
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
+def test_a_model_of_the_hub_is_held_to_the_same(
+    valid: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for n, model in enumerate(valid):
+        repository = tmp_path / f"models--org--{n}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("a" * 40)
+        snapshot = copy(model, repository / "snapshots" / ("a" * 40))
+        assert type(upq.load(f"org/{n}")) is type(upq.load(model))
+        changed(snapshot, "config.json", lambda raw: raw.update(head_dim=10**9))
+        refusal(lambda n=n: upq.load(f"org/{n}"), "config.json says head_dim=1000000000, its weights are")
+        for file in snapshot.glob("*.safetensors*"):
+            file.unlink()
+        refusal(lambda n=n: upq.load(f"org/{n}"), rf"^org/{n}: .*(pickles above all|cannot load)")
+
+
 # --- sizes and shapes ----------------------------------------------------------------------------------------------
 
 SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"]

@@ -55,10 +55,10 @@ class Stop:
             raise Stopped(self.signum)
 
     @contextmanager
-    def listening(self) -> Iterator[Self]:
-        """SIGINT and SIGTERM are requests. For the main thread alone, as Python has it."""
+    def listening(self, *signals: int) -> Iterator[Self]:
+        """`signals`, or else SIGINT and SIGTERM, are requests. For the main thread alone, as Python has it."""
         # What is ignored stays so: that is how a shell keeps Ctrl-C from what it runs in the background.
-        heard = [signum for signum in _SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+        heard = [signum for signum in signals or _SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
         before = {signum: signal.signal(signum, self.request) for signum in heard}
         try:
             yield self

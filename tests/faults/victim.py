@@ -96,8 +96,8 @@ _SERVER.set_forkserver_preload(["upq.cli", "upq.pipeline"])
 class Command:
     """`upq ARGUMENTS`, under way; what it prints goes to `log`.
 
-    With `dies_at`, it kills itself (SIGKILL) as it is about to do its so many-th operation on a file. Between two of them
-    nothing on the disk changes, so these are all the moments there are, but for those within a write.
+    With `dies_at`, it kills itself (SIGKILL) as it is about to do its so many-th operation on files. Between two of
+    them nothing on the disk changes, so these are all the moments there are, but for those within a write.
     """
 
     def __init__(self, arguments: list[str], log: Path, *, dies_at: int | None = None) -> None:

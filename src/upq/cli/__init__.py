@@ -47,9 +47,9 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceba
 
 def main() -> None:
     """Entry point: an UPQError is one line on stderr and exit code 2; Ctrl-C is 130, SIGTERM 143."""
-    signal.signal(signal.SIGTERM, Stop().request)
     try:
-        app()
+        with Stop().listening(signal.SIGTERM):
+            app()
     except UPQError as error:
         if os.environ.get("UPQ_DEBUG"):
             raise
