@@ -134,21 +134,26 @@ class Study:
 
         if task.row == ORIGINAL:
             return digest(self.digest, self.split, self.limit)
-        return digest(self._portable(self.recipe(task)), ROWS[task.row].data, self.digest, self.split, self.limit)
+        return digest(self._identity(task), ROWS[task.row].data, self.digest, self.split, self.limit)
 
     def shared_keys(self, task: Task) -> dict[str, str]:
         """Identity of what a row may share, by stage. Budget and batch are in it: they decide which rows calibrate."""
         from upq.recipe import digest
 
-        recipe = self._portable(self.recipe(task))
+        recipe, identity = self.recipe(task), self._identity(task)
         training = (recipe.distill.tokens, recipe.distill.batch_size, recipe.int2.samples)
-        text = digest(recipe.data, recipe.seed, *training, ROWS[task.row].data, self.digest)
+        text = digest(identity["data"], recipe.seed, *training, ROWS[task.row].data, self.digest)
         keys = {"generate": text} if recipe.data.generated is not None else {}
-        return keys if recipe.int4 is None else keys | {"int4": digest(recipe.int4, text)}
+        return keys if recipe.int4 is None else keys | {"int4": digest(identity["int4"], text)}
 
-    def _portable(self, recipe: Recipe) -> Recipe:
-        """Without the places of files; which texts they are is said by the row."""
-        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": ()})})
+    def _identity(self, task: Task) -> dict[str, Any]:
+        """The recipe without the places of files (which texts they are is said by the row).
+
+        Without what is left at its default too: an option that comes later would make all old results new runs.
+        """
+        recipe = self.recipe(task)
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": ()})})
+        return recipe.model_dump(mode="json", exclude_defaults=True)
 
     def finished(self, task: Task) -> dict[str, Any] | None:
         file = self.file(task)

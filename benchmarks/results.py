@@ -110,7 +110,9 @@ def reference_sections(page: Page, results: Results) -> Iterator[str]:
         yield "Mean ± standard deviation over seeds; where there is one run only, ± the standard error over items or"
         yield "rows of text. `loops`: answers that end in one n-gram over and over; `at limit`: answers cut off by the"
         yield "limit on new tokens; `weight error`: relative, of all quantised weights against the original's. INT4"
-        yield "blocks that several rows share are solved once, and each is charged their time.\n"
+        yield "blocks and written conversations that several rows share are made once, and each is charged their time."
+        yield "Minutes are those of a machine that did other work beside it: they say which part costs what, and the"
+        yield "README says how long a run takes.\n"
         yield table.markdown()
         for more in (_findings.subjects(results, main), _findings.costs(results, main)):
             if more is not None:
