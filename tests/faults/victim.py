@@ -118,7 +118,7 @@ class Command:
 
     def operations(self) -> int:
         """How many it has done, where it has come to its end."""
-        return int(self.said().splitlines()[-1].removesuffix(_COUNTED))
+        return int(self.log.with_suffix(".operations").read_text())
 
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
@@ -136,9 +136,6 @@ class Command:
         if self._process.exitcode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signum)
-
-
-_COUNTED = " operations on files below --out"
 
 
 def _main(arguments: list[str], log: str, dies_at: int | None) -> None:
@@ -167,7 +164,7 @@ def _main(arguments: list[str], log: str, dies_at: int | None) -> None:
     try:
         main()
     finally:
-        print(f"{done}{_COUNTED}", flush=True)
+        Path(log).with_suffix(".operations").write_text(str(done))
 
 
 def outcome(out: Path) -> dict[str, Any]:
