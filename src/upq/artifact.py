@@ -145,16 +145,19 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_tensors` wrote: tensors on the CPU and the metadata."""
     with _readable(path), safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        raw = (file.metadata() or {}).get(_METADATA, "{}").encode()
-        metadata = parse_json(raw, str(path), remedy="delete it and run the same command again")
-        return tensors, metadata if isinstance(metadata, dict) else {}
+        return tensors, _metadata(file, path)
 
 
 def load_metadata(path: Path) -> dict[str, Any]:
     """The metadata that `save_tensors` wrote; no tensor is read."""
     with _readable(path), safe_open(path, framework="pt") as file:
-        metadata: dict[str, Any] = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-        return metadata
+        return _metadata(file, path)
+
+
+def _metadata(file: Any, path: Path) -> dict[str, Any]:
+    raw = (file.metadata() or {}).get(_METADATA, "{}").encode()
+    metadata = parse_json(raw, str(path), remedy="delete it and run the same command again")
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

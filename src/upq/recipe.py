@@ -115,7 +115,10 @@ class Embeddings(Strict):
 
 
 class Memory(Strict):
-    """Where a run keeps what it works on. Results do not depend on it, so it may change between two calls of a run."""
+    """Where a run keeps what it works on. Results do not depend on it, but for the rounding of sums over processes.
+
+    So it may change between two calls of a run.
+    """
 
     activations: Literal["memory", "disk"] = "memory"  # hidden states of the calibration rows
     # Under torchrun, of the training: a copy in each process, or shards over all of them (FSDP2).

@@ -40,7 +40,6 @@ def walk(
 
     Raises UPQError where a block writes NaN or infinity: it names block and linear, and such a block is not stored.
     """
-    done = store.done(len(model))
     done, linears = store.done(len(model)), model.spec.linears
     with allocator(activations) as allocate:
         streams: _Streams | None = None

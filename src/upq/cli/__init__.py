@@ -58,7 +58,7 @@ def main() -> None:
         Console(stderr=True).print(f"[bold red]error:[/bold red] {_escaped(error)}", soft_wrap=True, highlight=False)
         sys.exit(2)
     except Stopped as stopped:
-        print(f"stopped by {stopped}; what is on disk is whole", file=sys.stderr)
+        print(f"stopped by {stopped}; upq quantize goes on from what is on disk", file=sys.stderr)
         sys.exit(stopped.exit_code)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from upq.artifact import shard_names
+from upq.artifact import INDEX, WEIGHTS, shard_names
 from upq.errors import UPQError
 from upq.loading import family
 from upq.nn.fake_quant import FakeQuantLinear
@@ -47,12 +47,11 @@ def weights_bytes(model: str | Path) -> int:
             directory = Path(snapshot_download(str(model), local_files_only=True, allow_patterns=patterns))
         except LocalEntryNotFoundError:
             raise UPQError(f"{model}: not a directory and not in the hub's local cache; load the model first") from None
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        # hub repositories often hold the same weights a second time, in the original author's format
-        files = [directory / name for name in shard_names(index)]
-    elif (directory / "model.safetensors").is_file():
-        files = [directory / "model.safetensors"]
+    # What is loaded is counted: hub repositories often hold the same weights a second time, in another form.
+    if (directory / WEIGHTS).is_file():
+        files = [directory / WEIGHTS]
+    elif (directory / INDEX).is_file():
+        files = [directory / name for name in shard_names(directory / INDEX)]
     else:
         files = sorted(directory.glob("*.safetensors"))
     if not files or not all(file.is_file() for file in files):
