@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from _rows import FROM_FP, NO_TRAINING
+from _rows import FROM_FP, NO_TRAINING, THROUGH_INT4
 
 ORIGINAL = "fp"
 
@@ -37,7 +37,7 @@ ROWS: dict[str, Row] = {
     "jsd-from-fp": Row("paper", (FROM_FP,)),
     "paper": Row("paper"),
     "default": Row("default"),
-    "default-from-fp": Row("default", (FROM_FP,)),
+    "default-through-int4": Row("default", (THROUGH_INT4,)),
     "paper-fkl": Row("paper", ("distill.loss=fkl",)),
     "paper-beta-25": Row("paper", ("distill.loss={name: gjs, beta: 0.25}",)),
     "paper-beta-75": Row("paper", ("distill.loss={name: gjs, beta: 0.75}",)),
@@ -47,8 +47,8 @@ ROWS: dict[str, Row] = {
     "paper-int8": Row("paper", ("int4.bits=8",)),
     "paper-symmetric": Row("paper", ("int4.grid=sym", "int2.grid=sym")),
     "paper-asymmetric": Row("paper", ("int4.grid=affine", "int2.grid=affine")),
-    "default-symmetric": Row("default", ("int4.grid=sym", "int2.grid=sym")),
-    "default-asymmetric": Row("default", ("int4.grid=affine", "int2.grid=affine")),
+    "default-symmetric": Row("default", ("int2.grid=sym",)),
+    "default-asymmetric": Row("default", ("int2.grid=affine",)),
     "paper-mse": Row("paper", ("int2.method.scale=mse",)),
     "paper-hessian": Row("paper", ("int2.method.scale=hessian",)),
     "paper-block": Row("paper", ("int2.method={default.int2}",)),
@@ -87,7 +87,7 @@ GROUPS: dict[str, Group] = {
             "JSD-QAT from FP": "jsd-from-fp",
             "`paper` (JSD-QAT from INT4)": "paper",
             "`default`": "default",
-            "`default` without INT4": "default-from-fp",
+            "`default` through INT4": "default-through-int4",
         },
         every_seed=True,
     ),
@@ -109,8 +109,8 @@ GROUPS: dict[str, Group] = {
             "3": "paper-int3",
             "4 (`paper`)": "paper",
             "8": "paper-int8",
-            "none, `default`": "default-from-fp",
-            "4, `default`": "default",
+            "none (`default`)": "default",
+            "4, `default`": "default-through-int4",
         },
     ),
     "grid": Group(

@@ -213,7 +213,7 @@ CLAIMS = (
     Claim("The INT4 step still adds something where Δ is searched", _each("paper-mse", "jsd-from-fp-mse", KL, TOP1)),
     Claim(
         "The INT4 step still adds something where the 2-bit start is fitted block by block",
-        (*_each("paper-block", "jsd-from-fp-block", KL, TOP1), *_each("default", "default-from-fp", KL, TOP1)),
+        (*_each("paper-block", "jsd-from-fp-block", KL, TOP1), *_each("default-through-int4", "default", KL, TOP1)),
     ),
     Claim(
         "JSD with INT4 wins both suites",

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 NO_TRAINING = "distill.tokens=0"
 FROM_FP = "int4=null"
+# As in `paper`, with the relative error that `default` has in its own block-wise stage.
+THROUGH_INT4 = (
+    "int4={bits: 4, samples: 128, "
+    "method: {name: flexround, scale: mse, relative: true, iterations: 400, batch_size: 2, lr: 3e-3}}"
+)
 _METHOD = re.compile(r"\{(\w+)\.(int[24])\}")
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from _rows import FROM_FP, NO_TRAINING, load_recipe, run_alone
+from _rows import FROM_FP, NO_TRAINING, THROUGH_INT4, load_recipe, run_alone
 from _table import Figure, Table, make_console, show_figures, spread, write_csv, write_figures
 
 if TYPE_CHECKING:
@@ -35,18 +35,18 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "SEQ-2, Δ = max": ("paper", [FROM_FP, NO_TRAINING]),
     "SEQ-2, Δ = mse": ("paper", [FROM_FP, NO_TRAINING, "int2.method.scale=mse"]),
     "INT4 → SEQ-2, Δ = max": ("paper", [NO_TRAINING]),
-    "SEQ-2 block-wise": ("default", [FROM_FP, NO_TRAINING]),
-    "INT4 → SEQ-2 block-wise": ("default", [NO_TRAINING]),
+    "SEQ-2 block-wise": ("default", [NO_TRAINING]),
+    "INT4 → SEQ-2 block-wise": ("default", [THROUGH_INT4, NO_TRAINING]),
     "CE-QAT from FP": ("paper", [FROM_FP, "distill.loss=ce"]),
     "JSD-QAT from FP": ("paper", [FROM_FP]),
     "CE-QAT from INT4": ("paper", ["distill.loss=ce"]),
     "paper": ("paper", []),
     "default": ("default", []),
-    "default without INT4": ("default", [FROM_FP]),
+    "default through INT4": ("default", [THROUGH_INT4]),
 }
 # Rows that the seed can change, and those that the paper's claims and the targets rest on: they run for every seed.
 SEEDED = ("QAT from FP", "paper", "default", "block-wise", "INT4 →")
-ONCE = ("default without INT4", "INT4 → SEQ-2 block-wise")
+ONCE = ("default through INT4", "INT4 → SEQ-2 block-wise")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

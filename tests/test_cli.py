@@ -14,7 +14,7 @@ CHAT = (
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 QUICK = [
-    "data.seq_len=32", "data.validation=4", "int4.samples=4", "int4.method=rtn", "int2.samples=4", "int2.method=rtn",
+    "data.seq_len=32", "data.validation=4", "int4={bits: 4, samples: 4, method: rtn}", "int2.samples=4", "int2.method=rtn",
     "distill.tokens=256", "distill.batch_size=4",
 ]  # fmt: skip
 

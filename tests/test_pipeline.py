@@ -59,8 +59,7 @@ def make_recipe(text, *overrides):
         "data.seq_len=32",
         "data.validation=8",
         "data.generated=null",  # the model has no chat template
-        "int4.samples=8",
-        "int4.method.iterations=4",
+        "int4={bits: 4, samples: 8, method: {name: flexround, iterations: 4}}",
         "int2.samples=8",
         "int2.method.iterations=4",
         "distill.tokens=1024",

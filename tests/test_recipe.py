@@ -36,7 +36,7 @@ def test_the_recipes_of_the_readme_are_there() -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_dump_is_the_same_recipe(name: str, tmp_path: Path) -> None:
-    recipe = load("int4.method.lr=1e-4", "embeddings.bits=8", recipe=name)
+    recipe = load("distill.lr=2e-4", "embeddings.bits=8", recipe=name)
     file = tmp_path / "run.yaml"
     file.write_text(recipe.dump())
     assert Recipe.load(str(file)) == recipe
@@ -48,7 +48,7 @@ def test_dump_is_the_same_recipe(name: str, tmp_path: Path) -> None:
     [
         ("int3.bits=3", "recipe default: unknown key 'int3'; keys here: .*int4, int2, distill"),
         ("int2.group=32", r"unknown key 'int2\.group'; keys here: bits, grid, group_size, method, samples"),
-        ("int4.bit=3", r"unknown key 'int4\.bit'; keys here: bits, grid, group_size"),
+        ("int4={bits: 4, bit: 3, method: rtn}", r"unknown key 'int4\.bit'; keys here: bits, grid, group_size"),
         ("distill.learning_rate=1", r"unknown key 'distill\.learning_rate'; keys here: loss, .*lr, scale_lr"),
         ("data.sources=[{path: a, weigth: 2}]", r"unknown key 'data\.sources\.0\.weigth'; keys here: path, weight"),
         ("distill.tokens=many", r"distill\.tokens: input should be a valid integer.* \(got 'many'\)"),
@@ -61,7 +61,7 @@ def test_dump_is_the_same_recipe(name: str, tmp_path: Path) -> None:
         ("data.loss_on=nobody", r"data\.loss_on: .*'all' or 'assistant'.*nobody"),
         ("data.sources=text.txt", r"data\.sources: .*tuple.*text\.txt"),
         ("int2=null", "int2: .*got None"),
-        ("int4.method=null", r"int4\.method: .*got None"),
+        ("int2.method=null", r"int2\.method: .*got None"),
         ("data=3", "data: .*got 3"),
     ],
 )
@@ -85,20 +85,18 @@ def test_an_override_that_is_no_yaml() -> None:
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "1.0e-4", ".0001", "100e-6"])
 def test_numbers_in_any_spelling_are_the_same_recipe(text: str) -> None:
     """YAML 1.1 reads `1e-4` as text: a run resumed with `0.0001` must still be the same run."""
-    plain = load("distill.lr=0.0001", "int4.method.lr=0.0001")
-    recipe = load(f"distill.lr={text}", f"int4.method.lr={text}")
+    plain = load("distill.lr=0.0001", "int2.method.lr=0.0001")
+    recipe = load(f"distill.lr={text}", f"int2.method.lr={text}")
     assert recipe.distill.lr == 1e-4
     assert recipe == plain
     assert digest(recipe) == digest(plain)
-    assert recipe.int4 is not None
-    options = recipe.int4.method.options(METHODS.get("flexround").Config, "")
-    assert options.lr == 1e-4
+    assert recipe.int2.method.options(METHODS.get("block_ap").Config, "").lr == 1e-4
 
 
 def test_overrides_reach_every_form_of_value() -> None:
     recipe = load(
         "seed=7",
-        "int4=null",
+        "int4={bits: 4, method: rtn}",
         "data.sources=[{path: a.txt, weight: 2}, {path: b}]",
         "data.seq_len=1_024",
         "int2.group_size=-1",
@@ -106,7 +104,9 @@ def test_overrides_reach_every_form_of_value() -> None:
         "embeddings.bits=8",
     )
     assert recipe.seed == 7
-    assert recipe.int4 is None
+    assert recipe.int4 is not None
+    assert recipe.int4.method == Plugin(name="rtn")
+    assert load("int4=null", recipe="paper").int4 is None
     assert [(s.path, s.weight) for s in recipe.data.sources] == [("a.txt", 2.0), ("b", 1.0)]
     assert recipe.data.seq_len == 1024
     assert recipe.int2.group_size == -1
@@ -116,12 +116,9 @@ def test_overrides_reach_every_form_of_value() -> None:
 
 
 def test_a_plugin_by_name_drops_the_options_of_the_one_before() -> None:
-    recipe = load("int4.method=rtn")
-    assert recipe.int4 is not None
-    assert recipe.int4.method == Plugin(name="rtn")
-    both = load("int4.method=rtn", "int4.method.scale=mse")
-    assert both.int4 is not None
-    assert both.int4.method.options(METHODS.get("rtn").Config, "").scale == "mse"
+    assert load("int2.method=rtn").int2.method == Plugin(name="rtn")
+    both = load("int2.method=rtn", "int2.method.scale=mse")
+    assert both.int2.method.options(METHODS.get("rtn").Config, "").scale == "mse"
     assert load("distill.loss=gjs", "distill.loss.beta=0.25").distill.loss.model_extra == {"beta": 0.25}
     assert load("distill.loss={name: gjs, beta: 0.25}") == load("distill.loss=gjs", "distill.loss.beta=0.25")
 
@@ -185,7 +182,7 @@ class TestDigest:
         file.write_text(yaml.safe_dump(dict(reversed(raw.items())), sort_keys=False))
         assert digest(Recipe.load(str(file))) == digest(load())
 
-    @pytest.mark.parametrize("change", ["seed=1", "int2.group_size=32", "int4.method.lr=1e-4", "distill.tokens=0"])
+    @pytest.mark.parametrize("change", ["seed=1", "int2.group_size=32", "int2.method.lr=1e-4", "distill.tokens=0"])
     def test_sees_every_change(self, change: str) -> None:
         assert digest(load(change)) != digest(load())
 

@@ -47,7 +47,7 @@ def demo(
     if not corpus.is_file():
         write_corpus(corpus, World(), n=DOCUMENTS, seed=1)
 
-    console.rule("1. FP → INT4 → INT2, with documents and conversations that it writes itself", align="left")
+    console.rule("1. FP → 2 bits, with documents and conversations that it writes itself", align="left")
     chosen = Recipe.load(recipe)
     chosen = chosen.model_copy(update={"data": chosen.data.model_copy(update={"sources": (Source(path=str(corpus)),)})})
     with Stop().listening() as stop, reporter(console) as progress:

@@ -30,7 +30,7 @@ def quantize(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     keep_work: Annotated[bool, typer.Option(help="Keep solved blocks and checkpoints after the end.")] = False,
 ) -> None:
-    """Quantise MODEL: FP16 to INT4 block by block, to INT2 by distillation from the original, packed into --out."""
+    """Quantise MODEL: block by block, then by distillation from the original, packed into --out."""
     chosen = load_recipe(recipe, set_ or [], data or [])
 
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""CPU kernels on the linears of a model of a billion weights, cold from memory: `python benchmarks/products.py`.
+"""CPU kernels on the linears of a model of a billion weights, cold from memory: `python benchmarks/kernels.py`.
 
 The shapes are those of Llama-3.2-1B with an untied head of 32,000 rows. Every weight has memory of its own, 260 MB at 2
 bits, so none is in a cache when its turn comes, as in decoding. Weights are random; speed does not depend on them.
