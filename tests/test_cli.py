@@ -14,8 +14,8 @@ CHAT = (
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 QUICK = [
-    "data.seq_len=32", "data.validation=4", "int4={bits: 4, samples: 4, method: rtn}", "int2.samples=4", "int2.method=rtn",
-    "distill.tokens=256", "distill.batch_size=4",
+    "data.seq_len=32", "data.validation=4", "int4={bits: 4, samples: 4, method: rtn}", "int2.samples=4",
+    "int2.method=rtn", "distill.tokens=256", "distill.batch_size=4",
 ]  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def test_quantize_then_eval_then_chat(model, tmp_path, upq_command):
         (["quantize", "MODEL", "--out", "OUT", "--set", "seed"], "expected key=value"),
         (["quantize", "MODEL", "--out", "OUT", "--data", "./no.txt"], "./no.txt: no such file"),
         (
-            ["quantize", "MODEL", "--out", "OUT", "--set", "int4.method=magic"],
+            ["quantize", "MODEL", "--out", "OUT", "--set", "int2.method=magic"],
             "unknown block-wise method 'magic': choose one of",
         ),
         (["eval", "MODEL"], "nothing to measure: give --text"),

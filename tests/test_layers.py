@@ -22,6 +22,7 @@ LAYERS = (
         "recipe",
         "recipes",
         "progress",
+        "processes",
         "artifact",
         "lock",
         "memory",

@@ -233,7 +233,7 @@ def test_changed_data_is_refused_on_resume(model, text, tmp_path):
 
 
 @pytest.mark.parametrize("weights", ["replicated", "sharded"])
-def test_torchrun_shares_the_training(model, text, finished, tmp_path, weights):
+def test_torchrun_shares_the_work(model, text, finished, tmp_path, weights):
     """Two processes make the artefact of one, up to the rounding of the summed gradients."""
     out, recipe = tmp_path / "out", make_recipe(text, f"memory.weights={weights}")
     arguments = [str(model), str(out), json.dumps(recipe.model_dump(mode="json")), "", "-1"]
@@ -243,7 +243,7 @@ def test_torchrun_shares_the_training(model, text, finished, tmp_path, weights):
     done = subprocess.run([*launcher, *arguments], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     shared, alone = (json.loads((folder / "upq.json").read_text()) for folder in (out, finished))
-    assert shared["metrics"]["int4"] == alone["metrics"]["int4"]
+    assert shared["metrics"]["int4"] == pytest.approx(alone["metrics"]["int4"], rel=1e-3)
     kld = alone["metrics"]["artifact"]["kld"]
     assert shared["metrics"]["artifact"]["kld"] == pytest.approx(kld, rel=0.02)
     assert not (out / ".work").exists()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from tiny import tiny_model
 from upq.errors import UPQError
+from upq.loading import load_model
 from upq.models import FAMILIES
 from upq.streaming import StreamedModel, run_block
 
@@ -65,6 +66,26 @@ def test_the_variants_differ_from_the_plain_family(name: str, overrides: dict[st
     plain.load_state_dict(changed.state_dict())
     with torch.no_grad():
         assert (changed(IDS).logits - plain(IDS).logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("layout", ["tied", "untied", "tied, but with a head of its own"])
+def test_the_frame_is_the_whole_model_but_for_its_blocks(layout: str, tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=layout == "tied")
+    model.save_pretrained(tmp_path)
+    if layout.startswith("tied, but"):
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
+    whole, stream = load_model(tmp_path), StreamedModel(tmp_path)
+    stream.embed(IDS)  # which takes the layout apart
+    frame = stream.frame()
+    for (name, expected), (_, found) in zip(
+        [*whole.named_parameters(remove_duplicate=False), *whole.named_buffers()],
+        [*frame.named_parameters(remove_duplicate=False), *frame.named_buffers()],
+        strict=True,
+    ):
+        assert found.is_meta if ".layers." in name else torch.equal(found, expected), name
+    shared = frame.lm_head.weight is frame.model.embed_tokens.weight
+    assert shared == (whole.lm_head.weight is whole.model.embed_tokens.weight) == (layout == "tied")
 
 
 def test_reading_twice_gives_the_same(tmp_path: Path) -> None:

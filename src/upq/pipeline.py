@@ -44,6 +44,7 @@ from upq.data.packing import prepare
 from upq.data.sources import identity, sources_of
 from upq.data.tokens import TokenSet
 from upq.distill.optimizer import check as check_optimizer
+from upq.distill.sharding import load_sharded
 from upq.distill.student import freeze, make_student, norm_weight, norms
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher, write_cache
 from upq.distill.teacher import check as check_teacher
@@ -59,6 +60,7 @@ from upq.lock import lock
 from upq.losses import LOSSES
 from upq.memory import peak_memory_bytes
 from upq.nn.fake_quant import whole
+from upq.processes import Processes
 from upq.progress import Progress, Silent
 from upq.recipe import Blockwise, Data, Generated, Recipe, Source, Strict, decode, digest
 from upq.scheme import QTensor
@@ -70,7 +72,7 @@ LOCK = ".lock"
 # What may change between one command and the next: exports come after the artefact and can be added to it, where things
 # lie and what is computed twice changes no result, and a run that has met no bad step is the run of any number of them.
 _FREE = ("export", "memory", "distill.skip_bad_steps", "distill.gradient_checkpointing")
-_PATIENCE = timedelta(days=30)  # other processes wait for the first one's block-wise stages that long
+_PATIENCE = timedelta(days=30)  # other processes wait that long for what the first one does alone
 
 
 def quantize(
@@ -85,7 +87,7 @@ def quantize(
 ) -> Manifest:
     """Quantise a Hugging Face causal LM (directory or hub id) into the directory `out`, or go on where a run stopped.
 
-    Under torchrun the training is shared among all processes; the stages before and after it are the first one's.
+    Under torchrun all processes share the block-wise stages and the training; the rest is the first one's.
     Raises UPQError, with nothing changed, where `out` holds something else: another model, recipe or data, or where
     another process is at work in it. `stop` ends the training after a step, its state saved, by raising Stopped.
     """
@@ -108,7 +110,7 @@ def _quantize(
     if target == "cuda":
         target = str(processes.device)  # a GPU for each process
     progress = (progress or Silent()) if processes.is_main_process else Silent()
-    with processes.main_process_first():  # the others then find the blocks on disk
+    with processes.main_process_first():  # the others then find the data on disk
         run = _Run.open(_local(model), recipe, out, target, progress, held, writes=processes.is_main_process)
         if run is None:
             if processes.is_main_process and (out / WORK).exists() and not keep_work:
@@ -124,16 +126,17 @@ def _quantize(
                 run.generate(section)
         with run.timed("data"):
             data = run.data()
-        if recipe.int4 is not None:
-            with run.timed("int4"):
-                run.blockwise("int4", recipe.int4, data)
-        with run.timed("int2"):
-            run.blockwise("int2", recipe.int2, data)
-        if run.caches_teacher():
-            with run.timed("teacher"):
-                run.cache_teacher(data)
+    shares = Processes(processes.process_index, processes.num_processes, target)
+    if recipe.int4 is not None:
+        with run.timed("int4"):
+            run.blockwise("int4", recipe.int4, data, shares)
+    with run.timed("int2"):
+        run.blockwise("int2", recipe.int2, data, shares)
+    if run.caches_teacher():
+        with processes.main_process_first(), run.timed("teacher"):
+            run.cache_teacher(data)
     with run.timed("distill"):
-        trained = run.distill(data, stop)
+        trained = run.distill(data, stop, shares)
     if processes.is_main_process:
         with run.timed("check"):
             manifest = run.finish(data, trained)
@@ -391,7 +394,7 @@ class _Run:
             self.write_state()
         return data
 
-    def blockwise(self, name: str, stage: Blockwise, data: TokenSet) -> None:
+    def blockwise(self, name: str, stage: Blockwise, data: TokenSet, processes: Processes) -> None:
         store, model = self.store(name), StreamedModel(self.model, device=self.device)
         self.progress.start(name, done=store.done(len(model)))
         walk(
@@ -403,6 +406,7 @@ class _Run:
             seed=self.recipe.seed,
             progress=self.progress,
             activations=self.work if self.recipe.memory.activations == "disk" else None,
+            processes=processes,
         )
 
     def store(self, name: str) -> BlockStore:
@@ -433,9 +437,10 @@ class _Run:
         teacher = load_model(self.model, dtype=torch.float32, device=self.device).requires_grad_(False)
         write_cache(cache, teacher, data.tokens_NT, config, progress=self.progress)
 
-    def distill(self, data: TokenSet, stop: Stop) -> _Trained:
-        config, store = self.recipe.distill, self.store("int2")
-        teacher = load_model(self.model, dtype=torch.float32, device=self.device).requires_grad_(False)
+    def models(self) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """Student and teacher before the training."""
+        teacher, store = load_model(self.model, dtype=torch.float32, device=self.device), self.store("int2")
+        teacher.requires_grad_(False)
         check_finite(teacher, self.model)
         prefix = family(teacher.config).blocks
         solutions = {
@@ -443,8 +448,16 @@ class _Run:
             for index in range(self.blocks)
             for name, solution in store.solutions(index).items()
         }
-        student = make_student(teacher, solutions, train_norms=config.train_norms)
-        del solutions
+        return make_student(teacher, solutions, train_norms=self.recipe.distill.train_norms), teacher
+
+    def sharded_models(self) -> tuple[PreTrainedModel, PreTrainedModel]:
+        model, norms = StreamedModel(self.model, device=self.device), self.recipe.distill.train_norms
+        return load_sharded(model, self.store("int2").solutions, train_norms=norms)
+
+    def distill(self, data: TokenSet, stop: Stop, processes: Processes) -> _Trained:
+        config = self.recipe.distill
+        sharded = self.recipe.memory.weights == "sharded" and processes.world > 1
+        student, teacher = self.sharded_models() if sharded else self.models()
         total = steps(config, self.recipe.data.seq_len)
         taught: Teacher = teacher
         if self.caches_teacher():
@@ -464,7 +477,7 @@ class _Run:
                     total_steps=total,
                     checkpoint=self.checkpoint,
                     progress=self.progress,
-                    sharded=self.recipe.memory.weights == "sharded",
+                    sharded=sharded,
                     stop=stop,
                 )
         trained = norms(student) if config.train_norms else {}

@@ -36,11 +36,7 @@ class StreamedModel:
         self.spec = family(self.config)
         self._files = tensor_files(path)
         check_sizes(path, self.config, self._files.values())
-        auto: Any = AutoModelForCausalLM  # untyped
-        # Parameters on meta, buffers real: the rotary frequencies are not in the checkpoint.
-        with foreign(f"{path}: config.json describes no model"), init_empty_weights(include_buffers=False):
-            self._skeleton: PreTrainedModel = auto.from_config(self.config, dtype=torch.float32)
-        self._skeleton.eval().requires_grad_(False)
+        self._skeleton = self._laid_out()
         blocks = self._skeleton.get_submodule(self.spec.blocks)
         assert isinstance(blocks, nn.ModuleList)
         self._blocks = list(blocks)
@@ -60,6 +56,21 @@ class StreamedModel:
         block = copy.deepcopy(self._blocks[index])
         self._fill(block, f"{self.spec.blocks}.{index}.")
         return block.to(self.device)
+
+    def frame(self) -> PreTrainedModel:
+        """The model with all its own weights but those of its decoder blocks, which have no memory."""
+        model, spec = self._laid_out(), self.spec
+        for path in (spec.embedding, spec.final_norm, spec.head):
+            if f"{path}.weight" in self._files or f"{path}.weight" not in model.all_tied_weights_keys:
+                self._fill(model.get_submodule(path), f"{path}.")
+                model.get_submodule(path).to(self.device)
+        embedding, head = (model.get_parameter(f"{path}.weight") for path in (spec.embedding, spec.head))
+        # As transformers does: a head of a tied model that is in the checkpoint and differs is one of its own.
+        if head.is_meta or (model.all_tied_weights_keys and torch.equal(head, embedding)):
+            model.get_submodule(spec.head).weight = embedding
+        for module in model.modules():
+            module._buffers.update({name: b.to(self.device) for name, b in module._buffers.items() if b is not None})
+        return model
 
     def weight(self, index: int, linear: str) -> Tensor:
         """Weight (O, I) of a linear of block `index`, read anew."""
@@ -102,6 +113,14 @@ class StreamedModel:
         used_R, places_BT = ids_BT.unique(return_inverse=True)  # type: ignore[no-untyped-call]
         rows_RH = self._tensor(f"{self.spec.embedding}.weight", embedding.weight.shape, rows=used_R)
         return F.embedding(places_BT.to(self.device), rows_RH.to(self.device))
+
+    def _laid_out(self) -> PreTrainedModel:
+        auto: Any = AutoModelForCausalLM  # untyped
+        # Parameters on meta, buffers real: the rotary frequencies are not in the checkpoint.
+        with foreign(f"{self.path}: config.json describes no model"), init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = auto.from_config(self.config, dtype=torch.float32)
+        model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
+        return model
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         tensors = {name: self._tensor(prefix + name, empty.shape) for name, empty in module.state_dict().items()}

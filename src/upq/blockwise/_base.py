@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -15,6 +15,7 @@ from upq.activations import Activations, stretches
 from upq.grids import GRIDS, Params, search_scale
 from upq.models import ModelSpec
 from upq.nn.fake_quant import Solution
+from upq.processes import ALONE, Processes
 from upq.registry import Registry
 from upq.scheme import QuantScheme
 from upq.streaming import Context
@@ -27,7 +28,8 @@ class BlockTask:
     """One decoder block to be quantised.
 
     `block` holds the weights that become codes: the original's, or the INT4 stage's. Inputs and targets are None for
-    methods that need none.
+    methods that need none. Where several processes share the calibration rows, both hold this one's rows alone, and
+    each method here that speaks of all rows is to be called by every process.
     """
 
     index: int
@@ -37,6 +39,12 @@ class BlockTask:
     seed: int
     inputs_NTH: Activations | None = None  # what this block will read: the output of the quantised blocks before it
     targets_NTH: Activations | None = None  # what the original block writes behind the original blocks before it
+    processes: Processes = ALONE
+
+    def rows(self) -> int:
+        """How many calibration rows there are, over all processes."""
+        assert self.inputs_NTH is not None
+        return int(self.processes.total(len(self.inputs_NTH)))
 
     def weights(self) -> dict[str, Tensor]:
         """Linear name to weight (O, I), in the order of the family's groups."""
@@ -48,10 +56,18 @@ class BlockTask:
         out: Tensor = functional_call(self.block, named, (hidden_NTH,), self.context)
         return out
 
-    def loss(self, weights: dict[str, Tensor], rows: Tensor | slice, *, relative: bool = False) -> Tensor:
+    def loss(
+        self,
+        weights: dict[str, Tensor],
+        rows: Tensor | slice,
+        *,
+        relative: bool = False,
+        size: Tensor | None = None,
+    ) -> Tensor:
         """Mean squared difference of the block's output with `weights` from the original block's; differentiable.
 
-        `relative`: each token's over the mean square of its own target, which is how the norms after it will see it.
+        Over `rows` of this process. `relative`: each token's over the mean square of its own target, which is how the
+        norms after it will see it; `size` is the targets' mean square over the batch that `rows` are a part of.
         """
         assert self.inputs_NTH is not None
         assert self.targets_NTH is not None
@@ -60,20 +76,45 @@ class BlockTask:
         if not relative:
             return squares_BTH.mean()
         size_BT1 = targets_BTH.square().mean(-1, keepdim=True)
-        floor = 1e-6 * size_BT1.mean() + torch.finfo(size_BT1.dtype).tiny  # a token of zeros must not outweigh the rest
+        size = size_BT1.mean() if size is None else size
+        floor = 1e-6 * size + torch.finfo(size_BT1.dtype).tiny  # a token of zeros must not outweigh the rest
         return (squares_BTH / (size_BT1 + floor)).mean()
 
-    @torch.no_grad()
+    def batch_loss(
+        self, weights: Callable[[], dict[str, Tensor]], index_B: Tensor, *, relative: bool = False
+    ) -> Tensor | None:
+        """This process's part of the `loss` of a batch, given by its indices among all rows; None where it has none.
+
+        The parts of all processes, and so their gradients, add up to what a single one computes.
+        """
+        assert self.targets_NTH is not None
+        mine_B, size = self.processes.mine(index_B), None
+        if relative and self.processes.world > 1:
+            size = self.targets_NTH[mine_B].square().mean((1, 2)).sum() / len(index_B)
+            self.processes.sum(size)
+        if not len(mine_B):
+            return None
+        return len(mine_B) / len(index_B) * self.loss(weights(), mine_B, relative=relative, size=size)
+
     def error(self, weights: dict[str, Tensor], *, relative: bool = False, batch_size: int = 8) -> float:
         """`loss` over all calibration rows."""
+        here = self.error_here(weights, relative=relative, batch_size=batch_size)
+        return self.processes.total(here) / self.rows()
+
+    @torch.no_grad()
+    def error_here(self, weights: dict[str, Tensor], *, relative: bool = False, batch_size: int = 8) -> float:
+        """The sum of `loss` over the rows of this process."""
         assert self.targets_NTH is not None
-        n, at = len(self.targets_NTH), stretches(len(self.targets_NTH), batch_size)
+        at = stretches(len(self.targets_NTH), batch_size)
         squares = (self.loss(weights, rows, relative=relative).item() * (rows.stop - rows.start) for rows in at)
-        return float(sum(squares) / n)
+        return float(sum(squares))
 
     @torch.no_grad()
     def second_moments(self, names: tuple[str, ...], *, full: bool, batch_size: int = 8) -> dict[str, Tensor]:
-        """E[x xᵀ] (I, I), or its diagonal E[x²] (I,), of what each linear in `names` reads on the quantised prefix."""
+        """E[x xᵀ] (I, I), or its diagonal E[x²] (I,), of what each linear in `names` reads on the quantised prefix.
+
+        Over all calibration rows.
+        """
         assert self.inputs_NTH is not None
         moments: dict[str, Tensor] = {}
         with _recorded_inputs(self.block, names) as inputs:
@@ -83,8 +124,12 @@ class BlockTask:
                     x_TI = x.reshape(-1, x.shape[-1]).float()
                     moment = x_TI.T @ x_TI if full else x_TI.square().sum(0)
                     moments[name] = moments[name] + moment if name in moments else moment
-        tokens = self.inputs_NTH.shape[0] * self.inputs_NTH.shape[1]
-        return {name: moment / tokens for name, moment in moments.items()}
+        for name in names if not moments else ():  # this process has no rows
+            weight_OI = linear(self.block, name).weight
+            moments[name] = weight_OI.new_zeros(weight_OI.shape[1:] * (2 if full else 1))
+        self.processes.sum(*(moments[name] for name in names))
+        tokens = self.rows() * self.inputs_NTH.shape[1]
+        return {name: moments[name] / tokens for name in names}
 
 
 class Method(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,19 +26,21 @@ def reconstruct(
     """Adam with cosine decay to 0 on the squared error of the block's output, `relative` or not (BlockTask.loss).
 
     `weights` gives the differentiable quantised weights. Leaves the parameters at the better of start and end and
-    returns the errors over all calibration rows before and after.
+    returns the errors over all calibration rows before and after. Where several processes share these, a batch is still
+    the one that a single process takes: its rows are computed where they lie, and the gradients added up.
     """
-    assert task.inputs_NTH is not None
-    learned = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+    learned: list[Tensor] = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
     start = [p.detach().clone() for p in learned]
     with torch.no_grad():
         before = task.error(weights(), relative=relative)
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / iterations)))
-    rows = len(task.inputs_NTH)
-    for index in batches(rows, min(batch_size, rows), iterations, task.seed):
-        loss = task.loss(weights(), index, relative=relative)
-        loss.backward()  # type: ignore[no-untyped-call]
+    rows = task.rows()
+    for index_B in batches(rows, min(batch_size, rows), iterations, task.seed):
+        loss = task.batch_loss(weights, index_B, relative=relative)
+        if loss is not None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        task.processes.sum(*_gradients(learned))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # before the next forward pass, which needs the room
         schedule.step()
@@ -51,3 +53,10 @@ def reconstruct(
                 p.copy_(value)
             after = before
     return before, after
+
+
+def _gradients(learned: list[Tensor]) -> Iterator[Tensor]:
+    """Zeros in a process that has none of the batch's rows."""
+    for p in learned:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        yield p.grad

@@ -14,7 +14,7 @@ from upq.blockwise._base import BlockTask, Method, linear
 from upq.blockwise._finite import watched
 from upq.blockwise._store import BlockStore, Report
 from upq.errors import UPQError
-from upq.nn.fake_quant import Solution
+from upq.processes import ALONE, Processes
 from upq.progress import Progress
 from upq.streaming import Context, StreamedModel, run_block
 
@@ -29,6 +29,7 @@ def walk(
     seed: int,
     progress: Progress,
     activations: Path | None = None,
+    processes: Processes = ALONE,
 ) -> None:
     """Solve every block of `model` that `store` does not hold yet.
 
@@ -38,47 +39,62 @@ def walk(
     interrupted walk ends in the same bytes. One block is in memory at a time; the streams are in memory too, or in
     files below `activations`, where that is given.
 
-    Raises UPQError where a block writes NaN or infinity: it names block and linear, and such a block is not stored.
+    Several `processes` walk together, each with its share of the calibration rows: the solutions are those of a single
+    one but for the rounding of sums over rows. The first one writes, and what it wrote is what all go on with.
+
+    Raises UPQError, in all processes, where a block writes NaN or infinity: it names block and linear, and such a block
+    is not stored.
     """
-    done, linears = store.done(len(model)), model.spec.linears
+    done, linears = processes.of_first(store.done(len(model))), model.spec.linears
     with allocator(activations) as allocate:
         streams: _Streams | None = None
         if method.needs_inputs and done < len(model):
-            streams = _Streams.begin(model, calibration_NT, allocate)
+            with processes.alike():
+                streams = _Streams.begin(model, calibration_NT, allocate, processes)
         for index in range(len(model)):
             if streams is None and index < done:
                 continue
-            block, at = model.block(index), f"{store.folder.name}: block {index}"
+            at = f"{store.folder.name}: block {index}"
             context = {} if streams is None else streams.contexts[index]
-            if streams is not None:
-                with watched(block, linears, f"{at}, of the original model", "is it whole?"):
-                    run_block(block, streams.original_NTH, context)
+            with processes.alike():
+                block = model.block(index)
+                if streams is not None:
+                    with watched(block, linears, f"{at}, of the original model", "is it whole?"):
+                        run_block(block, streams.original_NTH, context)
             if source is not None:
-                _put(block, source.weights(index))
+                _put(block, linears, source, index, processes)
             if index >= done:
-                task = BlockTask(index, block, model.spec, context, seed=seed * 1_000_003 + index)
+                task = BlockTask(index, block, model.spec, context, seed=seed * 1_000_003 + index, processes=processes)
                 if streams is not None:
                     task = replace(task, inputs_NTH=streams.quantised_NTH, targets_NTH=streams.original_NTH)
                 report = _solve(task, method, store, model, at)
                 figures = {} if streams is None else {"error": report[linears[0]]["block"]}
                 progress.advance(1, **figures)
             if streams is not None:
-                _put(block, store.weights(index))
-                with watched(block, linears, f"{at}, stored", f"delete {store.path(index)}"):
+                _put(block, linears, store, index, processes)
+                with processes.alike(), watched(block, linears, f"{at}, stored", f"delete {store.path(index)}"):
                     run_block(block, streams.quantised_NTH, context)
 
 
 @dataclass(frozen=True)
 class _Streams:
-    """The hidden states before a block. Each block's outputs take the place of its inputs: no other copy is kept."""
+    """The hidden states before a block, of this process's share of the calibration rows.
+
+    Each block's outputs take the place of its inputs: no other copy is kept.
+    """
 
     original_NTH: Activations
     quantised_NTH: Activations
     contexts: list[Context]
 
     @classmethod
-    def begin(cls, model: StreamedModel, calibration_NT: Tensor, allocate: Allocate) -> _Streams:
-        original_NTH, contexts = model.embed(calibration_NT, allocate=allocate)
+    def begin(cls, model: StreamedModel, calibration_NT: Tensor, allocate: Allocate, processes: Processes) -> _Streams:
+        share_NT = processes.share(calibration_NT)
+        if len(share_NT):
+            original_NTH, contexts = model.embed(share_NT, allocate=allocate)
+        else:  # more processes than rows: this one still takes part in the sums
+            row_NTH, contexts = model.embed(calibration_NT[:1])
+            original_NTH = allocate(torch.Size((0, *row_NTH.shape[1:])), model.device)
         quantised_NTH = allocate(original_NTH.shape, model.device)
         for rows in stretches(len(original_NTH), 1):
             quantised_NTH[rows] = original_NTH[rows]
@@ -86,27 +102,32 @@ class _Streams:
 
 
 def _solve(task: BlockTask, method: Method, store: BlockStore, model: StreamedModel, at: str) -> Report:
-    """Solve one block and write it. What that took is free again on return, before the next block is read."""
+    """Solve one block and write it. What that took is free again on return, before the next block is read.
+
+    The report has for each linear the relative error of its weight against the original's and, where it is known, of
+    the block's output.
+    """
     solutions = method.solve(task, store.scheme)
     remedy = f"choose another {store.folder.name}.method, with another --out"
-    with watched(task.block, task.spec.linears, f"{at}, quantised", remedy):
-        report = _report(task, solutions, model)
-    for name, found in report.items():
-        if not math.isfinite(found["weight"]):
-            raise UPQError(f"{at}, quantised: {name} holds NaN or infinity; {remedy}")
-    store.save(task.index, solutions, report)
-    return report
-
-
-def _report(task: BlockTask, solutions: dict[str, Solution], model: StreamedModel) -> Report:
-    """Per linear: relative error of the weight against the original's, and of the block's output where it is known."""
     weights = {name: s.qtensor().dequantize() for name, s in solutions.items()}
-    # The original is read once more: kept, it would be a copy of the block for as long as the block is being solved.
-    report = {name: {"weight": _relative(w_OI, model.weight(task.index, name))} for name, w_OI in weights.items()}
+    with task.processes.alike():
+        # The original is read once more: kept, it would be a copy of the block for as long as the block is solved.
+        report = {name: {"weight": _relative(w_OI, model.weight(task.index, name))} for name, w_OI in weights.items()}
+        error = size = 0.0
+        if task.targets_NTH is not None:
+            with watched(task.block, task.spec.linears, f"{at}, quantised", remedy):
+                error, size = task.error_here(weights), _squares(task.targets_NTH)
+        for name, found in report.items():
+            if not math.isfinite(found["weight"]):
+                raise UPQError(f"{at}, quantised: {name} holds NaN or infinity; {remedy}")
     if task.targets_NTH is not None:
-        block = (task.error(weights) / _mean_square(task.targets_NTH)) ** 0.5
-        for figures in report.values():
-            figures["block"] = block
+        rows, total = task.rows(), task.processes.total
+        block = ((total(error) / rows) / (total(size) / rows)) ** 0.5
+        for found in report.values():
+            found["block"] = block
+    with task.processes.alike():
+        if task.processes.first:
+            store.save(task.index, solutions, report)
     return report
 
 
@@ -114,12 +135,17 @@ def _relative(approximation: Tensor, exact: Tensor) -> float:
     return float((approximation - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def _mean_square(hidden_NTH: Activations, batch_size: int = 8) -> float:
+def _squares(hidden_NTH: Activations, batch_size: int = 8) -> float:
+    """The sum of the rows' mean squares."""
     batches = (hidden_NTH[rows] for rows in stretches(len(hidden_NTH), batch_size))
-    return float(sum(batch.square().mean().item() * len(batch) for batch in batches) / len(hidden_NTH))
+    return float(sum(batch.square().mean().item() * len(batch) for batch in batches))
 
 
 @torch.no_grad()
-def _put(block: nn.Module, weights: dict[str, Tensor]) -> None:
-    for name, weight in weights.items():
-        linear(block, name).weight.copy_(weight)
+def _put(block: nn.Module, linears: tuple[str, ...], store: BlockStore, index: int, processes: Processes) -> None:
+    """The weights of a stored block, as the first process reads them: they are the same bits in all."""
+    with processes.alike():
+        if processes.first:
+            for name, weight in store.weights(index).items():
+                linear(block, name).weight.copy_(weight)
+    processes.copy(*(linear(block, name).weight for name in linears))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import torch
@@ -20,16 +21,35 @@ def make_student(teacher: PreTrainedModel, solutions: dict[str, Solution], *, tr
     Everything else is shared with the teacher, memory included, unless it is trained (`train_norms`).
     """
     student = _skeleton_like(teacher)
-    for path, solution in solutions.items():
-        linear = student.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        layer = FakeQuantLinear(solution.latent_OI, solution.params, solution.scheme, linear.bias)
-        student.set_submodule(path, layer.to(teacher.device))
+    _put(student, solutions, teacher.device)
     if train_norms:
-        for norm in norms(student).values():
-            norm.weight = nn.Parameter(norm_weight(norm).detach().float().clone())
+        _own(norms(student))
     student.eval()  # type: ignore[no-untyped-call]  # no dropout: the teacher's distribution is the target
     return student
+
+
+def make_student_block(block: nn.Module, solutions: dict[str, Solution], *, train_norms: bool) -> nn.Module:
+    """`make_student` for one decoder block alone."""
+    shared: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in block.parameters()}
+    twin = copy.deepcopy(block, shared)
+    _put(twin, solutions, next(block.parameters()).device)
+    if train_norms:
+        _own(_norms(twin))
+    return twin.eval()
+
+
+def _put(module: nn.Module, solutions: dict[str, Solution], device: torch.device) -> None:
+    for path, solution in solutions.items():
+        linear = module.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        layer = FakeQuantLinear(solution.latent_OI, solution.params, solution.scheme, linear.bias)
+        module.set_submodule(path, layer.to(device))
+
+
+def _own(norms: dict[str, nn.Module]) -> None:
+    """From here on the norms share nothing, and learn."""
+    for norm in norms.values():
+        norm.weight = nn.Parameter(norm_weight(norm).detach().float().clone())
 
 
 def checkpoint_blocks(student: PreTrainedModel) -> None:
@@ -45,13 +65,16 @@ def checkpoint_blocks(student: PreTrainedModel) -> None:
 def norms(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The normalisation layers (one-dimensional weight) of the decoder, by path."""
     decoder = family(model.config).decoder
+    return {name: norm for name, norm in _norms(model).items() if name.startswith(decoder)}
+
+
+def _norms(module: nn.Module) -> dict[str, nn.Module]:
     return {
-        name: module
-        for name, module in model.named_modules()
-        if name.startswith(decoder)
-        and "norm" in name.rpartition(".")[2]
-        and isinstance(getattr(module, "weight", None), Tensor)
-        and module.weight.dim() == 1
+        name: part
+        for name, part in module.named_modules()
+        if "norm" in name.rpartition(".")[2]
+        and isinstance(getattr(part, "weight", None), Tensor)
+        and part.weight.dim() == 1
     }
 
 
