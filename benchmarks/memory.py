@@ -114,6 +114,7 @@ def measure(model: Path, layers: int, out: Path, samples: int, seq_len: int, ite
     """The INT4 stage of the model's first `layers` blocks; answers with this process's peak."""
     import torch
 
+    from upq.activations import allocator
     from upq.blockwise import METHODS, BlockStore, walk
     from upq.memory import peak_memory_bytes, resident_bytes
     from upq.progress import Silent
@@ -135,7 +136,7 @@ def measure(model: Path, layers: int, out: Path, samples: int, seq_len: int, ite
         source=None,
         seed=0,
         progress=Silent(),
-        activations=out if disk else None,
+        activations=allocator(out if disk else None),
     )
     print(json.dumps({"before": before, "peak": peak_memory_bytes(), "seconds": time.monotonic() - began}))
 

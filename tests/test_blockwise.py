@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tiny import tiny_model
+from upq.activations import allocator
 from upq.blockwise import METHODS, BlockStore, BlockTask, Method, Solution, walk
 from upq.blockwise._base import batches, start_scales
 from upq.blockwise.gptq import gptq, objective
@@ -281,8 +282,8 @@ def stage(
     activations: Path | None = None,
 ) -> int:
     """Blocks solved in this walk."""
-    progress = Counting(limit)
-    walk(model, IDS[:rows], method, store, source=source, seed=5, progress=progress, activations=activations)
+    progress, where = Counting(limit), allocator(activations)
+    walk(model, IDS[:rows], method, store, source=source, seed=5, progress=progress, activations=where)
     return progress.blocks
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from tiny import tiny_model
+from upq.activations import Allocate, allocator
 from upq.blockwise import METHODS, BlockStore, BlockTask, Solution, walk
 from upq.blockwise.rtn import Rtn
 from upq.errors import UPQError
@@ -55,7 +57,7 @@ def solve(
     processes: Processes = ALONE,
     *,
     blocks: int = -1,
-    activations: Path | None = None,
+    activations: AbstractContextManager[Allocate] | None = None,
 ) -> BlockStore:
     """Walk `name` into `folder`/`name`, all blocks or so many more."""
     method, options, rows = WALKS[name]
@@ -140,7 +142,7 @@ def ranked(folder: Path) -> None:
     solve("block_ap", model, folder / "killed", processes, blocks=1)
     torch.distributed.barrier()
     solve("block_ap", model, folder / "killed", processes)
-    solve("block_ap", model, folder / "on-disk", processes, activations=folder)
+    solve("block_ap", model, folder / "on-disk", processes, activations=allocator(folder))
     solve("gptq", model, folder / "one-then-two", processes)
     solve("gptq", model, folder / "two-then-one", processes, blocks=1)
     method = Lengths(Lengths.Config())

@@ -67,7 +67,7 @@ def test_duration(seconds, shown):
 
 
 @pytest.mark.parametrize(
-    ("count", "shown"), [(12, "12 B"), (205_000, "205 kB"), (1.04e6, "1.04 MB"), (3.2e12, "3.2e+03 GB")]
+    ("count", "shown"), [(12, "12 B"), (205_000, "205 kB"), (1.04e6, "1.04 MB"), (3.2e12, "3.2 TB")]
 )
 def test_size(count, shown):
     assert size(count) == shown

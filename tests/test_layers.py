@@ -26,11 +26,12 @@ LAYERS = (
         "artifact",
         "lock",
         "memory",
+        "imagined",
     ),
     ("grids", "losses", "kernels"),
     ("nn", "models", "loading", "activations", "streaming", "data"),
     ("blockwise", "distill", "formats", "evals", "demo", "decoding"),
-    ("hf", "exports", "card", "pipeline", "console", "quiet", "bench"),
+    ("hf", "exports", "card", "pipeline", "console", "quiet", "bench", "plan"),
     ("cli",),
     ("__main__",),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -23,6 +24,14 @@ def resident_bytes() -> int:
     """Resident size now, pages of mapped files included; where the system does not tell, the largest so far."""
     found = _status("VmRSS")
     return peak_memory_bytes() if found is None else found
+
+
+def give_back() -> None:
+    """Return to the system what the C library keeps of freed memory, where that is glibc."""
+    # It keeps blocks of up to 32 MB: after a run of a model of 8 million weights 261 MB of 831.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _status(key: str) -> int | None:

@@ -23,8 +23,9 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from pydantic import Field
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from upq.activations import allocator
 from upq.artifact import (
     MANIFEST,
     Manifest,
@@ -58,7 +59,7 @@ from upq.kernels import computing
 from upq.loading import check_finite, family, load_config, load_model, load_tokenizer
 from upq.lock import lock
 from upq.losses import LOSSES
-from upq.memory import peak_memory_bytes
+from upq.memory import give_back, peak_memory_bytes
 from upq.nn.fake_quant import whole
 from upq.processes import Processes
 from upq.progress import Progress, Silent
@@ -121,7 +122,7 @@ def _quantize(
             if processes.is_main_process:
                 _export(recipe, out, progress)
             return read_manifest(out)
-        if (section := run.to_be_written()) is not None:
+        if (section := to_be_written(recipe)) is not None:
             with run.timed("generate"):
                 run.generate(section)
         with run.timed("data"):
@@ -132,7 +133,7 @@ def _quantize(
             run.blockwise("int4", recipe.int4, data, shares)
     with run.timed("int2"):
         run.blockwise("int2", recipe.int2, data, shares)
-    if run.caches_teacher():
+    if caches_teacher(recipe):
         with processes.main_process_first(), run.timed("teacher"):
             run.cache_teacher(data)
     with run.timed("distill"):
@@ -212,9 +213,8 @@ class _Run:
         path, name = model
         config = load_config(path)
         family(config)
-        if getattr(config, "quantization_config", None) is not None:
-            raise UPQError(f"{name}: already quantised; give the original FP16, BF16 or FP32 model")
-        _plugins(recipe, StreamedModel(path))
+        check_original(config, name)
+        check_plugins(recipe, StreamedModel(path))
         if out.exists() and not out.is_dir():
             raise UPQError(f"{out}: is a file; --out wants a directory")
         finished = (out / MANIFEST).is_file()
@@ -298,6 +298,7 @@ class _Run:
             yield
             failed = False
         finally:
+            give_back()  # the next stage's peak is its own
             self.seconds[stage] = before + time.monotonic() - began
             if self.state.is_file():
                 # On a full disk the stage's own error is the one to be shown.
@@ -309,8 +310,8 @@ class _Run:
         blocks, recipe = self.blocks, self.recipe
         seq = recipe.data.seq_len
         # Reading text takes no passes; its pace says nothing about the stages after it.
-        costs = {"data": (self.sequences() + recipe.data.validation, 0.0)}
-        if (section := self.to_be_written()) is not None:
+        costs = {"data": (sequences(self.recipe) + recipe.data.validation, 0.0)}
+        if (section := to_be_written(self.recipe)) is not None:
             assert section.tokens is not None
             # One token at a time: on the reference model 130 µs a block, where a token of a training row takes 15.
             costs = {"generate": (section.tokens, section.tokens * blocks * 8.0)} | costs
@@ -319,31 +320,16 @@ class _Run:
                 costs[name] = (blocks, blocks * stage.samples * seq * 3.0 + blocks * _method(stage).cost * seq)
         total = steps(recipe.distill, seq)
         taught = LOSSES.get(recipe.distill.loss.name).uses_teacher or recipe.distill.hidden
-        passes = 4.0 if taught and not self.caches_teacher() else 3.0
+        passes = 4.0 if taught and not caches_teacher(self.recipe) else 3.0
         passes += recipe.distill.gradient_checkpointing
-        if self.caches_teacher():
-            rows = min(total * recipe.distill.batch_size, self.sequences())
+        if caches_teacher(self.recipe):
+            rows = min(total * recipe.distill.batch_size, sequences(self.recipe))
             costs["teacher"] = (rows, rows * seq * blocks * 1.0)
         costs["distill"] = (total, total * recipe.distill.batch_size * seq * blocks * passes)
         costs["check"] = (3, recipe.data.validation * seq * blocks * 5.0)
         if recipe.export:
             costs["export"] = (len(recipe.export), 0.0)
         return costs
-
-    def sequences(self) -> int:
-        """Training rows the run can use: its token budget, or the larger calibration set."""
-        stages = [stage for stage in (self.recipe.int4, self.recipe.int2) if stage is not None]
-        budget = steps(self.recipe.distill, self.recipe.data.seq_len) * self.recipe.distill.batch_size
-        return max(budget, *(stage.samples for stage in stages))
-
-    def to_be_written(self) -> Generated | None:
-        """What the original model writes itself, its tokens always given."""
-        section = self.recipe.data.generated
-        if section is None or section.tokens is not None:
-            return section
-        share = section.weight / (section.weight + sum(source.weight for source in sources_of(self.recipe.data)))
-        read = (self.sequences() + self.recipe.data.validation) * self.recipe.data.seq_len
-        return section.model_copy(update={"tokens": math.ceil(share * read)})
 
     def generate(self, section: Generated) -> None:
         self.progress.start("generate")
@@ -360,7 +346,7 @@ class _Run:
 
     def section(self) -> Data:
         """The recipe's data, with what the model wrote as one more source."""
-        data, section = self.recipe.data, self.to_be_written()
+        data, section = self.recipe.data, to_be_written(self.recipe)
         if section is None:
             return data
         written = Source(path=str(self.generated(section)), weight=section.weight)
@@ -368,19 +354,13 @@ class _Run:
 
     def data(self) -> TokenSet:
         self.progress.start("data")
-        config = load_config(self.model)
-        limit = getattr(config, "max_position_embeddings", self.recipe.data.seq_len)
-        if self.recipe.data.seq_len > limit:
-            raise UPQError(f"data.seq_len={self.recipe.data.seq_len} is more than the model's {limit}; lower it")
-        if steps(self.recipe.distill, self.recipe.data.seq_len) == 0 and self.recipe.distill.tokens > 0:
-            step = self.recipe.distill.batch_size * self.recipe.data.seq_len
-            raise UPQError(f"distill.tokens={self.recipe.distill.tokens} is less than one step of {step} tokens")
+        check_lengths(self.recipe, load_config(self.model))
         path = self.work / "tokens.safetensors"
         data = prepare(
             self.section(),
             load_tokenizer(self.model),
             path,
-            sequences=self.sequences(),
+            sequences=sequences(self.recipe),
             seed=self.recipe.seed,
             progress=self.progress,
         )
@@ -405,7 +385,7 @@ class _Run:
             source=self.store("int4") if name == "int2" and self.recipe.int4 is not None else None,
             seed=self.recipe.seed,
             progress=self.progress,
-            activations=self.work if self.recipe.memory.activations == "disk" else None,
+            activations=allocator(self.work if self.recipe.memory.activations == "disk" else None),
             processes=processes,
         )
 
@@ -413,11 +393,6 @@ class _Run:
         stage = self.recipe.int4 if name == "int4" else self.recipe.int2
         assert stage is not None
         return BlockStore(self.work / name, stage.scheme(), latents=name == "int2")
-
-    def caches_teacher(self) -> bool:
-        config = self.recipe.distill
-        trains = steps(config, self.recipe.data.seq_len) > 0
-        return trains and config.teacher == "cached" and LOSSES.get(config.loss.name).uses_teacher
 
     def cache(self, data: TokenSet) -> CachedTeacher:
         """Where the teacher's targets are or will be: every row that the training reads, in its order."""
@@ -460,7 +435,7 @@ class _Run:
         student, teacher = self.sharded_models() if sharded else self.models()
         total = steps(config, self.recipe.data.seq_len)
         taught: Teacher = teacher
-        if self.caches_teacher():
+        if caches_teacher(self.recipe):
             config, taught = settled(config, teacher, data), self.cache(data)
         elif config.teacher == "offloaded":
             norm = teacher.get_submodule(family(teacher.config).final_norm)
@@ -565,12 +540,50 @@ class _Run:
         }
 
 
+def sequences(recipe: Recipe) -> int:
+    """Training rows the run can use: its token budget, or the larger calibration set."""
+    stages = [stage for stage in (recipe.int4, recipe.int2) if stage is not None]
+    budget = steps(recipe.distill, recipe.data.seq_len) * recipe.distill.batch_size
+    return max(budget, *(stage.samples for stage in stages))
+
+
+def to_be_written(recipe: Recipe) -> Generated | None:
+    """What the original model writes itself, its tokens always given."""
+    section = recipe.data.generated
+    if section is None or section.tokens is not None:
+        return section
+    share = section.weight / (section.weight + sum(source.weight for source in sources_of(recipe.data)))
+    read = (sequences(recipe) + recipe.data.validation) * recipe.data.seq_len
+    return section.model_copy(update={"tokens": math.ceil(share * read)})
+
+
+def caches_teacher(recipe: Recipe) -> bool:
+    config = recipe.distill
+    trains = steps(config, recipe.data.seq_len) > 0
+    return trains and config.teacher == "cached" and LOSSES.get(config.loss.name).uses_teacher
+
+
 def _method(stage: Blockwise) -> Method:
     cls = METHODS.get(stage.method.name)
     return cls(stage.method.options(cls.Config, f"method {stage.method.name}"))
 
 
-def _plugins(recipe: Recipe, model: StreamedModel) -> None:
+def check_original(config: PretrainedConfig, name: str) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise UPQError(f"{name}: already quantised; give the original FP16, BF16 or FP32 model")
+
+
+def check_lengths(recipe: Recipe, config: PretrainedConfig) -> None:
+    """UPQError for rows that the model cannot read, and for a token budget below one step."""
+    seq_len, limit = recipe.data.seq_len, getattr(config, "max_position_embeddings", recipe.data.seq_len)
+    if seq_len > limit:
+        raise UPQError(f"data.seq_len={seq_len} is more than the model's {limit}; lower it")
+    if steps(recipe.distill, seq_len) == 0 and recipe.distill.tokens > 0:
+        step = recipe.distill.batch_size * seq_len
+        raise UPQError(f"distill.tokens={recipe.distill.tokens} is less than one step of {step} tokens")
+
+
+def check_plugins(recipe: Recipe, model: StreamedModel) -> None:
     """Decode every plug-in's options and try every group size now, so that a typo shows before hours of work."""
     for stage in (recipe.int4, recipe.int2):
         if stage is not None:

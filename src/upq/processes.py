@@ -63,6 +63,8 @@ class Processes:
 
     def of_first(self, value: int) -> int:
         """The first process's value."""
+        if self.world == 1:
+            return value
         told = torch.tensor(value, device=self.device)
         self.copy(told)
         return int(told)

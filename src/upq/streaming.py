@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from upq.activations import Activations, Allocate, in_memory, stretches
 from upq.artifact import tensor_files
@@ -30,13 +30,19 @@ class StreamedModel:
     """
 
     def __init__(self, path: Path, *, device: str = "cpu") -> None:
+        config = load_config(path)
+        family(config)
+        self._files = tensor_files(path)
+        check_sizes(path, config, self._files.values())
+        self._lay_out(path, config, device)
+
+    def _lay_out(self, path: Path, config: PretrainedConfig, device: str) -> None:
+        """All that does not ask for the checkpoint's tensors."""
         self.path = path
         self.device = torch.device(device)
-        self.config = load_config(path)
-        self.spec = family(self.config)
-        self._files = tensor_files(path)
-        check_sizes(path, self.config, self._files.values())
-        self._skeleton = self._laid_out()
+        self.config = config
+        self.spec = family(config)
+        self._skeleton = self._without_memory()
         blocks = self._skeleton.get_submodule(self.spec.blocks)
         assert isinstance(blocks, nn.ModuleList)
         self._blocks = list(blocks)
@@ -59,7 +65,7 @@ class StreamedModel:
 
     def frame(self) -> PreTrainedModel:
         """The model with all its own weights but those of its decoder blocks, which have no memory."""
-        model, spec = self._laid_out(), self.spec
+        model, spec = self._without_memory(), self.spec
         for path in (spec.embedding, spec.final_norm, spec.head):
             if f"{path}.weight" in self._files or f"{path}.weight" not in model.all_tied_weights_keys:
                 self._fill(model.get_submodule(path), f"{path}.")
@@ -114,7 +120,7 @@ class StreamedModel:
         rows_RH = self._tensor(f"{self.spec.embedding}.weight", embedding.weight.shape, rows=used_R)
         return F.embedding(places_BT.to(self.device), rows_RH.to(self.device))
 
-    def _laid_out(self) -> PreTrainedModel:
+    def _without_memory(self) -> PreTrainedModel:
         auto: Any = AutoModelForCausalLM  # untyped
         # Parameters on meta, buffers real: the rotary frequencies are not in the checkpoint.
         with foreign(f"{self.path}: config.json describes no model"), init_empty_weights(include_buffers=False):

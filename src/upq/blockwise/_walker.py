@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ def walk(
     source: BlockStore | None,
     seed: int,
     progress: Progress,
-    activations: Path | None = None,
+    activations: AbstractContextManager[Allocate] | None = None,
     processes: Processes = ALONE,
 ) -> None:
     """Solve every block of `model` that `store` does not hold yet.
@@ -36,8 +36,8 @@ def walk(
     Two streams of hidden states pass through the blocks: the original's, which gives the targets, and that of the
     quantised prefix, which each block will really read. `source` gives the weights that become codes (the INT4
     stage's, for the INT2 stage); None takes the original's. Blocks already on disk are run, not solved, so an
-    interrupted walk ends in the same bytes. One block is in memory at a time; the streams are in memory too, or in
-    files below `activations`, where that is given.
+    interrupted walk ends in the same bytes. One block is in memory at a time; the streams are in memory too, or where
+    `activations` puts them.
 
     Several `processes` walk together, each with its share of the calibration rows: the solutions are those of a single
     one but for the rounding of sums over rows. The first one writes, and what it wrote is what all go on with.
@@ -46,7 +46,7 @@ def walk(
     is not stored.
     """
     done, linears = processes.of_first(store.done(len(model))), model.spec.linears
-    with allocator(activations) as allocate:
+    with activations or allocator(None) as allocate:
         streams: _Streams | None = None
         if method.needs_inputs and done < len(model):
             with processes.alike():

@@ -14,6 +14,7 @@ from upq.cli.demo import demo
 from upq.cli.doctor import doctor
 from upq.cli.evaluate import evaluate
 from upq.cli.export import export
+from upq.cli.plan import plan
 from upq.cli.quantize import quantize
 from upq.cli.serve import serve
 from upq.errors import UPQError
@@ -29,6 +30,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("quantize")(quantize)
+app.command("plan")(plan)
 app.command("eval")(evaluate)
 app.command("export")(export)
 app.command("chat")(chat)

@@ -42,8 +42,8 @@ def _put(module: nn.Module, solutions: dict[str, Solution], device: torch.device
     for path, solution in solutions.items():
         linear = module.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        layer = FakeQuantLinear(solution.latent_OI, solution.params, solution.scheme, linear.bias)
-        module.set_submodule(path, layer.to(device))
+        layer = FakeQuantLinear(solution.latent_OI, solution.params, solution.scheme, linear.bias, device=device)
+        module.set_submodule(path, layer)
 
 
 def _own(norms: dict[str, nn.Module]) -> None:

@@ -118,14 +118,14 @@ def write_cache(
         parts = []
         for batch in torch.split(torch.tensor(cache.of_shard(shard)), config.micro_batch_size):
             with torch.autocast(device.type, torch.bfloat16, enabled=autocasts(config, device)):
-                parts.append(_likeliest(teacher, tokens_NT[batch].long(), k, config.chunk_tokens))
+                parts.append(likeliest(teacher, tokens_NT[batch].long(), k, config.chunk_tokens))
             progress.advance(len(batch))
         index_NTK, logp_NTK, rest_NT = (torch.cat(part) for part in zip(*parts, strict=True))
         cache.folder.mkdir(parents=True, exist_ok=True)
         save_tensors(cache.path(shard), {"index": index_NTK.to(index_dtype), "logp": logp_NTK.half(), "rest": rest_NT})
 
 
-def _likeliest(teacher: PreTrainedModel, tokens_BT: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def likeliest(teacher: PreTrainedModel, tokens_BT: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     """Indices and log-probabilities (B, T-1, K), and the rest's (B, T-1): the last position predicts nothing."""
     spec = family(teacher.config)
     decoder, head = teacher.get_submodule(spec.decoder), teacher.get_submodule(spec.head)

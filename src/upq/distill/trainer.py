@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,43 +82,17 @@ def distill(
     left out, one more is an UPQError. That, and a `stop` that waits, which is heeded after a step by raising Stopped,
     come once the state is in `checkpoint`.
     """
-    accelerator = Accelerator(
-        mixed_precision="bf16" if autocasts(config, student.device) else "no", cpu=student.device.type == "cpu"
-    )
-    loss = make_loss(config, teacher, data)
-    cache = teacher if isinstance(teacher, CachedTeacher) else None
-    needed = loss.uses_teacher or config.hidden
-    taught = teacher if needed and not isinstance(teacher, CachedTeacher) else None
-    if config.gradient_checkpointing:
-        checkpoint_blocks(student)
-    objective = Objective(student, taught, loss, chunk=config.chunk_tokens, hidden=config.hidden)
-    sharded = sharded and accelerator.num_processes > 1
-    if sharded:
-        shard(objective, accelerator.device.type)
-    groups = _groups(student, config)
-    rates = [group["lr"] for group in groups]
-    optimizer: Any = make_optimizer(config, groups, student.device)
-    if not sharded:
-        objective = accelerator.prepare(objective)
-    optimizer = accelerator.prepare(optimizer)
-    learned = [p for p in objective.parameters() if p.requires_grad]
-    first, skipped = _resume(checkpoint, objective, optimizer, progress) if checkpoint.is_file() else (0, [])
-    stop = stop or Stop()
+    training, stop = Training(student, teacher, data, config, sharded=sharded), stop or Stop()
+    first, skipped = _resume(checkpoint, training, progress) if checkpoint.is_file() else (0, [])
     progress.start("distill", done=first)
     losses: list[float] = []
     for step in range(first, total_steps):
-        factor = learning_rate_factor(step, total_steps, config)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            set_rate(group, rate * factor)
-        batch: tuple[Tensor, ...] = data.batch(step, config.batch_size)
-        if cache is not None:
-            batch = (*batch, data.rows(step, config.batch_size))
-        value, norm, stopping = _step(accelerator, objective, optimizer, learned, batch, cache, config, stop)
+        value, norm, stopping = training.step(step, learning_rate_factor(step, total_steps, config), stop)
         if not (math.isfinite(value) and math.isfinite(norm)):
             wrong = f"the loss is {value}" if not math.isfinite(value) else f"the gradient's norm is {norm}"
             if len(skipped) == config.skip_bad_steps:
                 if step > first:
-                    _save(accelerator, checkpoint, objective, optimizer, step, skipped)
+                    _save(checkpoint, training, step, skipped)
                 kept = f"; the state before it is kept in {checkpoint}" if checkpoint.is_file() else ""
                 raise UPQError(
                     f"distill: step {step}: {wrong}; raise distill.skip_bad_steps (now {config.skip_bad_steps}) to go "
@@ -130,12 +103,78 @@ def distill(
         losses.append(value)
         finished = step + 1
         if finished % config.checkpoint_every == 0 or finished == total_steps or stopping:
-            _save(accelerator, checkpoint, objective, optimizer, finished, skipped)
+            _save(checkpoint, training, finished, skipped)
         progress.advance(1, loss=value)
         if stopping:
             progress.note(f"distill: stopped after step {step}; its state is in {checkpoint}")
             raise Stopped(stop.signum or signal.SIGTERM)  # another process's, under torchrun
     return losses
+
+
+class Training:
+    """Everything of a training but its loop: objective and optimiser over the processes, and one step of them."""
+
+    def __init__(
+        self, student: PreTrainedModel, teacher: Teacher, data: Batches, config: Distill, *, sharded: bool = False
+    ) -> None:
+        self.config, self._data = config, data
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if autocasts(config, student.device) else "no",
+            cpu=student.device.type == "cpu",
+            device_placement=False,  # the student is where it is to be
+        )
+        loss = make_loss(config, teacher, data)
+        self._cache = teacher if isinstance(teacher, CachedTeacher) else None
+        needed = loss.uses_teacher or config.hidden
+        taught = teacher if needed and not isinstance(teacher, CachedTeacher) else None
+        if config.gradient_checkpointing:
+            checkpoint_blocks(student)
+        objective = Objective(student, taught, loss, chunk=config.chunk_tokens, hidden=config.hidden)
+        sharded = sharded and self.accelerator.num_processes > 1
+        if sharded:
+            shard(objective, self.accelerator.device.type)
+        groups = _groups(student, config)
+        self._rates = [group["lr"] for group in groups]
+        optimizer = make_optimizer(config, groups, student.device)
+        self.objective: nn.Module = objective if sharded else self.accelerator.prepare(objective)
+        self.optimizer: Any = self.accelerator.prepare(optimizer)
+        self.learned = [p for p in self.objective.parameters() if p.requires_grad]
+
+    def step(self, step: int, factor: float, stop: Stop) -> tuple[float, float, bool]:
+        """Optimiser step number `step` on this process's share of its batch, at `factor` times the rates.
+
+        Returns, alike in all processes, the mean loss a token, the norm of the gradient and whether any is to stop. If
+        one of the two figures is not finite, nothing has changed.
+        """
+        config, accelerator = self.config, self.accelerator
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            set_rate(group, rate * factor)
+        batch: tuple[Tensor, ...] = self._data.batch(step, config.batch_size)
+        if self._cache is not None:
+            batch = (*batch, self._data.rows(step, config.batch_size))
+        targets = int(batch[1][:, 1:].sum())
+        rank, world = accelerator.process_index, accelerator.num_processes
+        mine = list(zip(*(torch.split(x[rank::world], config.micro_batch_size) for x in batch), strict=True))
+        total = torch.zeros((), device=accelerator.device)
+        for i, (tokens, mask, *rows) in enumerate(mine):
+            cached = [] if self._cache is None else [self._cache.read(rows[0].tolist()).to(accelerator.device)]
+            last = i == len(mine) - 1
+            # Gradients are averaged over processes, so each is scaled up: the sum is over the whole global batch.
+            # Shards have nothing to put off: their gradients are summed up where they lie.
+            with nullcontext() if last else accelerator.no_sync(self.objective):
+                with accelerator.autocast():
+                    value = (
+                        self.objective(tokens.to(accelerator.device), mask.to(accelerator.device), *cached) / targets
+                    )
+                accelerator.backward(value * world)
+            total += value.detach()
+        norm = float(whole(accelerator.clip_grad_norm_(self.learned, config.clip)))
+        asked = torch.full_like(total, stop.signum is not None)
+        value, stopping = accelerator.reduce(torch.stack([total, asked]), reduction="sum").tolist()
+        if math.isfinite(value) and math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value, norm, stopping > 0
 
 
 def skipped_steps(checkpoint: Path) -> list[int]:
@@ -170,44 +209,6 @@ def confidence(teacher: PreTrainedModel, data: Batches, *, rows: int = 16) -> fl
     return float(p_BT[mask_BT[:, 1:]].mean())
 
 
-def _step(
-    accelerator: Accelerator,
-    objective: nn.Module,
-    optimizer: Any,
-    learned: Sequence[Tensor],
-    batch: tuple[Tensor, ...],
-    cache: CachedTeacher | None,
-    config: Distill,
-    stop: Stop,
-) -> tuple[float, float, bool]:
-    """One optimiser step on this process's share of the global batch: tokens, mask and, with a cache, rows' numbers.
-
-    Returns, alike in all processes, the mean loss a token, the norm of the gradient and whether any is to stop. If one
-    of the two figures is not finite, nothing has changed.
-    """
-    targets = int(batch[1][:, 1:].sum())
-    rank, world = accelerator.process_index, accelerator.num_processes
-    mine = list(zip(*(torch.split(x[rank::world], config.micro_batch_size) for x in batch), strict=True))
-    total = torch.zeros((), device=accelerator.device)
-    for i, (tokens, mask, *rows) in enumerate(mine):
-        cached = [] if cache is None else [cache.read(rows[0].tolist()).to(accelerator.device)]
-        last = i == len(mine) - 1
-        # Gradients are averaged over processes, so each is scaled up: the sum is over the whole global batch.
-        # Shards have nothing to put off: their gradients are summed up where they lie.
-        with nullcontext() if last else accelerator.no_sync(objective):
-            with accelerator.autocast():
-                value = objective(tokens.to(accelerator.device), mask.to(accelerator.device), *cached) / targets
-            accelerator.backward(value * world)
-        total += value.detach()
-    norm = float(whole(accelerator.clip_grad_norm_(learned, config.clip)))
-    asked = torch.full_like(total, stop.signum is not None)
-    value, stopping = accelerator.reduce(torch.stack([total, asked]), reduction="sum").tolist()
-    if math.isfinite(value) and math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return value, norm, stopping > 0
-
-
 def _groups(student: PreTrainedModel, config: Distill) -> list[dict[str, Any]]:
     """A group a tensor kind: each matrix moves in proportion to its RMS, so one rate fits all widths and depths."""
     layers = fake_quant_layers(student).values()
@@ -226,9 +227,8 @@ def _groups(student: PreTrainedModel, config: Distill) -> list[dict[str, Any]]:
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
-def _save(
-    accelerator: Accelerator, path: Path, objective: nn.Module, optimizer: Any, step: int, skipped: list[int]
-) -> None:
+def _save(path: Path, training: Training, step: int, skipped: list[int]) -> None:
+    accelerator, objective, optimizer = training.accelerator, training.objective, training.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
     tensors: dict[str, Any] = {f"model:{k}": v for k, v in get_model_state_dict(objective, options=_FULL).items()}
     state: Any = get_optimizer_state_dict(objective, inner, options=_FULL).get("state", {})
@@ -241,7 +241,8 @@ def _save(
     accelerator.wait_for_everyone()
 
 
-def _resume(path: Path, objective: nn.Module, optimizer: Any, progress: Progress) -> tuple[int, list[int]]:
+def _resume(path: Path, training: Training, progress: Progress) -> tuple[int, list[int]]:
+    objective, optimizer = training.objective, training.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
     tensors, metadata = load_tensors(path)
     model: dict[str, Any] = {k.removeprefix("model:"): v for k, v in tensors.items() if k.startswith("model:")}

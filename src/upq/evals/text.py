@@ -120,9 +120,9 @@ def _hidden(model: PreTrainedModel, tokens_BT: Tensor, row_P: Tensor, position_P
 def _log_probabilities(model: PreTrainedModel, hidden_CH: Tensor, row_C: Tensor, whose: str) -> Tensor:
     head: nn.Module = model.get_submodule(family(model.config).head)
     logp_CV: Tensor = head(hidden_CH).float().log_softmax(1)
-    bad_C = logp_CV.isnan().any(1)
-    if bad_C.any():
-        row = int(row_C[bad_C.cpu()][0])
+    good_C = ~logp_CV.isnan().any(1)
+    if not good_C.all():
+        row = int(row_C[~good_C.cpu()][0])
         raise UPQError(
             f"row {row} of the text: {whose} computes NaN ({model.dtype}); load it in float32, or check its weights"
         )

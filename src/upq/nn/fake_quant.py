@@ -97,11 +97,21 @@ class FakeQuantLinear(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(self, latent_OI: Tensor, params: Params, scheme: QuantScheme, bias_O: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        latent_OI: Tensor,
+        params: Params,
+        scheme: QuantScheme,
+        bias_O: Tensor | None = None,
+        *,
+        device: torch.device | None = None,
+    ) -> None:
+        """On `device`, or where the latent is; a bias is shared and has to be there already."""
         super().__init__()
+        device = device or latent_OI.device
         self.scheme = scheme
-        self.weight = nn.Parameter(_owned(latent_OI))
-        self.grid_params = nn.ParameterDict({k: nn.Parameter(_owned(v)) for k, v in params.items()})
+        self.weight = nn.Parameter(_owned(latent_OI, device))
+        self.grid_params = nn.ParameterDict({k: nn.Parameter(_owned(v, device)) for k, v in params.items()})
         self.register_buffer("bias", None if bias_O is None else bias_O.detach())
 
     def fake(self) -> Tensor:
@@ -122,6 +132,6 @@ class FakeQuantLinear(nn.Module):
         return f"in_features={i}, out_features={o}, bias={self.bias is not None}, {self.scheme}"
 
 
-def _owned(tensor: Tensor) -> Tensor:
+def _owned(tensor: Tensor, device: torch.device) -> Tensor:
     """An fp32 copy: a latent that shared the teacher's memory would train the teacher."""
-    return tensor.detach().to(torch.float32, copy=True)
+    return tensor.detach().to(device, torch.float32, copy=True)

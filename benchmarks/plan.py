@@ -1,0 +1,141 @@
+"""What `upq plan` says against runs: `python benchmarks/plan.py`
+
+Random models of several sizes go the whole way, each in a process of its own; the peak of memory is taken anew for each
+stage (Linux). Rows, iterations and steps are few, since memory does not depend on how many there are; the time is
+compared for those few. Conversations are left out: a random model ends none.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from _alone import run_alone
+from _table import Figure, Table, make_console, show_figures, write_figures
+
+LAYERS = {256: 8, 512: 6, 1024: 4}
+VOCABULARY = 32  # tokens for each unit of the hidden size, as in Llama's first versions
+OFF = 0.15  # of memory, either way
+SETTINGS = (
+    "data.generated=null", "data.seq_len=256", "data.validation=4",
+    "int4={bits: 4, samples: 8, method: {name: flexround, scale: mse, relative: true, iterations: 2, batch_size: 2}}",
+    "int2.samples=8", "int2.method.iterations=2", "distill.tokens=2048",
+)  # fmt: skip
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    sizes: Annotated[list[int], typer.Option(min=64, help="Hidden size, a multiple of 64; repeatable.")] = [*LAYERS],  # noqa: B006
+    set_: Annotated[list[str], typer.Option("--set", help="Of the recipe; repeatable.")] = [],  # noqa: B006
+    json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Where the files go for the time being.")] = None,
+) -> None:
+    console, rows, figures = make_console(), [], []
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        for size in sizes:
+            model = Path(folder) / f"model-{size}"
+            run_alone(__file__, "make", model, size)
+            planned = run_alone(__file__, "planned", model, *set_)
+            measured = run_alone(__file__, "measured", model, Path(folder) / f"out-{size}", *set_)
+            for stage, (memory, seconds) in measured.items():
+                expected, estimate = planned[stage]
+                ratio = expected / memory
+                times = (f"{estimate:,.0f}", f"{seconds:,.0f}", f"{estimate / seconds:.2f}") if estimate else ("–",) * 3
+                sizes_shown = (f"{expected / 1e6:,.0f}", f"{memory / 1e6:,.0f}", f"{ratio:.2f}")
+                rows.append((f"{size}, {stage}", *sizes_shown, *times))
+                target, ok = f"{1 - OFF:.2f} to {1 + OFF:.2f}", abs(ratio - 1) <= OFF
+                figures.append(
+                    Figure(f"memory of {stage}, hidden size {size}, planned over measured", ratio, "", target, ok)
+                )
+    head = ("hidden size, stage", "planned, MB", "peak, MB", "ratio", "planned, s", "took, s", "ratio")
+    Table("What was planned and what was measured", head, tuple(rows)).show(console)
+    show_figures(figures, console)
+    if json_file is not None:
+        write_figures(figures, json_file)
+    raise typer.Exit(not all(figure.ok for figure in figures))
+
+
+def make(folder: Path, hidden: int) -> None:
+    """A random Llama with a tokenizer of bytes, and a text beside it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    import memory
+
+    folder.mkdir()
+    memory.make(folder, LAYERS.get(hidden, 4), hidden, VOCABULARY * hidden)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
+    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz  ", k=200_000)
+    lines = ("".join(letters[i : i + 200]) for i in range(0, len(letters), 200))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+
+
+def load_recipe(model: Path, overrides: list[str]) -> Any:
+    from upq.recipe import Recipe
+
+    source = f"data.sources=[{{path: {model / 'text.jsonl'}}}]"
+    return Recipe.load("default", [source, *SETTINGS, *overrides])
+
+
+def planned(model: Path, overrides: list[str]) -> None:
+    """Memory and seconds of each stage, as this machine plans it."""
+    from upq.loading import load_config
+    from upq.plan import Machine, plan, this_speed
+
+    made = plan(load_config(model), load_recipe(model, overrides), Machine(10**15, speed=this_speed()))
+    print(json.dumps({stage.name: (stage.memory, stage.seconds) for stage in made.stages}))
+
+
+def measured(model: Path, out: Path, overrides: list[str]) -> None:
+    """The whole way; answers with the peak and the seconds of each stage."""
+    from upq import pipeline
+    from upq.memory import peak_memory_bytes
+    from upq.progress import Silent
+    from upq.quiet import quiet_libraries
+
+    class Peaks(Silent):
+        """A new peak after each unit: what comes after a stage's last one, such as loading, is the next stage's."""
+
+        def __init__(self) -> None:
+            self.found: dict[str, tuple[int, float]] = {}
+            self._stage, self._last = "", time.monotonic()
+
+        def start(self, stage: str, *, done: int = 0) -> None:
+            self._stage = stage
+
+        def advance(self, units: int = 1, **figures: float) -> None:
+            now = time.monotonic()
+            peak, seconds = self.found.get(self._stage, (0, 0.0))
+            self.found[self._stage] = (max(peak, peak_memory_bytes()), seconds + now - self._last)
+            self._last = now
+            Path("/proc/self/clear_refs").write_text("5")
+
+    quiet_libraries()
+    peaks = Peaks()
+    pipeline.quantize(model, load_recipe(model, overrides), out, device="cpu", progress=peaks)
+    print(json.dumps(peaks.found))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["make"]:
+        make(Path(sys.argv[2]), int(sys.argv[3]))
+        print("{}")
+    elif sys.argv[1:2] == ["planned"]:
+        planned(Path(sys.argv[2]), sys.argv[3:])
+    elif sys.argv[1:2] == ["measured"]:
+        measured(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    else:
+        app()

@@ -1,0 +1,114 @@
+"""`upq plan`: what a run will need, before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from upq.errors import UPQError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from upq.plan import Plan
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="Hugging Face causal LM: directory or hub id. Only its config is read.")],
+    recipe: Annotated[str, typer.Option(help="Recipe of the package (default, paper) or a YAML file.")] = "default",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
+    ] = None,
+    memory: Annotated[float | None, typer.Option(min=0.1, help="Of the machine, in GB; default: of this one.")] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs to plan for; 0: the processor.")] = 0,
+    gpu_memory: Annotated[float | None, typer.Option(min=0.1, help="Of one GPU, in GB.")] = None,
+    gpu_tflops: Annotated[float | None, typer.Option(min=0.1, help="Of one GPU in bf16, for the time.")] = None,
+    gpu_bandwidth: Annotated[float | None, typer.Option(min=0.1, help="Of one GPU in GB/s, for the time.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan to this file as well.")] = None,
+) -> None:
+    """Show what each stage needs, and the settings that make it fit. Exit code 1 where nothing makes it fit."""
+    if bool(gpus) != (gpu_memory is not None):
+        raise UPQError("--gpus and --gpu-memory go together: how many, and how much memory each has")
+    if (gpu_tflops is None) != (gpu_bandwidth is None):
+        raise UPQError("--gpu-tflops and --gpu-bandwidth go together; give both or neither")
+    if not gpus and gpu_tflops is not None:
+        raise UPQError("--gpu-tflops is of a GPU; give --gpus and --gpu-memory too")
+    if gpus and memory is not None:
+        raise UPQError("--memory is for a run on the processor; with --gpus give --gpu-memory alone")
+
+    from upq.cli.quantize import load_recipe
+
+    chosen = load_recipe(recipe, set_ or [], [])
+
+    import psutil
+    from rich.console import Console
+
+    from upq import plan as planning
+    from upq.artifact import atomic_write
+    from upq.loading import load_config
+    from upq.quiet import quiet_libraries
+
+    quiet_libraries()
+    config = load_config(model)
+    planning.check(config, chosen, model)
+    with Console(stderr=True).status("running the stages without memory"):
+        if gpu_memory is not None:
+            speed = planning.Speed(gpu_tflops * 1e12, gpu_bandwidth * 1e9) if gpu_tflops and gpu_bandwidth else None
+            machine = planning.Machine(int(gpu_memory * 1e9), gpus, speed)
+        else:
+            size = psutil.virtual_memory().total if memory is None else int(memory * 1e9)
+            machine = planning.Machine(size, speed=planning.this_speed())
+        made = planning.plan(config, chosen, machine)
+    console = Console()
+    console.print(table_of(made))
+    for line in notes(made, model, recipe, set_ or []):
+        console.print(line, highlight=False, soft_wrap=True)
+    if json_file is not None:
+        atomic_write(json_file, json.dumps(dataclasses.asdict(made), indent=1) + "\n")
+    raise typer.Exit(not made.fits)
+
+
+def table_of(made: Plan) -> Table:
+    """A line a stage; what does not fit is red."""
+    from upq.console import duration, size, table
+
+    where = "memory of a GPU" if made.machine.gpus else "memory"
+    rows = []
+    for stage in made.stages:
+        fits = stage.memory <= made.machine.memory
+        memory = size(stage.memory) if fits else f"[red]{size(stage.memory)}[/red]"
+        took = duration(stage.seconds) if stage.seconds else "–"
+        rows.append([stage.name, f"{stage.tokens:,}", memory, size(stage.disk), took])
+    disk, seconds = sum(stage.disk for stage in made.stages), [stage.seconds for stage in made.stages]
+    total = "–" if None in seconds else duration(sum(each or 0 for each in seconds))
+    rows.append(["all", "", size(max(stage.memory for stage in made.stages)), size(disk), total])
+    found = table("", ["stage", "tokens", where, "disk", "time, about"], rows)
+    found.rows[-2].end_section = True
+    return found
+
+
+def notes(made: Plan, model: str, recipe: str, overrides: list[str]) -> Iterator[str]:
+    """What the figures come to, and the command to paste."""
+    from upq.console import size
+
+    gpus = made.machine.gpus
+    limit = size(made.machine.memory) + (" of a GPU" if gpus else "")
+    yield f"{made.weights / 1e9:.3g} billion weights; {made.coded / 1e9:.3g} billion of them become codes"
+    if gpus and made.machine.speed is None:
+        yield "for the time of GPUs: --gpu-tflops and --gpu-bandwidth, as they are reached and not as they are sold"
+    settings = " ".join(f"--set {setting}" for setting in made.settings)
+    if not made.fits:
+        peak = max(made.stages, key=lambda stage: stage.memory)
+        tried = f" even with {settings}" if settings else ""
+        yield f"[bold red]does not fit[/bold red] in {limit}{tried}: {peak.name} needs {size(peak.memory)}"
+        return
+    yield f"[bold green]fits[/bold green] in {limit}" + (f" with {settings}" if settings else "")
+    start = f"torchrun --nproc-per-node {gpus} -m upq" if gpus > 1 else "upq"
+    given = "".join(f" --set {override}" for override in overrides)
+    chosen = "" if recipe == "default" else f" --recipe {recipe}"
+    yield f"  {start} quantize {model} --out DIR{chosen}{given}{' ' * bool(settings)}{settings}"

@@ -1,0 +1,628 @@
+"""What a run will need, stage by stage, before it starts: from the model's configuration and the recipe alone.
+
+The stages' own code runs on tensors without memory (`imagined`), so what is planned is what the code does. All decoder
+blocks are alike: models of two and three blocks are run, and every further block adds what the third one added.
+
+Law (tests/test_plan.py): a figure at a depth is that of the same code run at that depth.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+
+from upq.blockwise import METHODS, BlockStore, Solution, walk
+from upq.distill.optimizer import check as check_optimizer
+from upq.distill.student import make_student
+from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher, likeliest
+from upq.distill.trainer import Training, settled, steps
+from upq.errors import UPQError
+from upq.evals.text import evaluate_text
+from upq.grids import GRIDS, Params
+from upq.hf import block_linears, pack_model
+from upq.imagined import Tally, imagined
+from upq.kernels import computing
+from upq.loading import family
+from upq.losses import TopK
+from upq.memory import resident_bytes
+from upq.pipeline import caches_teacher, check_lengths, check_original, check_plugins, sequences, to_be_written
+from upq.progress import Silent
+from upq.recipe import Blockwise, Recipe, decode, override
+from upq.scheme import QuantScheme
+from upq.signals import Stop
+from upq.streaming import StreamedModel
+
+# Of a GPU: CUDA's context, the libraries' workspaces, and what its allocator cannot use. Assumed, not measured.
+GPU_CONTEXT = 10**9
+# What the C library (glibc) holds of free memory between tensors that come and go in small blocks, as a share of them:
+# fitted to runs of width 256 and 512, where it was 0.3 to 1.2 (docs/scale.md).
+_SPARE = 0.6
+_ROWS = 8  # calibration rows that pass through a block at a time
+_DEPTHS = (2, 3)  # blocks
+
+Figures = tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Of one stage, in one process: bytes in memory at its peak, bytes it leaves on disk, and its work (see Tally).
+
+    `loose` is what of the memory comes and goes in small blocks.
+    """
+
+    stage: str
+    tokens: int
+    memory: int
+    disk: int
+    loose: int = 0
+    flops: float = 0.0
+    moved: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Weights of a model: of a block's linears, of all of a block, and of what is not in blocks."""
+
+    linears: int
+    block: int
+    rest: int
+    blocks: int
+
+    @property
+    def coded(self) -> int:
+        return self.linears * self.blocks
+
+    @property
+    def all(self) -> int:
+        return self.block * self.blocks + self.rest
+
+
+def check(config: PretrainedConfig, recipe: Recipe, name: str) -> None:
+    """Every error of model and recipe that shows without data. Raises UPQError."""
+    family(config)
+    check_original(config, name)
+    check_plugins(recipe, _Layout(_of_depth(config, 1)))
+    check_lengths(recipe, config)
+
+
+def size_of(config: PretrainedConfig) -> Size:
+    with imagined():
+        one, two = (_model(_of_depth(config, depth), torch.float32) for depth in (1, 2))
+        weights = [sum(p.numel() for p in model.parameters()) for model in (one, two)]
+        linears = sum(_weight(one, path).numel() for path in block_linears(one))
+    block = weights[1] - weights[0]
+    return Size(linears, block, weights[0] - block, config.num_hidden_layers)
+
+
+def needs(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    *,
+    processes: int = 1,
+    gpu: bool = False,
+    only: frozenset[str] | None = None,
+) -> dict[str, Need]:
+    """What each stage of `recipe` needs, in their order; or `only` some of them.
+
+    `gpu`: products are in bf16 where the recipe leaves that to the device.
+    """
+    mixed = gpu and recipe.distill.precision == "auto"
+    if mixed:
+        distill = recipe.distill.model_copy(update={"precision": "bf16"})
+        recipe = recipe.model_copy(update={"distill": distill})
+    stages: dict[str, Callable[[], Need]] = {}
+    if recipe.data.generated is not None:
+        stages["generate"] = lambda: _generate(config, recipe, gpu=gpu)
+    stages["data"] = lambda: _data(recipe)
+    if (int4 := recipe.int4) is not None:
+        stages["int4"] = lambda: _blockwise("int4", int4, config, recipe, processes)
+    stages["int2"] = lambda: _blockwise("int2", recipe.int2, config, recipe, processes)
+    if caches_teacher(recipe):
+        stages["teacher"] = lambda: _teacher(config, recipe, gpu=gpu)
+    stages["distill"] = lambda: _distill(config, recipe, processes, gpu=gpu)
+    stages["check"] = lambda: _check(config, recipe)
+    found = {name: run() for name, run in stages.items() if only is None or name in only}
+    if gpu:
+        return found
+    return {name: replace(need, memory=need.memory + int(_SPARE * need.loose)) for name, need in found.items()}
+
+
+# ---- depth
+
+
+def _of_depth(config: PretrainedConfig, blocks: int) -> PretrainedConfig:
+    shallow = copy.deepcopy(config)
+    shallow.num_hidden_layers = blocks
+    if getattr(shallow, "layer_types", None):
+        shallow.layer_types = shallow.layer_types[:blocks]
+    return shallow
+
+
+def _at_depth(config: PretrainedConfig, run: Callable[[PretrainedConfig], Figures]) -> Figures:
+    """What `run` gives for `config`, from the depths that are quick to run."""
+    if config.num_hidden_layers <= _DEPTHS[-1]:
+        return run(config)
+    low, high = (run(_of_depth(config, depth)) for depth in _DEPTHS)
+    return _beyond(low, high, config.num_hidden_layers - _DEPTHS[0])
+
+
+def _beyond(low: Figures, high: Figures, times: float) -> Figures:
+    """Along the line from `low` to `high`, so many times the way between them."""
+    return tuple(a + (b - a) * times for a, b in zip(low, high, strict=True))
+
+
+# ---- models without memory
+
+
+class _Layout(StreamedModel):
+    """A model whose checkpoint need not be there. To be made before its blocks are imagined: a copy is made of each."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self._lay_out(Path(config.name_or_path or ""), config, "cpu")
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of a block's linears, by name."""
+        return {name: _weight(self._blocks[0], name).shape for name in self.spec.linears}
+
+    def block(self, index: int) -> nn.Module:
+        block = copy.deepcopy(self._blocks[index])
+        self._fill(block, "")
+        return block
+
+    def _embeddings(self, ids_BT: Tensor) -> Tensor:
+        return torch.empty(*ids_BT.shape, self.config.hidden_size)
+
+    def _tensor(self, name: str, shape: torch.Size, *, rows: Tensor | None = None) -> Tensor:
+        return torch.empty(shape)
+
+
+def _model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    auto: Any = AutoModelForCausalLM  # untyped
+    model: PreTrainedModel = auto.from_config(config, dtype=dtype)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model.requires_grad_(False)
+
+
+def _loaded(config: PretrainedConfig, dtype: torch.dtype | None = None, *, gpu: bool = False) -> PreTrainedModel:
+    """As from its files: in another type than theirs, they lie in memory until the last tensor has been converted.
+
+    Not in that of a GPU, which gets the whole model afterwards.
+    """
+    own = _own_dtype(config)
+    model = _model(config, dtype or own)
+    if dtype not in (None, own) and not gpu:
+        files = [torch.empty_like(p, dtype=own) for p in model.parameters()]
+        del files
+    return model
+
+
+def _own_dtype(config: PretrainedConfig) -> torch.dtype:
+    return getattr(config, "dtype", None) or torch.float32
+
+
+def _weight(module: nn.Module, path: str) -> Tensor:
+    linear = module.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    return linear.weight
+
+
+# ---- block-wise stages
+
+
+@dataclass(frozen=True)
+class _Nowhere(BlockStore):
+    """Forgets what it is given; what is asked of it has the right shapes."""
+
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
+
+    def done(self, blocks: int) -> int:
+        return 0
+
+    def save(self, index: int, solutions: dict[str, Solution], report: object) -> None: ...
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        return {name: torch.empty(shape) for name, shape in self.shapes.items()}
+
+
+@dataclass(frozen=True)
+class _Elsewhere:
+    """Activations that take no memory but for the batch that is read."""
+
+    shape: torch.Size
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | Tensor, /) -> Tensor:
+        count = len(range(len(self))[rows]) if isinstance(rows, slice) else len(rows)
+        return torch.empty(count, *self.shape[1:])
+
+    def __setitem__(self, rows: slice, batch_BTH: Tensor, /) -> None: ...
+
+
+def _blockwise(name: str, stage: Blockwise, config: PretrainedConfig, recipe: Recipe, processes: int) -> Need:
+    """The time counts each step of the method as one process takes it: its batches may be too small to share out."""
+    scheme, cls = stage.scheme(), METHODS.get(stage.method.name)
+    options = stage.method.options(cls.Config, f"method {stage.method.name}")
+    iterations, seq_len = getattr(options, "iterations", 0), recipe.data.seq_len
+    samples = -(-stage.samples // processes)
+    few = min(samples, max(_ROWS, getattr(options, "batch_size", 0)))
+    on_disk = recipe.memory.activations == "disk"
+    model = _Layout(_of_depth(config, 1))
+    store = _Nowhere(Path(), scheme, shapes=model.shapes())
+
+    def run(rows: int, iterations: int, **changed: Any) -> Figures:
+        changed |= {"iterations": iterations} if "iterations" in cls.Config.model_fields else {}
+        with imagined() as tally:
+            walk(
+                model,
+                torch.zeros(rows, seq_len, dtype=torch.long),
+                cls(options.model_copy(update=changed)),
+                store,
+                source=store if name == "int2" and recipe.int4 is not None else None,
+                seed=0,
+                progress=Silent(),
+                activations=nullcontext(lambda shape, _device: _Elsewhere(shape)) if on_disk else None,
+            )
+            return tally.peak, tally.loose, tally.flops, tally.moved
+
+    peak, loose, *work = run(few, min(iterations, 2))  # in the second iteration all moments are there
+    # The search for scales is most of a short run, and the same for any rows and iterations.
+    quick = {"scale": "max"} if getattr(options, "scale", "") == "mse" else {}
+    if samples > few or iterations > 2:
+        _, _, *base = run(few, 1, **quick)
+        _, _, *longer = run(few, 2, **quick)
+        _, _, *wider = run(2 * few, 1, **quick)
+        further, rest = max(0, iterations - 2), samples / few - 1
+        work = [w + (i - b) * further + (r - b) * rest for w, b, i, r in zip(work, base, longer, wider, strict=True)]
+    row = seq_len * config.hidden_size * torch.float32.itemsize
+    streams = 2 * row * (samples - few) if cls(options).needs_inputs else 0
+    blocks = config.num_hidden_layers
+    solved = sum(_stored(shape, scheme, latents=name == "int2") for shape in model.shapes().values()) * blocks
+    return Need(
+        name,
+        stage.samples * seq_len,
+        int(peak + (0 if on_disk else streams)),
+        int(solved + (2 * row * stage.samples if on_disk else 0)),
+        int(loose),
+        work[0] * blocks,
+        work[1] * blocks,
+    )
+
+
+def _stored(shape: torch.Size, scheme: QuantScheme, *, latents: bool) -> float:
+    """Bytes of a solved linear: packed codes with scale and zero of each group, or latents and grid parameters."""
+    groups = shape[0] * scheme.groups(shape[1])
+    return 4 * (shape.numel() + groups) if latents else shape.numel() * scheme.bits / 8 + 6 * groups
+
+
+# ---- training
+
+
+@dataclass(frozen=True)
+class _Rows:
+    seq_len: int
+
+    def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
+        shape = (size, self.seq_len)
+        return torch.zeros(shape, dtype=torch.long), torch.ones(shape, dtype=torch.bool)
+
+    def rows(self, step: int, size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class _Likeliest(CachedTeacher):
+    """Targets for rows of `seq_len` tokens, the k likeliest of each."""
+
+    seq_len: int
+    k: int
+
+    def read(self, rows: Any) -> TopK:
+        positions = len(rows) * (self.seq_len - 1)
+        index_TK = torch.zeros(positions, self.k, dtype=torch.long)
+        return TopK(index_TK, torch.zeros(positions, self.k), torch.zeros(positions))
+
+
+def _distill(config: PretrainedConfig, recipe: Recipe, processes: int, *, gpu: bool) -> Need:
+    """With `sharded`, what is cut is divided: FSDP itself is not run."""
+    chosen, seq_len = recipe.distill, recipe.data.seq_len
+    own = -(-chosen.batch_size // processes)
+    micro = min(chosen.micro_batch_size, own)
+    number = steps(chosen, seq_len)
+    built, kept, peak, loose, learned, moments, *work = _at_depth(
+        config, lambda shallow: _training(shallow, recipe, micro, train=number > 0, many=own > micro, gpu=gpu)
+    )
+    if recipe.memory.weights == "sharded" and processes > 1:
+        size = size_of(config)
+        # In turn whole: a block of student and teacher, the next one, and its gradients; always: what is not in blocks.
+        whole = 4 * (4 * size.block + size.rest)
+        cut = kept + 4 * learned - 4 * size.rest
+        peak += whole - cut * (1 - 1 / processes)
+        # A block is read, gets its solutions and becomes the student's, and is cut before the next one.
+        built = 4 * (size.rest + 3 * size.block + (size.block * size.blocks + learned) / processes)
+    flops, moved = (first + (both - first) * (own / micro - 1) for first, both in (work[:2], work[2:]))
+    checkpoint = 4 * learned + moments
+    return Need(
+        "distill",
+        number * chosen.batch_size * seq_len,
+        int(max(built, peak)),
+        int(checkpoint * (2 if number > chosen.checkpoint_every else 1)),  # while one is replaced by the next
+        int(loose if peak > built else 0),
+        flops * number,
+        moved * number,
+    )
+
+
+def _training(config: PretrainedConfig, recipe: Recipe, micro: int, *, train: bool, many: bool, gpu: bool) -> Figures:
+    """Bytes: peak before the first step, what stays between steps, peak of a step and what of it is loose.
+
+    Then weights that learn, bytes of their moments.
+
+    Then the work of a step of one micro-batch and that of one of two, as (flops, flops), (moved, moved).
+    """
+    scheme, data = recipe.int2.scheme(), _Rows(recipe.data.seq_len)
+    chosen = recipe.distill.model_copy(update={"micro_batch_size": micro, "batch_size": micro})
+    layout = _Layout(config)
+    AcceleratorState._reset_state()  # another plan of this process may have been in another precision
+    with imagined() as tally:
+        teacher = _loaded(config, torch.float32, gpu=gpu)
+        student = make_student(teacher, _solutions(teacher, scheme, gpu=gpu), train_norms=chosen.train_norms)
+        if not train:
+            return (float(tally.peak), *[0.0] * 9)
+        taught: Teacher = teacher
+        if chosen.teacher != "resident":
+            chosen = settled(chosen, teacher, data)
+        if caches_teacher(recipe):
+            k = min(chosen.teacher_top_k, config.vocab_size)
+            taught = _Likeliest(Path(), (), data.seq_len, k)
+        elif chosen.teacher == "offloaded":
+            taught = StreamedTeacher(layout, teacher.get_submodule(family(config).final_norm))
+        del teacher
+        training, before = Training(student, taught, data, chosen), tally.live
+        built = tally.peak
+        one = _work(tally, lambda: training.step(0, 1.0, Stop()))  # its last act are the moments
+        learned, kept = sum(p.numel() for p in training.learned), tally.live
+        if many:
+            training.config = chosen.model_copy(update={"batch_size": 2 * micro})
+        tally.restart()
+        two = _work(tally, lambda: training.step(1, 1.0, Stop()))
+        if not many:
+            one = two
+        work = (one[0], two[0], one[1], two[1])
+        return built, kept, tally.peak, tally.loose, learned, kept - before, *work
+
+
+def _work(tally: Tally, run: Callable[[], object]) -> Figures:
+    flops, moved = tally.flops, tally.moved
+    run()
+    return tally.flops - flops, tally.moved - moved
+
+
+def _solutions(model: PreTrainedModel, scheme: QuantScheme, *, gpu: bool = False) -> dict[str, Solution]:
+    """As read from what the block-wise stage has left: beside the model, or for a GPU not in its memory."""
+    solutions = {}
+    for path in block_linears(model):
+        shape = _weight(model, path).shape
+        latent_OI = torch.empty(()).expand(shape) if gpu else torch.empty(shape)
+        params: Params = GRIDS.get(scheme.grid).init(latent_OI, scheme)
+        solutions[path] = Solution(latent_OI, params, scheme)
+    return solutions
+
+
+# ---- what comes before and after
+
+
+def _generate(config: PretrainedConfig, recipe: Recipe, *, gpu: bool) -> Need:
+    """Memory at the most: prompt and answer as long as they may be. Time: on average half as long, to the limit."""
+    section = to_be_written(recipe)
+    assert section is not None
+    assert section.tokens is not None
+    rows, limit = section.batch_size, section.max_new_tokens
+
+    def run(shallow: PretrainedConfig) -> Figures:
+        with imagined() as tally, torch.inference_mode():
+            model: Any = _loaded(shallow, None if gpu else torch.float32)
+            cache = DynamicCache(config=shallow)
+
+            def extend(tokens: int) -> None:
+                ids_BT = torch.zeros(rows, tokens, dtype=torch.long)
+                out = model(ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                # as transformers' sampling does it
+                torch.multinomial(out.logits[:, -1].to(torch.float32, copy=True).softmax(-1), num_samples=1)
+
+            prompt = _work(tally, lambda: extend(limit))
+            step = _work(tally, lambda: extend(1))
+            first = tally.peak, tally.loose
+            if limit > 2:
+                extend(limit - 2)
+            tally.restart()
+            extend(1)
+            return *first, tally.peak, tally.loose, *prompt, *step
+
+    first, first_loose, last, last_loose, *work = _at_depth(config, run)
+    peak, loose = max((first, first_loose), (last, last_loose))
+    batches = section.tokens / (rows * limit)
+    flops, moved = (batches * (work[i] + 2 * limit * work[2 + i]) for i in (0, 1))
+    return Need("generate", section.tokens, int(peak), 6 * section.tokens, int(loose), flops, moved)
+
+
+def _data(recipe: Recipe) -> Need:
+    """Rows are written as they are filled: 4 bytes a token, and 1 for the mask."""
+    tokens = (sequences(recipe) + recipe.data.validation) * recipe.data.seq_len
+    return Need("data", tokens, 0, 5 * tokens)
+
+
+def _teacher(config: PretrainedConfig, recipe: Recipe, *, gpu: bool) -> Need:
+    chosen, seq_len = recipe.distill, recipe.data.seq_len
+    micro, k = chosen.micro_batch_size, min(chosen.teacher_top_k, config.vocab_size)
+    rows = steps(chosen, seq_len) * chosen.batch_size
+
+    def run(shallow: PretrainedConfig) -> Figures:
+        with imagined() as tally, torch.no_grad():
+            teacher = _loaded(shallow, torch.float32, gpu=gpu)
+            with torch.autocast("cpu", torch.bfloat16, enabled=chosen.precision == "bf16"):
+                likeliest(teacher, torch.zeros(micro, seq_len, dtype=torch.long), k, chosen.chunk_tokens)
+            return tally.peak, tally.loose, tally.flops, tally.moved
+
+    peak, loose, flops, moved = _at_depth(config, run)
+    disk = CachedTeacher(Path(), range(rows)).bytes(k, config.vocab_size, seq_len)
+    return Need("teacher", rows * seq_len, int(peak), disk, int(loose), flops * rows / micro, moved * rows / micro)
+
+
+def _check(config: PretrainedConfig, recipe: Recipe) -> Need:
+    """The original, the artefact beside it, and with an INT4 stage its model as well."""
+    rows, seq_len = recipe.data.validation, recipe.data.seq_len
+    few = min(rows, 4)
+
+    def run(shallow: PretrainedConfig) -> Figures:
+        with imagined() as tally, torch.no_grad():
+            tokens_NT = torch.zeros(few, seq_len, dtype=torch.long)
+            source = _loaded(shallow)
+            solutions = _solutions(source, recipe.int2.scheme())
+            qtensors = {path: solution.qtensor() for path, solution in solutions.items()}
+            del solutions
+            tally.restart()
+            evaluate_text(source, tokens_NT)
+            pack_model(source, qtensors, embeddings_bits=recipe.embeddings.bits)
+            disk = sum(tensor.nbytes for tensor in source.state_dict().values())
+            # The packed model that is loaded is the one that was written.
+            packed, teacher = source, _loaded(shallow)
+            with computing("reference"):
+                evaluate_text(packed, tokens_NT, teacher=teacher)
+            if recipe.int4 is not None:
+                evaluate_text(_loaded(shallow), tokens_NT, teacher=teacher)
+            return tally.peak, tally.loose, disk, tally.flops * rows / few, tally.moved * rows / few
+
+    peak, loose, disk, flops, moved = _at_depth(config, run)
+    return Need("check", rows * seq_len, int(peak), int(disk), int(loose), flops, moved)
+
+
+# ---- what fits
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Of a machine: floating-point operations in a second, and bytes moved."""
+
+    flops: float
+    moved: float
+
+    def seconds(self, need: Need) -> float:
+        return need.flops / self.flops + need.moved / self.moved
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where a run is planned for: `memory` is in bytes, of one GPU or, without GPUs, of the machine."""
+
+    memory: int
+    gpus: int = 0
+    speed: Speed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    name: str
+    tokens: int
+    memory: int  # bytes, of one process, the program itself included
+    disk: int  # bytes it leaves below --out/.work
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Stages of a run with `settings`, those beyond the recipe's that make it fit."""
+
+    weights: int
+    coded: int  # weights that become codes
+    machine: Machine
+    settings: tuple[str, ...]
+    fits: bool
+    stages: tuple[Stage, ...]
+
+
+# In the order in which they are tried: what costs least first. By the stages they are for.
+_BLOCKWISE, _TRAINING = frozenset({"int4", "int2"}), frozenset({"teacher", "distill"})
+_SAVINGS = (
+    (_BLOCKWISE, "memory.activations=disk"),
+    (frozenset({"generate"}), "data.generated.batch_size=32"),
+    (frozenset({"generate"}), "data.generated.batch_size=8"),
+    (_TRAINING, "distill.chunk_tokens=256"),
+    (_TRAINING, "distill.micro_batch_size=1"),
+    (_TRAINING, "memory.weights=sharded"),
+    (_TRAINING, "distill.gradient_checkpointing=true"),
+    (_TRAINING, "distill.teacher=offloaded"),
+    (_TRAINING, "distill.optimizer=adamw8bit"),
+)
+
+
+def plan(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> Plan:
+    """What `recipe` needs on `machine`, with as few savings as its stages ask for."""
+    processes, gpu = max(1, machine.gpus), machine.gpus > 0
+    program = GPU_CONTEXT if gpu else resident_bytes()
+    room, settings = machine.memory - program, dict[str, str]()
+    found = needs(config, recipe, processes=processes, gpu=gpu)
+    for stages, setting in _SAVINGS:
+        tight = frozenset(name for name in stages & found.keys() if found[name].memory > room)
+        if not tight or (setting == "memory.weights=sharded" and processes == 1):
+            continue
+        changed = with_setting(recipe, setting)
+        try:
+            check_optimizer(changed.distill)
+        except UPQError:  # an optimiser that is not installed here
+            continue
+        fresh = needs(config, changed, processes=processes, gpu=gpu, only=stages)
+        if any(fresh[name].memory < found[name].memory for name in tight):
+            recipe, found = changed, found | fresh
+            settings[setting.partition("=")[0]] = setting  # a later value of a key replaces the one before
+    size = size_of(config)
+    shown = tuple(
+        Stage(
+            need.stage,
+            need.tokens,
+            need.memory + program,
+            need.disk,
+            None if machine.speed is None else machine.speed.seconds(need),
+        )
+        for need in found.values()
+    )
+    fits = all(stage.memory <= machine.memory for stage in shown)
+    return Plan(size.all, size.coded, machine, tuple(settings.values()), fits, shown)
+
+
+def with_setting(recipe: Recipe, setting: str) -> Recipe:
+    """The recipe with one key overridden, `dotted.key=yaml value`."""
+    raw = recipe.model_dump(mode="json")
+    override(raw, setting)
+    return decode(Recipe, raw, setting)
+
+
+def this_speed(*, seconds: float = 0.5) -> Speed:
+    """Of this machine's processor: products in float32, and a plain pass over memory."""
+    side = 1024
+    a, b = torch.randn(side, side), torch.randn(side, side)
+    x, y = torch.randn(2**24), torch.empty(2**24)
+    return Speed(
+        flops=2 * side**3 / _seconds(lambda: torch.mm(a, b), seconds),
+        moved=2 * x.nbytes / _seconds(lambda: torch.add(x, 1, out=y), seconds),
+    )
+
+
+def _seconds(run: Callable[[], object], least: float) -> float:
+    run()
+    began, done = time.monotonic(), 0
+    while (spent := time.monotonic() - began) < least:
+        run()
+        done += 1
+    return spent / done

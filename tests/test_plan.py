@@ -1,0 +1,250 @@
+"""The plan of a run: what is imagined against what is counted, and the settings that make it fit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import upq.cli
+from tiny import tiny_model
+from upq import plan as planning
+from upq.activations import allocator
+from upq.blockwise import METHODS, BlockStore, walk
+from upq.distill.student import make_student
+from upq.distill.trainer import Training
+from upq.grids import GRIDS
+from upq.hf import block_linears
+from upq.imagined import counted, imagined
+from upq.loading import load_config
+from upq.nn.fake_quant import Solution
+from upq.plan import Machine, Need, Speed, needs, plan, with_setting
+from upq.progress import Silent
+from upq.recipe import Recipe
+from upq.signals import Stop
+from upq.streaming import StreamedModel
+
+T = 32
+QUICK = (
+    "data.generated=null", f"data.seq_len={T}", "data.validation=4", "int4=null", "int2.samples=4", "int2.method=rtn",
+    "distill.tokens=1024", "distill.chunk_tokens=40",
+)  # fmt: skip
+
+
+def recipe(*settings: str) -> Recipe:
+    return Recipe.load("default", [*QUICK, *settings])
+
+
+def config(layers: int, **sizes: Any) -> Any:
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"vocab_size": 300, "max_position_embeddings": 64, "dtype": "bfloat16", "tie_word_embeddings": True}
+    return AutoConfig.for_model("llama", num_hidden_layers=layers, **{**shape, **sizes})
+
+
+# ---- tensors without memory
+
+
+def work() -> torch.Tensor:
+    a = torch.zeros(100, 50)  # 20,000 bytes
+    b = a @ a.T  # 40,000 and 2 · 100 · 50 · 100 operations
+    c = b[:10].exp()  # a view is no memory; 4,000
+    del a, b
+    return torch.cat([c, c])  # 8,000
+
+
+@pytest.mark.parametrize("mode", [imagined, counted])
+def test_peak_and_work_are_those_counted_by_hand(mode: Any) -> None:
+    with mode() as tally:
+        out = work()
+        assert (tally.live, tally.peak, tally.flops) == (8_000, 64_000, 1_000_000)
+        assert tally.moved == 20_000 + (4_000 + 4_000) + (4_000 + 4_000 + 8_000)
+        tally.restart()
+        del out
+        assert (tally.live, tally.peak) == (0, 8_000)
+
+
+def test_what_has_no_value_is_one_and_a_mask_picks_everything() -> None:
+    with imagined():
+        mask = torch.rand(3, 4) < 0.5
+        assert float(torch.zeros(())) == 1
+        assert mask.all()
+        assert torch.zeros(3, 4, 5)[mask].shape == (12, 5)
+        assert [len(index) for index in mask.nonzero(as_tuple=True)] == [12, 12]
+
+
+# ---- stages
+
+
+@pytest.mark.parametrize("settings", [(), ("distill.gradient_checkpointing=true", "distill.teacher=offloaded")])
+def test_training_at_any_depth_is_the_training_at_that_depth(settings: tuple[str, ...]) -> None:
+    def run(shallow: Any) -> planning.Figures:
+        return planning._training(shallow, recipe(*settings), 2, train=True, many=True, gpu=False)
+
+    assert planning._at_depth(config(5), run) == pytest.approx(run(config(5)), rel=1e-6)
+
+
+def test_a_training_step_needs_what_it_was_planned_to() -> None:
+    """Real tensors, real values, the same counting."""
+    small, chosen = config(2), recipe("distill.micro_batch_size=2", "distill.batch_size=4")
+    planned = planning._training(small, chosen, 2, train=True, many=True, gpu=False)
+    data = planning._Rows(T)
+    with counted() as tally:
+        teacher = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval().requires_grad_(False)
+        scheme = chosen.int2.scheme()
+        weights = {path: teacher.get_submodule(path).weight for path in block_linears(teacher)}
+        solutions = {path: Solution(w, GRIDS.get("seq").init(w, scheme), scheme) for path, w in weights.items()}
+        student = make_student(teacher, solutions, train_norms=True)
+        del solutions, weights
+        training = Training(student, teacher, data, chosen.distill)
+        training.step(0, 1.0, Stop())
+        kept, before = tally.live, (tally.flops, tally.moved)
+        tally.restart()
+        training.step(1, 1.0, Stop())
+    assert kept == pytest.approx(planned[1], rel=0.03)
+    assert tally.peak == pytest.approx(planned[2], rel=0.03)
+    assert tally.flops - before[0] == pytest.approx(planned[7], rel=0.01)
+    assert tally.moved - before[1] == pytest.approx(planned[9], rel=0.05)
+
+
+@pytest.mark.parametrize("activations", ["memory", "disk"])
+def test_a_block_wise_stage_needs_what_it_was_planned_to(activations: str, tmp_path: Path) -> None:
+    tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=16).bfloat16().save_pretrained(tmp_path / "m")
+    chosen = recipe(
+        f"memory.activations={activations}",
+        "int2.method={name: block_ap, iterations: 3, batch_size: 2, scale: mse}",
+        "int2.samples=20",
+    )
+    options = chosen.int2.method.options(METHODS.get("block_ap").Config, "")
+    tokens_NT = torch.randint(67, (20, T))
+    with counted() as tally:
+        walk(
+            StreamedModel(tmp_path / "m"), tokens_NT, METHODS.get("block_ap")(options),
+            BlockStore(tmp_path / "s", chosen.int2.scheme()), source=None, seed=0, progress=Silent(),
+            activations=allocator(tmp_path if activations == "disk" else None),
+        )  # fmt: skip
+    # of a GPU, where nothing is added for the C library
+    need = needs(load_config(tmp_path / "m"), chosen, gpu=True, only=frozenset({"int2"}))["int2"]
+    assert need.memory == pytest.approx(tally.peak, rel=0.03)
+    assert need.flops == pytest.approx(tally.flops, rel=0.1)
+    stored = sum(file.stat().st_size for file in (tmp_path / "s").iterdir())
+    streams = 2 * 20 * T * 64 * 4 if activations == "disk" else 0
+    assert need.disk == pytest.approx(stored + streams, rel=0.1)  # headers and reports are not counted
+
+
+def test_every_stage_of_every_recipe_has_its_row() -> None:
+    found = needs(
+        config(2), Recipe.load("default", [f"data.seq_len={T}", "int4={bits: 4, method: rtn}", "int2.method=rtn"])
+    )
+    assert list(found) == ["generate", "data", "int4", "int2", "distill", "check"]
+    cached = needs(config(2), recipe("distill.teacher=cached", "distill.hidden=0"))
+    assert list(cached) == ["data", "int2", "teacher", "distill", "check"]
+    assert cached["distill"].memory < needs(config(2), recipe("distill.hidden=0"))["distill"].memory
+    untrained = needs(config(2), recipe("distill.tokens=0"))["distill"]
+    assert untrained.tokens == untrained.flops == 0 < untrained.memory
+
+
+def test_shards_and_shares_of_a_batch_need_less() -> None:
+    one, chosen = config(2), recipe("distill.batch_size=8", "memory.weights=sharded")
+    alone, shared = (needs(one, chosen, processes=n, only=frozenset({"distill"}))["distill"] for n in (1, 4))
+    assert shared.memory < alone.memory
+    assert shared.flops == pytest.approx(alone.flops / 4, rel=0.01)
+
+
+# ---- what fits
+
+
+def test_settings_are_tried_in_order_and_only_those_that_help_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(_config: Any, chosen: Recipe, *, only: Any = None, **_: Any) -> dict[str, Need]:
+        saved = 10 * (chosen.distill.chunk_tokens == 256) + 20 * chosen.distill.gradient_checkpointing
+        made = {"int2": Need("int2", 1, 10, 0), "distill": Need("distill", 1, 100 - saved, 0)}
+        return {name: need for name, need in made.items() if only is None or name in only}
+
+    monkeypatch.setattr(planning, "needs", found)
+    monkeypatch.setattr(planning, "resident_bytes", lambda: 0)
+    chunk, checkpointing = "distill.chunk_tokens=256", "distill.gradient_checkpointing=true"
+    for memory, settings, fits in (
+        (100, (), True),
+        (90, (chunk,), True),
+        (70, (chunk, checkpointing), True),
+        (69, (chunk, checkpointing), False),
+    ):
+        made = plan(config(1), recipe(), Machine(memory))
+        assert (made.settings, made.fits) == (settings, fits)
+
+
+def test_what_is_suggested_fits_without_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "resident_bytes", lambda: 0)
+    wide, chosen = config(3, vocab_size=50_000), recipe("distill.chunk_tokens=1024", "data.seq_len=64")
+    plain = plan(wide, chosen, Machine(10**12))
+    assert plain.settings == ()
+    needed = {stage.name: stage.memory for stage in plain.stages}
+    assert needed["check"] < 0.9 * needed["distill"]
+    tight = plan(wide, chosen, Machine(needed["distill"] * 9 // 10))
+    assert tight.fits
+    assert tight.settings
+    for setting in tight.settings:
+        chosen = with_setting(chosen, setting)
+    again = plan(wide, chosen, tight.machine)
+    assert again == replace(tight, settings=())
+
+
+# ---- the command
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["upq", "plan", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(planning, "this_speed", lambda: Speed(1e10, 1e9))
+    with pytest.raises(SystemExit) as stopped:
+        upq.cli.main()
+    captured = capsys.readouterr()
+    return int(stopped.value.code or 0), captured.out, captured.err
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    config(3).save_pretrained(tmp_path)  # no weights
+    settings = [word for setting in QUICK for word in ("--set", setting)]
+    code, shown, errors = run(monkeypatch, capsys, tmp_path, *settings, "--memory", 100, "--json", tmp_path / "p.json")
+    assert code == 0, errors
+    assert f"upq quantize {tmp_path} --out DIR --set data.generated=null" in shown
+    saved = json.loads((tmp_path / "p.json").read_text())
+    assert saved["fits"]
+    assert [stage["name"] for stage in saved["stages"]] == ["data", "int2", "distill", "check"]
+    assert saved["weights"] == 300 * 64 + 64 + 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64)
+
+    code, shown, errors = run(monkeypatch, capsys, tmp_path, *settings, "--set", "distill.tokens=0", "--memory", 0.1)
+    assert code == 1, errors
+    assert "does not fit in 100 MB" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpus", 1), "--gpus and --gpu-memory go together"),
+        (("--gpu-tflops", 100), "--gpu-tflops and --gpu-bandwidth go together"),
+        (("--set", "data.seq_len=65"), "data.seq_len=65 is more than the model's 64; lower it"),
+        (("--set", "distill.tokens=1"), "distill.tokens=1 is less than one step"),
+        (("--set", "int2.group_size=40"), "in_features 64 is not a multiple of group_size 40"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: tuple[object, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    config(2).save_pretrained(tmp_path)
+    seq_len = () if "65" in str(arguments) else ("--set", f"data.seq_len={T}")
+    code, shown, errors = run(monkeypatch, capsys, tmp_path, *seq_len, *arguments)
+    assert (code, shown) == (2, "")
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+def test_a_family_that_is_not_known_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    code, _, errors = run(monkeypatch, capsys, tmp_path)
+    assert code == 2
+    assert "model family 'gpt2' is not supported" in errors
