@@ -199,11 +199,11 @@ def codes(linear: nn.Module, scheme: QuantScheme) -> QTensor:
 
 
 def tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """Bytes, and as many words as are missing: a GGUF file must hold a vocabulary of the model's size."""
+    """Bytes, and as many pairs as are missing: llama.cpp wants a vocabulary of the model's size, and merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [f"{a}{b}" for a in alphabet for b in alphabet][: size - len(alphabet) - 1]
-    vocabulary = {word: i for i, word in enumerate([*alphabet, *words, "</s>"])}
-    backend = Tokenizer(models.BPE(vocabulary, []))
+    pairs = [(a, b) for a in alphabet for b in alphabet][: size - len(alphabet) - 1]
+    vocabulary = {word: i for i, word in enumerate([*alphabet, *(a + b for a, b in pairs), "</s>"])}
+    backend = Tokenizer(models.BPE(vocabulary, pairs))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")

@@ -1,8 +1,9 @@
-"""CPU kernels on the linears of a model of a billion weights, cold from memory: `python benchmarks/kernels.py`.
+"""CPU kernels on the linears of a model of a billion weights, cold from memory: `python benchmarks/products.py`.
 
 The shapes are those of Llama-3.2-1B with an untied head of 32,000 rows. Every weight has memory of its own, 260 MB at 2
 bits, so none is in a cache when its turn comes, as in decoding. Weights are random; speed does not depend on them.
-A plain read of as many bytes in the same process is the ruler for one token.
+A plain read of as many bytes in the same process is the ruler for one token. (Not `kernels.py`: transformers takes any
+module of that name on the path for its own kernels package, and fails.)
 """
 
 from __future__ import annotations
