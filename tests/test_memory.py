@@ -1,0 +1,51 @@
+"""What a process holds, and what it can give back."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from upq.kernels import Weight
+from upq.memory import page_out, resident_bytes
+
+SIZE = 2**26
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the system gives nothing back when asked")
+
+
+def from_file(folder: Path, tensor: torch.Tensor) -> torch.Tensor:
+    save_file({"x": tensor}, folder / "x.safetensors")
+    with safe_open(folder / "x.safetensors", framework="pt") as file:
+        return file.get_tensor("x")
+
+
+@linux
+def test_pages_of_a_file_go_and_come_back(tmp_path: Path) -> None:
+    numbers = torch.arange(SIZE // 8)
+    mapped = from_file(tmp_path, numbers)
+    assert torch.equal(mapped, numbers)
+    held = resident_bytes()
+    page_out(mapped)
+    assert resident_bytes() < held - 0.9 * SIZE
+    assert torch.equal(mapped, numbers)
+
+
+@pytest.mark.parametrize("size", [1, 4095, 4096, 100_000])
+def test_memory_of_its_own_keeps_its_values(size: int) -> None:
+    numbers = torch.randint(256, (size,), dtype=torch.uint8)
+    expected = numbers.clone()
+    page_out(numbers)
+    assert torch.equal(numbers, expected)
+
+
+@linux
+def test_a_rearranged_weight_is_in_memory_once(tmp_path: Path) -> None:
+    codes_OB = from_file(tmp_path, torch.randint(256, (2**13, 2**13), dtype=torch.uint8))
+    weight = Weight(codes_OB, torch.ones(2**13, 1).half(), 1.5, bits=2, in_features=2**15)
+    before = resident_bytes()
+    assert weight.matrix().nbytes >= SIZE
+    assert resident_bytes() - before < 1.15 * SIZE
