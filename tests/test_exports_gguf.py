@@ -382,7 +382,10 @@ def test_a_pre_tokenizer_that_llama_cpp_lacks_is_refused() -> None:
     for pre in (split(r"\w+"), plain_bytes(), pre_tokenizers.ByteLevel(add_prefix_space=True)):
         with pytest.raises(UPQError, match=r"llama\.cpp has no pre-tokenizer for"):
             vocabulary(bpe(pre), 257, [])
-    assert vocabulary(bpe(plain_bytes(), merges=False), 257, []).pre == "gpt-2"  # bytes: nothing depends on the cuts
+    found = vocabulary(bpe(plain_bytes(), merges=False), 257, [])
+    assert found.pre == "gpt-2"  # bytes: nothing depends on the cuts
+    ((left, _),) = (merge.split(" ") for merge in found.merges)
+    assert len(left) > 1  # no letter, and no other merge makes it: it never applies
 
 
 def test_an_embedding_smaller_than_the_vocabulary_is_refused() -> None:

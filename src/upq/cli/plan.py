@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -109,6 +110,6 @@ def notes(made: Plan, model: str, recipe: str, overrides: list[str]) -> Iterator
         return
     yield f"[bold green]fits[/bold green] in {limit}" + (f" with {settings}" if settings else "")
     start = f"torchrun --nproc-per-node {gpus} -m upq" if gpus > 1 else "upq"
-    given = "".join(f" --set {override}" for override in overrides)
-    chosen = "" if recipe == "default" else f" --recipe {recipe}"
-    yield f"  {start} quantize {model} --out DIR{chosen}{given}{' ' * bool(settings)}{settings}"
+    given = "".join(f" --set {shlex.quote(override)}" for override in overrides)
+    chosen = "" if recipe == "default" else f" --recipe {shlex.quote(recipe)}"
+    yield f"  {start} quantize {shlex.quote(model)} --out DIR{chosen}{given}{' ' * bool(settings)}{settings}"

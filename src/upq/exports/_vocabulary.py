@@ -142,7 +142,8 @@ def _byte_level(
         shown = " then ".join(expressions) or "none"
         raise UPQError(f"gguf: llama.cpp has no pre-tokenizer for {shown} (ignore_merges: {model['ignore_merges']})")
     types = [int(_type(id, added) if id in by_id else gguf.TokenType.UNUSED) for id in range(size)]
-    return {"model": "gpt2", "pre": pre, "types": types, "merges": _merges(model), "notes": tuple(notes)}
+    merges = _merges(model) or [_UNREACHABLE]
+    return {"model": "gpt2", "pre": pre, "types": types, "merges": merges, "notes": tuple(notes)}
 
 
 def _expression(step: dict[str, Any]) -> str | None:
@@ -223,6 +224,10 @@ def _scores(model: dict[str, Any], added: set[str], tokens: list[str]) -> list[f
             )
     order = {token: i for i, token in enumerate(sorted(made, key=lambda token: made[token][0]))}
     return [-float(order[token]) if token in order else 0.0 for token in tokens]
+
+
+# llama.cpp does not load a vocabulary without merges. Text is cut into single letters first, so none is ever a pair.
+_UNREACHABLE = "ĠĠ ĠĠ"
 
 
 def _merges(model: dict[str, Any]) -> list[str]:
