@@ -200,9 +200,10 @@ def peers_sections(page: Page) -> Iterator[str]:
     yield "Each in an environment of its own, with its own recommended settings and the same text. A row that could not"
     yield "be made says why.\n"
     for file in files:
-        yield f"### On {file.stem.removeprefix(PEERS)}\n"
+        subject = file.stem.removeprefix(PEERS)
+        yield f"### On {subject}\n"
         yield peers_table(file).markdown()
-    yield code("python benchmarks/peers/run.py")
+        yield code(f"python benchmarks/peers/run.py --subject {subject}")
 
 
 def peers_table(path: Path) -> Table:
