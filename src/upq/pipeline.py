@@ -310,8 +310,8 @@ class _Run:
         blocks, recipe = self.blocks, self.recipe
         seq = recipe.data.seq_len
         # Reading text takes no passes; its pace says nothing about the stages after it.
-        costs = {"data": (sequences(self.recipe) + recipe.data.validation, 0.0)}
-        if (section := to_be_written(self.recipe)) is not None:
+        costs = {"data": (sequences(recipe) + recipe.data.validation, 0.0)}
+        if (section := to_be_written(recipe)) is not None:
             assert section.tokens is not None
             # One token at a time: on the reference model 130 µs a block, where a token of a training row takes 15.
             costs = {"generate": (section.tokens, section.tokens * blocks * 8.0)} | costs
@@ -320,10 +320,10 @@ class _Run:
                 costs[name] = (blocks, blocks * stage.samples * seq * 3.0 + blocks * _method(stage).cost * seq)
         total = steps(recipe.distill, seq)
         taught = LOSSES.get(recipe.distill.loss.name).uses_teacher or recipe.distill.hidden
-        passes = 4.0 if taught and not caches_teacher(self.recipe) else 3.0
+        passes = 4.0 if taught and not caches_teacher(recipe) else 3.0
         passes += recipe.distill.gradient_checkpointing
-        if caches_teacher(self.recipe):
-            rows = min(total * recipe.distill.batch_size, sequences(self.recipe))
+        if caches_teacher(recipe):
+            rows = min(total * recipe.distill.batch_size, sequences(recipe))
             costs["teacher"] = (rows, rows * seq * blocks * 1.0)
         costs["distill"] = (total, total * recipe.distill.batch_size * seq * blocks * passes)
         costs["check"] = (3, recipe.data.validation * seq * blocks * 5.0)

@@ -121,8 +121,7 @@ def _solve(task: BlockTask, method: Method, store: BlockStore, model: StreamedMo
             if not math.isfinite(found["weight"]):
                 raise UPQError(f"{at}, quantised: {name} holds NaN or infinity; {remedy}")
     if task.targets_NTH is not None:
-        rows, total = task.rows(), task.processes.total
-        block = ((total(error) / rows) / (total(size) / rows)) ** 0.5
+        block = (task.processes.total(error) / task.processes.total(size)) ** 0.5
         for found in report.values():
             found["block"] = block
     with task.processes.alike():
