@@ -116,10 +116,12 @@ double error_of(const Weight& w, const Rows& x, const Output& y, Compute compute
 bool run_case(unsigned seed, const Kernels& kernels) {
     Random random{std::mt19937(seed)};
     const bool grouped = random.between(0, 1);
-    const int group = 8 * random.between(1, 12), groups = grouped ? random.between(1, 6) : 1;
+    const bool wide = seed % 8 == 4;  // more than is unpacked at a time
+    const int group = 8 * random.between(1, 12), groups = grouped ? random.between(1, wide ? 20 : 6) : 1;
     // now and then longer than a segment
-    const std::int64_t columns = grouped ? group * groups : seed % 64 == 0 ? 70001 : random.between(1, 500);
-    const std::int64_t tokens = columns > 1000 ? 1 : random.between(1, 20);
+    const std::int64_t columns = grouped ? group * groups : seed % 64 == 0 ? 70001 : random.between(1, wide ? 2000 : 500);
+    // from 24 on codes are unpacked for all of them, from 64 on in portions
+    const std::int64_t tokens = columns > 2000 ? 1 : seed % 4 ? random.between(1, 20) : random.between(24, 140);
     const Real real = random.one_of({Real::f32, Real::f16, Real::bf16});
     std::vector<float> values;
     for (std::int64_t i = 0; i < tokens * columns; ++i) values.push_back(random.normal() * (random.between(0, 99) ? 1.0f : 30.0f));

@@ -7,6 +7,7 @@ namespace upq::cpu {
 namespace {
 
 struct Avx2 : Avx256 {
+    static constexpr bool direct_sums = false;
     // 16 registers: 4 sums, and 4 of the block's own.
     static constexpr Shape shape(int, int tokens) { return {tokens == 1 ? 4 : 1, 1}; }
 

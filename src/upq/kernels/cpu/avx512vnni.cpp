@@ -8,7 +8,8 @@ namespace upq::cpu {
 
 namespace {
 
-struct Avx512Vnni : DirectSums<__m512i> {
+struct Avx512Vnni {
+    static constexpr bool direct_sums = true;
     static constexpr int lanes = 16, tile_tokens = 8;
     using Bytes = __m512i;
     using Ints = __m512i;

@@ -6,7 +6,8 @@ namespace upq::cpu {
 
 namespace {
 
-struct AvxVnni : Avx256, DirectSums<__m256i> {
+struct AvxVnni : Avx256 {
+    static constexpr bool direct_sums = true;
     // 16 registers: 8 sums in every shape.
     static constexpr Shape shape(int width, int tokens) {
         if (tokens == 1) return {4, width < 8 ? 2 : 1};

@@ -6,6 +6,9 @@
 
 namespace upq::cpu {
 
+// Memory that a product wants of each thread.
+inline constexpr std::int64_t scratch_bytes = 64 << 10;
+
 struct Kernels {
     const char* name;
 
@@ -13,9 +16,10 @@ struct Kernels {
     void (*quantize)(const Rows& x, const Segments& segments, std::int64_t token, float* scratch, const IntTokens& out);
     void (*widen)(const Rows& x, const Segments& segments, std::int64_t token, float* scratch, const FloatTokens& out);
 
-    // The products of some tokens with the rows of some panels.
-    void (*w2a8)(const Matrix& w, const IntTokens& x, const Output& y, Range panels, Range tokens);
-    void (*w2a16)(const Matrix& w, const FloatTokens& x, const Output& y, Range panels, Range tokens);
+    // The products of some tokens with the rows of some panels; `scratch` is this thread's own, scratch_bytes
+    // at the start of a cache line.
+    void (*w2a8)(const Matrix& w, const IntTokens& x, const Output& y, Range panels, Range tokens, std::uint8_t* scratch);
+    void (*w2a16)(const Matrix& w, const FloatTokens& x, const Output& y, Range panels, Range tokens, std::uint8_t* scratch);
 
     // What a decoder does between its products, in float32 (steps.hpp).
     void (*dense)(const Dense& w, const float* x, std::int64_t tokens, Range rows, float* y);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <memory>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -19,11 +20,17 @@ constexpr std::int64_t portion = 1024;
 // Rows of tokens a multiple of 4 KiB apart would all fall into the same few sets of the first-level cache.
 constexpr std::int64_t skew = 64;
 
+// Uninitialised, at the start of a cache line: unpacked codes that straddle two lines cost a tenth of a product.
 template <class T>
 struct Array {
-    std::unique_ptr<T[]> data;
+    static constexpr std::align_val_t line{64};
+    struct Free {
+        void operator()(T* data) const { ::operator delete(data, line); }
+    };
+    std::unique_ptr<T, Free> data;
 
-    explicit Array(std::int64_t count) : data(std::make_unique_for_overwrite<T[]>(static_cast<std::size_t>(count))) {}
+    explicit Array(std::int64_t count)
+        : data(static_cast<T*>(::operator new(static_cast<std::size_t>(count) * sizeof(T), line))) {}
 };
 
 // The tokens of a call as matrices of one cut take them, with their memory.
@@ -59,7 +66,7 @@ struct Call {
     std::span<const Product> products;
     int threads;
     void (*prepare)(const Rows&, const Segments&, std::int64_t, float*, const Tokens&);
-    void (*product)(const Matrix&, const Tokens&, const Output&, Range, Range);
+    void (*product)(const Matrix&, const Tokens&, const Output&, Range, Range, std::uint8_t*);
 
     std::vector<Segments> cuts{};
     std::vector<Prepared<Tokens>> prepared{};
@@ -76,7 +83,10 @@ struct Call {
         }
         const int useful = useful_threads(work, threads);
         prepare_tokens(static_cast<int>(std::min<std::int64_t>(useful, x.tokens)));
-        parallel(useful, [&](int thread, int count) { multiply(thread, count, panels); });
+        const Array<std::uint8_t> scratch(useful * scratch_bytes);
+        parallel(useful, [&](int thread, int count) {
+            multiply(thread, count, panels, scratch.data.get() + thread * scratch_bytes);
+        });
     }
 
     void prepare_tokens(int count) {
@@ -91,7 +101,7 @@ struct Call {
 
     // Threads share the panels of all matrices, in one stretch each so that each reads one stream; where there are
     // more threads than panels, they share the tokens as well.
-    void multiply(int thread, int count, std::int64_t panels) const {
+    void multiply(int thread, int count, std::int64_t panels, std::uint8_t* scratch) const {
         constexpr std::int64_t tile = 8;  // tokens: the largest tile of any instruction set
         const auto across = static_cast<int>(std::min<std::int64_t>(count, panels));
         const int along = count / across;
@@ -104,7 +114,7 @@ struct Call {
             first += w.panels();
             if (part.begin >= part.end || tokens.begin >= tokens.end) continue;
             const auto cut = static_cast<std::size_t>(std::ranges::find(cuts, w.segments) - cuts.begin());
-            product(w, prepared[cut].tokens, p.output, part, tokens);
+            product(w, prepared[cut].tokens, p.output, part, tokens, scratch);
         }
     }
 };

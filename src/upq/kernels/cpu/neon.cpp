@@ -8,7 +8,8 @@ namespace upq::cpu {
 
 namespace {
 
-struct Neon : DirectSums<int32x4_t> {
+struct Neon {
+    static constexpr bool direct_sums = true;
     static constexpr int lanes = 4, tile_tokens = 8;
     using Bytes = uint8x16_t;
     using Ints = int32x4_t;

@@ -8,7 +8,8 @@ namespace {
 
 using FourInts [[gnu::vector_size(16)]] = std::int32_t;
 
-struct Portable : DirectSums<FourInts> {
+struct Portable {
+    static constexpr bool direct_sums = true;
     static constexpr int lanes = 4, tile_tokens = 4;
     using Bytes [[gnu::vector_size(16)]] = std::uint32_t;  // four bytes in each lane
     using Ints = FourInts;
