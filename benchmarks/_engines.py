@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 class Run(NamedTuple):
-    logits_TV: Tensor  # float32
+    logits_TV: list[Tensor]  # of each text, float32
     dtype: torch.dtype  # that the engine computes in: the packed model is compared in the same
 
 
-def run(form: str, out: Path, ids: list[int]) -> Run | None:
+def run(form: str, out: Path, texts: list[list[int]]) -> Run | None:
     engine = _ENGINES.get(form)
     if engine is None:
         return None
@@ -25,7 +25,7 @@ def run(form: str, out: Path, ids: list[int]) -> Run | None:
     except PackageNotFoundError:
         return None
     with torch.inference_mode():
-        return engine(out, ids)
+        return engine(out, texts)
 
 
 def versions(form: str) -> dict[str, str]:
@@ -33,65 +33,82 @@ def versions(form: str) -> dict[str, str]:
     return {package: version(package) for package in _PACKAGES[form]}
 
 
-def _transformers(out: Path, ids: list[int]) -> Run:
+def _transformers(out: Path, texts: list[list[int]]) -> Run:
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(out)
-    return Run(model(torch.tensor([ids])).logits[0].float(), model.dtype)
+    return Run([model(torch.tensor([ids])).logits[0].float() for ids in texts], model.dtype)
 
 
-def _llama_cpp(out: Path, ids: list[int]) -> Run:
+def _llama_cpp(out: Path, texts: list[list[int]]) -> Run:
     import llama_cpp
     import numpy as np
 
-    llama = llama_cpp.Llama(str(out), n_ctx=len(ids), n_threads=1, logits_all=True, verbose=False)
-    llama.eval(ids)
-    return Run(torch.from_numpy(np.array(llama.scores[: len(ids)])), torch.float32)
+    llama = llama_cpp.Llama(str(out), n_ctx=max(map(len, texts)), n_threads=1, logits_all=True, verbose=False)
+
+    def logits(ids: list[int]) -> Tensor:
+        llama.reset()
+        llama.eval(ids)
+        return torch.from_numpy(np.array(llama.scores[: len(ids)]))
+
+    return Run([logits(ids) for ids in texts], torch.float32)
 
 
-def _onnxruntime(out: Path, ids: list[int]) -> Run:
+def _onnxruntime(out: Path, texts: list[list[int]]) -> Run:
     import numpy as np
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
-    given = {
-        "input_ids": np.array([ids]),
-        "attention_mask": np.ones((1, len(ids)), np.int64),
-        "position_ids": np.arange(len(ids))[None],
+    caches = {
+        cache.name: np.zeros((1, cache.shape[1], 0, cache.shape[3]), np.float32)
+        for cache in session.get_inputs()
+        if cache.name.startswith("past")
     }
-    for cache in session.get_inputs():
-        if cache.name.startswith("past"):
-            given[cache.name] = np.zeros((1, cache.shape[1], 0, cache.shape[3]), np.float32)
-    return Run(torch.from_numpy(session.run(["logits"], given)[0][0]), torch.float32)
+
+    def logits(ids: list[int]) -> Tensor:
+        given = {
+            "input_ids": np.array([ids]),
+            "attention_mask": np.ones((1, len(ids)), np.int64),
+            "position_ids": np.arange(len(ids))[None],
+        }
+        return torch.from_numpy(session.run(["logits"], given | caches)[0][0])
+
+    return Run([logits(ids) for ids in texts], torch.float32)
 
 
-def _openvino(out: Path, ids: list[int]) -> Run:
+def _openvino(out: Path, texts: list[list[int]]) -> Run:
     import numpy as np
     import openvino
 
     exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     request = openvino.Core().compile_model(out / "openvino_model.xml", "CPU", exact).create_infer_request()
-    given = {
-        "input_ids": np.array([ids]),
-        "attention_mask": np.ones((1, len(ids)), np.int64),
-        "position_ids": np.arange(len(ids))[None],
-        "beam_idx": np.zeros(1, np.int32),
-    }
-    return Run(torch.from_numpy(request.infer(given)[0][0].copy()), torch.float32)
+
+    def logits(ids: list[int]) -> Tensor:
+        given = {
+            "input_ids": np.array([ids]),
+            "attention_mask": np.ones((1, len(ids)), np.int64),
+            "position_ids": np.arange(len(ids))[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        request.reset_state()
+        return torch.from_numpy(request.infer(given)[0][0].copy())
+
+    return Run([logits(ids) for ids in texts], torch.float32)
 
 
-def _mlx(out: Path, ids: list[int]) -> Run:
+def _mlx(out: Path, texts: list[list[int]]) -> Run:
     import mlx.core as mx
     import numpy as np
     from mlx_lm.utils import load_model
 
     mx.set_default_device(mx.cpu)
-    logits = load_model(out)[0](mx.array([ids]))
-    computed = str(logits.dtype).rpartition(".")[2]
-    return Run(torch.from_numpy(np.array(logits.astype(mx.float32)))[0], getattr(torch, computed))
+    model = load_model(out)[0]
+    computed = [model(mx.array([ids])) for ids in texts]
+    dtype = getattr(torch, str(computed[0].dtype).rpartition(".")[2])
+    return Run([torch.from_numpy(np.array(logits.astype(mx.float32)))[0] for logits in computed], dtype)
 
 
-_ENGINES: dict[str, Callable[[Path, list[int]], Run]] = {
+_ENGINES: dict[str, Callable[[Path, list[list[int]]], Run]] = {
     "compressed-tensors": _transformers,
     "dense": _transformers,
     "gguf": _llama_cpp,

@@ -1,4 +1,4 @@
-"""The pictures of docs/results.md: small, on no background, in tones that can be read on white and on black."""
+"""The pictures of the docs: small, on no background, in tones that can be read on white and on black."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 
 from _design import CURVES, GROUPS, ORIGINAL
 from _findings import KL, SUITES, Results, curve
+from upq.bench import Speed
 
 GREY = "#808890"
 TONES = ("#d1495b", "#e08e45", "#2a9d8f", "#4f8fd0", "#a06cd5")
@@ -97,6 +98,31 @@ def betas(results: Results, path: Path) -> bool:
         draw(axes[-1], KL.key, 1, TONES[0])
         axes[-1].set_title("KL to the original")
     return True
+
+
+def decoding(speeds: Sequence[Speed], read: float, path: Path) -> None:
+    """Tokens a second against the bytes that a token reads; the line is what memory delivers, `read` bytes a second."""
+    known = [(speed.name, speed.bytes_per_token / 1e6, speed.decode) for speed in speeds if speed.bytes_per_token]
+    with _figure(path, 1) as (axis,):
+        sizes = [size for _, size, _ in known]
+        ends = (min(sizes) / 1.4, max(sizes) * 2.5)
+        line = [read / 1e6 / size for size in ends]
+        axis.plot(ends, line, color=GREY, linewidth=0.8, linestyle="--")
+        axis.text(
+            2.2 * min(sizes),
+            read / 1e6 / min(sizes) / 1.7,
+            f"a plain read, {read / 1e9:.1f} GB/s",
+            color=GREY,
+            fontsize=8,
+        )
+        for tone, (name, size, rate) in zip(TONES[::-1], known, strict=False):
+            axis.plot(size, rate, "o", color=tone, markersize=6)
+            axis.annotate(name, (size, rate), (0, -13), textcoords="offset points", ha="center", color=tone, fontsize=8)
+        axis.set(xscale="log", yscale="log", xlim=ends, xlabel="MB read a token", title="decoding, tokens a second")
+        axis.set_ylim(min(line[1], *(rate for *_, rate in known)) / 1.8, line[0] * 1.2)
+        for ticks, values in ((axis.set_xticks, (200, 500, 1000, 2000)), (axis.set_yticks, (5, 10, 20, 50, 100))):
+            ticks(values, [f"{value}" for value in values])
+        axis.minorticks_off()
 
 
 @contextmanager

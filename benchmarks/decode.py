@@ -6,14 +6,13 @@ weights. The artefact is made once in --dir (4 GB of memory on the way) and used
     upq            `upq.load(DIR).generate`, the compiled decoder
     transformers   its own loop over the same kernels
     torch          dense bfloat16 in transformers' loop (--dense, 2.5 GB)
-    llama.cpp      on the exact GGUF export (--against gguf; needs llama-cpp-python)
+    llama.cpp      on the exact GGUF export (--against gguf; needs llama-cpp-python): Q2_K, or TQ2_0 with --grid q2_0
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
+from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,11 +24,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import _plots
 import upq
-from _table import Table, make_console
+from _table import Figure, Table, make_console, show_figures, write_figures
 from upq import bench
 from upq.artifact import MANIFEST, Manifest, SourceModel
 from upq.bench import Engine, Speed, Workload
+from upq.grids import GRIDS
 from upq.hf import block_linears, embedding_tables, write_artifact
 from upq.kernels import computing, cpu
 from upq.memory import resident_bytes
@@ -62,6 +63,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     dir_: Annotated[Path, typer.Option("--dir", help="Where the artefact is, or is made.")] = Path("runs/decode"),
     group_size: Annotated[int, typer.Option(help="-1: one scale a row.")] = -1,
+    grid: Annotated[str, typer.Option(help="seq, or q2_0: what llama.cpp's TQ2_0 holds.")] = "seq",
     embeddings: Annotated[int, typer.Option(help="Bits of embedding and head: 4 or 8.")] = 4,
     threads: Annotated[int, typer.Option(min=1, help="With one, the clock is the processor's.")] = 1,
     compute: Annotated[str, typer.Option(help="w2a8 or w2a16.")] = "w2a8",
@@ -72,17 +74,18 @@ def main(
     dense: Annotated[bool, typer.Option(help="Dense bfloat16 as well.")] = False,
     against: Annotated[str | None, typer.Option(help="gguf: llama.cpp as well.")] = None,
     tiny: Annotated[bool, typer.Option(help="A model of two small blocks, to see whether this works.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A picture of speed against bytes a token.")] = None,
 ) -> None:
     """Medians over the repeats, ratios within a repeat. UPQ_CPU_ISA chooses the instruction set."""
     torch.set_num_threads(threads)
     workload = Workload(prompt=prompt, tokens=tokens, prefill=prefill, repeats=repeats)
-    artifact = dir_ / f"{'tiny' if tiny else '1b'}-g{group_size}-e{embeddings}"
-    if not (
-        artifact / MANIFEST
-    ).is_file():  # by a process of its own: the memory it leaves would be taken for the model's
+    artifact = dir_ / f"{'tiny' if tiny else '1b'}-g{group_size}-e{embeddings}{'' if grid == 'seq' else f'-{grid}'}"
+    if not (artifact / MANIFEST).is_file():
+        # by a process of its own: the memory it leaves would be taken for the model's
+        scheme = QuantScheme(bits=2, group_size=group_size, grid=grid)
         shape = TINY if tiny else LLAMA_1B
-        writer = get_context("spawn").Process(target=write, args=(artifact, shape, group_size, embeddings))
+        writer = get_context("spawn").Process(target=write, args=(artifact, shape, scheme, embeddings))
         writer.start()
         writer.join()
     quiet_libraries()
@@ -92,47 +95,57 @@ def main(
         engines = [bench.compiled(model)]
         engines[0].run([0] * prefill, 2, time.perf_counter)
         resident = resident_bytes() - before
-        engines += rivals(artifact, model, Path(scratch), dense=dense, against=against, positions=workload.positions)
+        engines += rivals(artifact, model, dense=dense)
+        if against == "gguf":
+            options = {"tq2_0": grid == "q2_0"}
+            engines.append(
+                bench.llama_cpp(artifact, Path(scratch), threads=threads, positions=workload.positions, options=options)
+            )
         clock = time.process_time if threads == 1 else time.perf_counter
         speeds, read = bench.measure(engines, workload, model.config.vocab_size, clock=clock)
-    figures: dict[str, Any] = {
-        "compute": compute,
-        "instruction_set": cpu.instruction_set(),
-        "threads": threads,
-        "clock": "processor" if threads == 1 else "wall",
-        "group_size": group_size,
-        "embeddings_bits": embeddings,
-        **dataclasses.asdict(workload),
-        "file_bytes": sum(file.stat().st_size for file in artifact.glob("*.safetensors")),
-        "model_bytes": resident,
-        "stream_bytes_per_second": read,
-        "engines": [dataclasses.asdict(speed) for speed in speeds],
-    }
+    file_bytes = sum(file.stat().st_size for file in artifact.glob("*.safetensors"))
     console = make_console()
-    table(figures, speeds).show(console)
     console.print(
-        f"a plain read of memory: {read / 1e9:.1f} GB/s; weight files {figures['file_bytes'] / 1e6:.0f} MB, "
-        f"the loaded model {resident / 1e6:.0f} MB",
+        f"{artifact.name}: {compute} on {cpu.instruction_set()}, {threads} threads, medians of {repeats} repeats; "
+        f"{tokens} tokens after {prompt}, prompts of {prefill}; a plain read of memory: {read / 1e9:.1f} GB/s; "
+        f"weight files {file_bytes / 1e6:.0f} MB, the loaded model {resident / 1e6:.0f} MB",
         highlight=False,
     )
+    table(speeds).show(console)
+    figures = [*targets(speeds, threads), memory_target(resident, file_bytes)]
+    show_figures([figure for figure in figures if figure.target], console)
+    if plot is not None:
+        _plots.decoding(speeds, read, plot)
     if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+        write_figures(figures, json_file)
 
 
-def rivals(
-    artifact: Path, model: PreTrainedModel, scratch: Path, *, dense: bool, against: str | None, positions: int
-) -> list[Engine]:
-    found = [bench.plain("transformers", model)]
+def rivals(artifact: Path, model: PreTrainedModel, *, dense: bool) -> Iterator[Engine]:
+    yield bench.plain("transformers", model)
     if dense:
         unpacked = upq.load(artifact, dequantize=True, dtype=torch.bfloat16)
         read = sum(p.nbytes for name, p in unpacked.named_parameters() if "embed_tokens" not in name)
-        found.append(bench.plain("torch", unpacked, read))
-    if against == "gguf":
-        found.append(bench.llama_cpp(artifact, scratch, threads=torch.get_num_threads(), positions=positions))
-    return found
+        yield bench.plain("torch", unpacked, read)
 
 
-def table(figures: dict[str, Any], speeds: list[Speed]) -> Table:
+def targets(speeds: list[Speed], threads: int) -> Iterator[Figure]:
+    about = f"{threads} threads"
+    for speed in speeds:
+        for name, rate, ratio, least in (
+            ("decode", speed.decode, speed.decode_ratio, 2.0 if threads == 1 else 0.0),
+            ("prompt", speed.prefill, speed.prefill_ratio, 1.5),
+        ):
+            yield Figure(f"{about}, {speed.name}: {name}", rate, "tokens/s", "", ok=True)
+            if speed.name == "llama.cpp" and least:
+                yield Figure(f"{about}: {name} against llama.cpp", ratio, "×", f">= {least:g}", ratio >= least)
+
+
+def memory_target(resident: int, file_bytes: int) -> Figure:
+    most = 1.15 * file_bytes + 150e6
+    return Figure("memory of the loaded model", resident / 1e6, "MB", f"<= {most / 1e6:.0f}", resident <= most)
+
+
+def table(speeds: list[Speed]) -> Table:
     head = (
         "engine",
         "decode tokens/s",
@@ -156,15 +169,13 @@ def table(figures: dict[str, Any], speeds: list[Speed]) -> Table:
         )
         for s in speeds
     ]
-    title = "{compute} on {instruction_set}, {threads} threads, {clock} clock, medians of {repeats}; ".format(**figures)
-    title += "{tokens} tokens after {prompt}, prompts of {prefill}".format(**figures)
-    return Table(title, head, tuple(rows))
+    return Table("", head, tuple(rows))
 
 
 # --- the model -----------------------------------------------------------------------------------------------------
 
 
-def write(out: Path, shape: dict[str, Any], group_size: int, embeddings: int) -> None:
+def write(out: Path, shape: dict[str, Any], scheme: QuantScheme, embeddings: int) -> None:
     """An artefact of `shape` with random codes; nothing of the model is dense but its norms and, once, its tables."""
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -175,7 +186,6 @@ def write(out: Path, shape: dict[str, Any], group_size: int, embeddings: int) ->
     for path in embedding_tables(model):
         weight = model.get_submodule(path).weight
         replace(model, f"{path}.weight", 0.02 * torch.randn(weight.shape, dtype=torch.bfloat16))
-    scheme = QuantScheme(bits=2, group_size=group_size)
     qtensors = {path: codes(model.get_submodule(path), scheme) for path in block_linears(model)}
     out.mkdir(parents=True)
     manifest = Manifest(model=SourceModel(path="random", digest="0"))
@@ -195,7 +205,9 @@ def codes(linear: nn.Module, scheme: QuantScheme) -> QTensor:
     groups = scheme.groups(columns)
     scale_OG = (0.03 / columns**0.5 * (1 + torch.rand(rows, groups))).half()
     codes_OI = torch.randint(scheme.levels, (rows, columns), dtype=torch.uint8)
-    return QTensor(codes_OI, scale_OG, torch.full((rows, groups), (scheme.levels - 1) / 2), scheme)
+    zero = GRIDS.get(scheme.grid).zero(scheme)
+    assert zero is not None  # grids whose groups have zero points of their own have no place here
+    return QTensor(codes_OI, scale_OG, torch.full((rows, groups), zero), scheme)
 
 
 def tokenizer(size: int) -> PreTrainedTokenizerFast:

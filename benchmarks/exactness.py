@@ -3,10 +3,14 @@
 Weights are read back through the engine's own reader, as `upq export` always does; logits come from the engine itself
 and are compared with the packed model's, computed in the same type. Engines that are not installed leave their columns
 empty; `make test-engines` makes an environment (.venv-engines) that has all that run on a CPU.
+
+The real models are trained first, shortly, and kept in --out: what an engine's rounding of inputs costs is a question
+about models that people have, and the nearest levels would multiply it. The tiny one is random.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import time
@@ -27,9 +31,10 @@ if TYPE_CHECKING:
     from upq.exports import Report
 
 ROOT = Path(__file__).resolve().parents[1]
-STORIES = ROOT.parent / "shared" / "data" / "models" / "stories260K"
+DATA = ROOT.parent / "shared" / "data"
+STORIES = DATA / "models" / "stories260K"
 TOKENS = 64
-TEXT = "Once upon a time there was a little girl. Who lives in the north? Tell me three words about a river. " * 4
+TEXTS = 8
 # KL in nats. Arithmetic in another order, and what inputs rounded to 8 bits may cost.
 ORDER, ROUNDED = 1e-6, 1e-3
 
@@ -66,30 +71,54 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Subject:
-    """A model in 2 bits, its weights rounded to the nearest level: what training would change is not looked at here."""
+    """A model in 2 bits, and texts that it was not trained on."""
 
     name: str
     folder: Path
 
     def artifact(self, grid: str) -> Path:
-        from tiny import artifact_of, tiny_artifact
+        made = self.folder / self.name.replace(" ", "-") / grid
+        if not (made / "upq.json").exists():
+            self._make(made, grid)
+        return made
+
+    def _make(self, made: Path, grid: str) -> None:
+        from tiny import tiny_artifact
         from upq.demo import REFERENCE
+        from upq.pipeline import quantize
+        from upq.recipe import Recipe
         from upq.scheme import QuantScheme
 
-        made, scheme = self.folder / grid, QuantScheme(bits=2, grid=grid)
-        if made.exists():
-            return made
         if self.name == "tiny qwen3":  # widths that no block size divides
             odd = {"hidden_size": 72, "head_dim": 20, "intermediate_size": 172}
-            return tiny_artifact(made, "qwen3", scheme=scheme, **odd)
-        return artifact_of(made, {"reference": REFERENCE, "stories260K": STORIES}[self.name], scheme=scheme)
+            tiny_artifact(made, "qwen3", scheme=QuantScheme(bits=2, grid=grid), **odd)
+            return
+        model, recipe = {"reference": (REFERENCE, "demo"), "stories260K": (STORIES, "default")}[self.name]
+        few = [f"data.sources=[{{path: {self._text('train')}}}]", "data.generated=null", "distill.tokens=60_000"]
+        quantize(model, Recipe.load(recipe, [*few, f"int2.grid={grid}"]), made, device="cpu")
+
+    def _text(self, part: str) -> Path:
+        if self.name == "stories260K":
+            return DATA / "text" / f"tinystories_{part}.txt"
+        from upq.data.world import World
+        from upq.demo.corpus import write_corpus
+
+        file = self.folder / f"world-{part}.jsonl"
+        if not file.exists():
+            n, seed = {"train": (3000, 1), "heldout": (TEXTS, 2)}[part]
+            write_corpus(file, World(), n=n, seed=seed)
+        return file
 
     @cached_property
-    def ids(self) -> list[int]:
+    def texts(self) -> list[list[int]]:
         from upq.loading import load_tokenizer
 
-        ids: list[int] = load_tokenizer(self.artifact("seq"))(TEXT).input_ids[:TOKENS]
-        return ids
+        tokenizer = load_tokenizer(self.artifact("seq"))
+        if self.name == "stories260K":
+            texts = self._text("heldout").read_text()[:20_000].split("\n\n")
+        else:
+            texts = [json.loads(line)["text"] for line in self._text("heldout").read_text().splitlines()]
+        return [tokenizer(text.strip()).input_ids[:TOKENS] for text in texts[:TEXTS]]
 
 
 SUBJECTS = ("tiny qwen3", "stories260K", "reference")
@@ -117,6 +146,7 @@ class Outcome:
 def main(
     only: Annotated[str, typer.Option(help="Rows whose name contains this.")] = "",
     subject: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SUBJECTS)}; repeatable.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the models are kept.")] = ROOT / "runs" / "exactness",
     json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
 ) -> None:
     sys.path.insert(0, str(ROOT / "tests"))  # the makers of small artefacts
@@ -130,7 +160,7 @@ def main(
             console.print(f"{name}: {STORIES} is not here; left out")
             continue
         with tempfile.TemporaryDirectory() as folder:
-            model = Subject(name, Path(folder))
+            model = Subject(name, out.resolve())
             outcomes = [_measure(model, row, Path(folder)) for row in ROWS if only in row.name]
         _table(name, outcomes).show(console)
         for outcome in outcomes:
@@ -157,16 +187,18 @@ def _measure(subject: Subject, row: Row, folder: Path) -> Outcome:
     except UPQError as error:
         return Outcome(subject.name, row, None, refusal=str(error))
     seconds = time.monotonic() - begun
-    run = _engines.run(row.form, out, subject.ids)
+    run = _engines.run(row.form, out, subject.texts)
     if run is None:
         return Outcome(subject.name, row, report, seconds)
-    packed_TV = _packed(artifact, subject.ids, run.dtype)
-    apart = (run.logits_TV - packed_TV).abs().max().item()
-    kl, versions = _kl(packed_TV, run.logits_TV), _engines.versions(row.form)
+    packed = _packed(artifact, subject.texts, run.dtype)
+    pairs = list(zip(packed, run.logits_TV, strict=True))
+    apart = max((engine_TV - packed_TV).abs().max().item() for packed_TV, engine_TV in pairs)
+    kl = sum(_kl(*pair) for pair in pairs) / sum(map(len, subject.texts))
+    versions = _engines.versions(row.form)
     return Outcome(subject.name, row, report, seconds, logit_error=apart, kl=kl, engine=versions)
 
 
-def _packed(artifact: Path, ids: list[int], dtype: Any) -> Tensor:
+def _packed(artifact: Path, texts: list[list[int]], dtype: Any) -> list[Tensor]:
     import torch
 
     import upq
@@ -174,14 +206,13 @@ def _packed(artifact: Path, ids: list[int], dtype: Any) -> Tensor:
 
     model: Any = upq.load(artifact, dtype=dtype)
     with computing("reference"), torch.inference_mode():  # what the weights say, without int8 activations
-        logits: Tensor = model(torch.tensor([ids])).logits[0].float()
-    return logits
+        return [model(torch.tensor([ids])).logits[0].float() for ids in texts]
 
 
 def _kl(packed_TV: Tensor, engine_TV: Tensor) -> float:
-    """KL(packed ‖ engine), nats a token."""
+    """KL(packed ‖ engine), nats, summed over the tokens."""
     p_TV, q_TV = (logits.double().log_softmax(-1) for logits in (packed_TV, engine_TV))
-    return (p_TV.exp() * (p_TV - q_TV)).sum(-1).mean().item()
+    return (p_TV.exp() * (p_TV - q_TV)).sum().item()
 
 
 def _figures(outcome: Outcome) -> Iterator[Figure]:

@@ -2,66 +2,119 @@
 
 The shapes are those of Llama-3.2-1B with an untied head of 32,000 rows. Every weight has memory of its own, 260 MB at 2
 bits, so none is in a cache when its turn comes, as in decoding. Weights are random; speed does not depend on them.
-A plain read of as many bytes in the same process is the ruler for one token. (Not `kernels.py`: transformers takes any
-module of that name on the path for its own kernels package, and fails.)
+Engines and a plain read of as many bytes take turns. (Not `kernels.py`: transformers takes any module of that name on
+the path for its own kernels package, and fails.)
+
+    torch          dense bfloat16 (--against torch, 2 GB)
+    onnxruntime    MatMulNBits at 2 bits and int8 inputs, groups of 128 (--against onnxruntime; from the extra `export`)
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from _table import make_console
+from _table import Figure, Table, make_console, show_figures, write_figures
 from upq import kernels
 from upq.kernels import cpu, reference
 
 H, KV, UP, VOCABULARY, BLOCKS = 2048, 512, 8192, 32_000, 16
 # Linears that read one input: their rows, and the columns they share.
 BLOCK = (((H, KV, KV), H), ((H,), H), ((UP, UP), H), ((H,), UP))
+CALLS = BLOCK * BLOCKS + (((VOCABULARY,), H),)
+PRODUCTS = sum(sum(rows) * columns for rows, columns in CALLS)  # of one token
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+Run = Callable[[dict[int, Tensor]], object]  # all linears, on tokens by their width
 
 
-@app.command()
 def main(
     bits: Annotated[int, typer.Option(min=2, max=8)] = 2,
     group_size: Annotated[int, typer.Option(help="-1: one scale a row.")] = -1,
-    tokens: Annotated[str, typer.Option(help="Tokens a call, separated by commas.")] = "1,8,64",
-    threads: Annotated[int, typer.Option(min=1)] = 1,
+    tokens: Annotated[str, typer.Option(help="Tokens a call, separated by commas.")] = "1,8,64,512",
+    threads: Annotated[int, typer.Option(min=1, help="With one, the clock is the processor's.")] = 1,
     compute: Annotated[str, typer.Option(help="w2a8 or w2a16.")] = "w2a8",
     repeats: Annotated[int, typer.Option(min=1)] = 7,
-    dense: Annotated[bool, typer.Option(help="bfloat16 linears of torch as well (2 GB).")] = False,
+    against: Annotated[list[str] | None, typer.Option(help="Of torch, onnxruntime; repeatable.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
 ) -> None:
-    """Medians (best) over the repeats. UPQ_CPU_ISA chooses the instruction set."""
+    """Medians over the repeats, ratios within a repeat. UPQ_CPU_ISA chooses the instruction set."""
     torch.set_num_threads(threads)
-    console = make_console()
-    console.print(f"{compute} on {cpu.instruction_set()}, {threads} threads, {bits} bits, group size {group_size}")
-    calls = [call for _ in range(BLOCKS) for call in BLOCK] + [((VOCABULARY,), H)]
-    weights = [[packed(rows, columns, bits, group_size) for rows in outs] for outs, columns in calls]
+    clock = time.process_time if threads == 1 else time.perf_counter
+    weights = [[packed(rows, columns, bits, group_size) for rows in outs] for outs, columns in CALLS]
+    engines: dict[str, Run] = {"upq": lambda x: [kernels.linears(x[w[0].in_features], w) for w in weights]}
+    for name in against or ():
+        engines[name] = {"torch": dense, "onnxruntime": onnxruntime}[name](threads)
     held = sum(w.matrix().nbytes for call in weights for w in call)
-    products = sum(sum(outs) * columns for outs, columns in calls)
     ruler = torch.zeros(held // 8, dtype=torch.int64)
+    rows, figures = [], []
     with kernels.computing(compute), torch.inference_mode():
         for m in map(int, tokens.split(",")):
             x = {columns: torch.randn(m, columns).bfloat16() for _, columns in BLOCK}
-            run = lambda: [kernels.linears(x[w[0].in_features], w) for w in weights]  # noqa: B023, E731
-            median, best = seconds(run, repeats)
-            line = f"{m} tokens: {1e3 * median:.2f} ms ({1e3 * best:.2f}), {m / median:.0f} tokens/s ({m / best:.0f}), "
-            line += f"{products * m / median / 1e9:.0f} GMAC/s ({products * m / best / 1e9:.0f})"
-            if m == 1:
-                read = seconds(lambda: ruler.sum(), repeats)[0]
-                line += f", {held / median / 1e9:.1f} GB/s, {read / median:.0%} of a plain read"
-            console.print(line, highlight=False)
-            if dense:
-                compare(console, m, [(sum(outs), columns) for outs, columns in calls], x, repeats)
+            seconds = in_turns({"read": lambda _: ruler.sum(), **engines}, x, repeats, clock)
+            rows += [row(name, m, held, seconds) for name in engines]
+            figures += targets(m, group_size, seconds)
+    console = make_console()
+    scales = "one scale a row" if group_size == -1 else f"groups of {group_size}"
+    title = f"{compute} on {cpu.instruction_set()}, {threads} threads, {bits} bits, {scales}; medians of {repeats}"
+    head = ("", "tokens", "ms", "tokens/s", "GMAC/s", "GB/s", "of a read", "upq is")
+    Table(title, head, tuple(rows)).show(console)
+    show_figures(figures, console)
+    if json_file is not None:
+        write_figures(figures, json_file)
+
+
+def in_turns(
+    engines: Mapping[str, Run], x: dict[int, Tensor], repeats: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of each engine in every repeat; a first round warms up."""
+    found: dict[str, list[float]] = {name: [] for name in engines}
+    for repeat in range(repeats + 1):
+        for name, run in engines.items():
+            began = clock()
+            run(x)
+            if repeat:
+                found[name].append(clock() - began)
+    return found
+
+
+def ratio(one: list[float], other: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
+
+
+def row(name: str, m: int, held: int, seconds: dict[str, list[float]]) -> tuple[str, ...]:
+    median = statistics.median(seconds[name])
+    read = ("", "")
+    if name == "upq" and m == 1:  # of more tokens the codes are not what takes the time
+        read = (f"{held / median / 1e9:.1f}", f"{ratio(seconds['read'], seconds[name]):.0%}")
+    faster = "" if name == "upq" else f"{ratio(seconds[name], seconds['upq']):.2f} ×"
+    return (
+        name, f"{m}", f"{1e3 * median:.2f}", f"{m / median:.0f}", f"{PRODUCTS * m / median / 1e9:.0f}", *read, faster,
+    )  # fmt: skip
+
+
+def targets(m: int, group_size: int, seconds: dict[str, list[float]]) -> Iterator[Figure]:
+    about = f"{m} tokens, {'per channel' if group_size == -1 else f'groups of {group_size}'}"
+    rate = PRODUCTS * m / statistics.median(seconds["upq"]) / 1e9
+    if m == 1:
+        share = ratio(seconds["read"], seconds["upq"])
+        yield Figure(f"{about}: share of a plain read", share, "", ">= 0.85", share >= 0.85)
+    if (least := 300 if m >= 64 else 200 if m >= 8 else None) is not None:
+        yield Figure(f"{about}: products", rate, "GMAC/s", f">= {least}", rate >= least)
+    for name, at_one in {"torch": 15.0, "onnxruntime": 1.8}.items():
+        if name in seconds:
+            faster, least = ratio(seconds[name], seconds["upq"]), at_one if m == 1 else 1.0
+            yield Figure(f"{about}: against {name}", faster, "×", f">= {least:g}", faster >= least)
+
+
+# --- engines -------------------------------------------------------------------------------------------------------
 
 
 def packed(rows: int, columns: int, bits: int, group_size: int) -> kernels.Weight:
@@ -72,22 +125,38 @@ def packed(rows: int, columns: int, bits: int, group_size: int) -> kernels.Weigh
     return weight
 
 
-def compare(console: Console, m: int, shapes: list[tuple[int, int]], x: dict[int, Tensor], repeats: int) -> None:
-    weights = [torch.empty(shape, dtype=torch.bfloat16).fill_(0.01) for shape in shapes]
-    median, best = seconds(lambda: [F.linear(x[w.shape[1]], w) for w in weights], repeats)
-    console.print(f"   torch, bfloat16: {m / median:.0f} tokens/s ({m / best:.0f})", highlight=False)
+def dense(threads: int) -> Run:
+    weights = [torch.empty(sum(rows), columns, dtype=torch.bfloat16).fill_(0.01) for rows, columns in CALLS]
+    return lambda x: [F.linear(x[w.shape[1]], w) for w in weights]
 
 
-def seconds(run: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median and best of the wall clock."""
-    run()
-    found = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found), min(found)
+def onnxruntime(threads: int) -> Run:
+    """One graph of all linears, in the form of its fast kernels: integer zero points (2, the default), int8 inputs."""
+    import numpy as np
+    import onnx
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+
+    group, generator = 128, np.random.default_rng(0)
+    nodes, outputs, weights = [], [], []
+    for rows, columns in ((r, columns) for outs, columns in CALLS for r in outs):
+        name, blocks = f"{len(nodes)}", columns // group
+        codes = generator.integers(0, 256, (rows, blocks, group // 4), np.uint8)
+        scales = np.full(rows * blocks, 0.01, np.float32)
+        weights += [onnx.numpy_helper.from_array(codes, f"w{name}"), onnx.numpy_helper.from_array(scales, f"s{name}")]
+        how: dict[str, Any] = {"K": columns, "N": rows, "bits": 2, "block_size": group, "accuracy_level": 4}
+        inputs = [f"x{columns}", f"w{name}", f"s{name}"]
+        nodes.append(helper.make_node("MatMulNBits", inputs, [name], domain="com.microsoft", **how))
+        outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["m", rows]))
+    given = [helper.make_tensor_value_info(f"x{columns}", TensorProto.FLOAT, ["m", columns]) for columns in (H, UP)]
+    versions = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    graph = helper.make_graph(nodes, "linears", given, outputs, weights)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    model = helper.make_model(graph, opset_imports=versions, ir_version=10).SerializeToString()
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return lambda x: session.run(None, {f"x{columns}": x[columns].float().numpy() for columns in (H, UP)})
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -142,11 +142,13 @@ def check_llama_cpp() -> None:
         ) from None
 
 
-def llama_cpp(artifact: Path, scratch: Path, *, threads: int, positions: int) -> Engine:
-    """llama.cpp on the exact export of `artifact`, which is written into `scratch`."""
+def llama_cpp(
+    artifact: Path, scratch: Path, *, threads: int, positions: int, options: Mapping[str, Any] | None = None
+) -> Engine:
+    """llama.cpp on the exact export of `artifact`, which is written into `scratch`; `options` of the format gguf."""
     check_llama_cpp()
     file = scratch / "model.gguf"
-    export(artifact, "gguf", file)
+    export(artifact, "gguf", file, options=options)
     tensors = {t.name: int(t.n_bytes) for t in import_module("gguf").GGUFReader(file).tensors}
     read = sum(tensors.values())
     if "output.weight" in tensors:  # with a head of its own, a token reads one row of the embedding
