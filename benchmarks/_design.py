@@ -48,6 +48,7 @@ ROWS: dict[str, Row] = {
     "paper-symmetric": Row("paper", ("int4.grid=sym", "int2.grid=sym")),
     "paper-asymmetric": Row("paper", ("int4.grid=affine", "int2.grid=affine")),
     "default-symmetric": Row("default", ("int2.grid=sym",)),
+    "default-q2_0": Row("default", ("int2.grid=q2_0",)),
     "default-asymmetric": Row("default", ("int2.grid=affine",)),
     "paper-mse": Row("paper", ("int2.method.scale=mse",)),
     "paper-hessian": Row("paper", ("int2.method.scale=hessian",)),
@@ -122,6 +123,7 @@ GROUPS: dict[str, Group] = {
             "SEQ (`default`)": "default",
             "symmetric, `default`": "default-symmetric",
             "asymmetric, `default`": "default-asymmetric",
+            "-1, 0, 1, 2 (`q2_0`), `default`": "default-q2_0",
         },
     ),
     "scale": Group(

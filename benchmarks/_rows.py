@@ -35,8 +35,8 @@ def load_recipe(name: str, overrides: Sequence[str]) -> Recipe:
     return Recipe.load(name, [_METHOD.sub(method, override) for override in overrides])
 
 
-def run_alone(arguments: Sequence[str], *, log: Path, jobs: int) -> bool:
-    """Run this benchmark's own file once more with `arguments`; True if it failed.
+def run_again(arguments: Sequence[str], *, log: Path, jobs: int) -> bool:
+    """Run this benchmark's own file once more with `arguments`, what it says in `log`; True if it failed.
 
     A process of its own has a peak memory of its own. The cores are shared out among `jobs` such processes.
     """

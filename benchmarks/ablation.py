@@ -23,7 +23,7 @@ from rich.console import Console
 import _corpora
 import _findings
 from _design import GROUPS, ORIGINAL, ROWS, Task, budgets, plan
-from _rows import load_recipe, run_alone
+from _rows import load_recipe, run_again
 from _table import Figure, make_console, show_figures, write_figures
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def execute(study: Study, tasks: list[Task], jobs: int, console: Console) -> Non
     corpora = [f"corpus@{kind}" for kind in kinds if not study.corpus(kind).is_file()]
 
     def run(name: str, jobs: int) -> tuple[str, bool]:
-        return name, run_alone([*sys.argv[1:], "--worker", name], log=study.folder / "log.txt", jobs=jobs)
+        return name, run_again([*sys.argv[1:], "--worker", name], log=study.folder / "log.txt", jobs=jobs)
 
     for name in corpora:
         tell(console, *run(name, 1))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from _rows import FROM_FP, NO_TRAINING, THROUGH_INT4, load_recipe, run_alone
+from _rows import FROM_FP, NO_TRAINING, THROUGH_INT4, load_recipe, run_again
 from _table import Figure, Table, make_console, show_figures, spread, write_csv, write_figures
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def subrun(data_dir: Path, out: Path, task: str, jobs: int) -> bool:
     """Run one row in a process of its own unless it is there; True if it failed."""
     if file_of(out, task).is_file():
         return False
-    return run_alone(["--data-dir", str(data_dir), "--out", str(out), "--worker", task], log=out / "log.txt", jobs=jobs)
+    return run_again(["--data-dir", str(data_dir), "--out", str(out), "--worker", task], log=out / "log.txt", jobs=jobs)
 
 
 # --- in the row's own process --------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class Job:
     seq_len: int
     group_size: int
     variant: str = ""
+    budget: int | None = None  # training tokens of UPQ; None: its recipe's
 
     @classmethod
     def read(cls, folder: Path) -> Job:

@@ -34,6 +34,7 @@ class Subject:
     train: Path  # calibration, and UPQ's training
     heldout: Path
     seq_len: int = 512
+    budget: int | None = None  # training tokens of UPQ; None: its recipe's
 
 
 def stories(data_dir: Path, out: Path) -> Subject:
@@ -42,7 +43,7 @@ def stories(data_dir: Path, out: Path) -> Subject:
 
 
 def reference(data_dir: Path, out: Path) -> Subject:
-    """Its texts are documents of its world; its rotary positions beyond 256 are untrained."""
+    """Documents of its world; rotary positions beyond 256 are untrained. UPQ trains on as many tokens as in `demo`."""
     from upq.data.world import World
     from upq.demo.corpus import write_corpus
 
@@ -50,7 +51,8 @@ def reference(data_dir: Path, out: Path) -> Subject:
     for name, (n, seed) in texts.items():
         if not (out / "reference" / name).is_file():
             write_corpus(out / "reference" / name, World(), n=n, seed=seed)
-    return Subject("reference", ROOT / "src/upq/demo/reference", *(out / "reference" / name for name in texts), 256)
+    files = (out / "reference" / name for name in texts)
+    return Subject("reference", ROOT / "src/upq/demo/reference", *files, 256, budget=300_000)
 
 
 # By name: from --data-dir and --out to the subject, whose files may still be missing.
@@ -166,6 +168,7 @@ def run_adapter(row: Row, subject: Subject, folder: Path, python: Path) -> None:
         "seq_len": subject.seq_len,
         "group_size": row.group_size,
         "variant": row.variant,
+        "budget": subject.budget,
     }
     (folder / "job.json").write_text(json.dumps(job))
     with (folder / "log.txt").open("w") as log:

@@ -24,7 +24,7 @@ def quantise(job: peer.Job) -> str:
         peer.load_original(job).save_pretrained(job.stored)
         return ""
     name, changes = VARIANTS[job.variant]
-    overrides = [f"data.seq_len={job.seq_len}", *changes]
+    overrides = [f"data.seq_len={job.seq_len}", *([f"distill.tokens={job.budget}"] if job.budget else []), *changes]
     if load_tokenizer(job.model).chat_template is None:
         overrides.append("data.generated=null")
     elif Recipe.load(name).data.generated is not None:

@@ -20,7 +20,7 @@ constexpr std::int64_t portion = 1024;
 // Rows of tokens a multiple of 4 KiB apart would all fall into the same few sets of the first-level cache.
 constexpr std::int64_t skew = 64;
 
-// Uninitialised, at the start of a cache line: unpacked codes that straddle two lines cost a tenth of a product.
+// Uninitialised, at the start of a cache line: with unpacked codes across two lines products were 6 % slower.
 template <class T>
 struct Array {
     static constexpr std::align_val_t line{64};
