@@ -141,6 +141,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     atomic_write(path, lambda file: safetensors.torch.save_file(plain, file.name, described))
 
 
+@contextlib.contextmanager
+def complete(path: Path) -> Iterator[None]:
+    """What is looked up in a file of the run is there, or an UPQError names it."""
+    try:
+        yield
+    except KeyError as error:
+        raise UPQError(f"{path}: {error} is missing; delete it and run the same command again") from None
+
+
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_tensors` wrote: tensors on the CPU and the metadata."""
     with _readable(path), safe_open(path, framework="pt") as file:

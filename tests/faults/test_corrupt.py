@@ -11,7 +11,7 @@ import pytest
 
 import upq.cli
 from tiny import tiny_artifact, tiny_model
-from upq.artifact import read_manifest, verify
+from upq.artifact import load_tensors, read_manifest, save_tensors, verify
 from upq.errors import UPQError
 from upq.exports import export
 from upq.pipeline import quantize
@@ -130,6 +130,22 @@ def test_files_of_the_run_that_are_cut_short(victim: Victim, tmp_path: Path) -> 
         with pytest.raises(UPQError, match=rf"{file}: (damaged|cannot be read) .*; delete ") as caught:
             quantize(victim.model, recipe, out)
         assert "\n" not in str(caught.value)
+        file.write_bytes(whole)
+
+
+def test_files_of_the_run_that_lack_something(victim: Victim, tmp_path: Path) -> None:
+    """As another version may have left them."""
+    out = tmp_path / "out"
+    recipe = victim.recipe("data.generated=null", "distill.tokens=512")
+    with pytest.raises(InterruptedError):
+        quantize(victim.model, recipe, out, progress=EndsAt("check"))
+    for name, part in (("distill.safetensors", "optimizer"), ("int2/block-0000.safetensors", "latent")):
+        file = out / ".work" / name
+        whole, (tensors, metadata) = file.read_bytes(), load_tensors(file)
+        lost = next(key for key in tensors if part in key)
+        save_tensors(file, {key: value for key, value in tensors.items() if key != lost}, metadata)
+        with pytest.raises(UPQError, match=rf"{file}: .* is missing; delete it and run the same command again"):
+            quantize(victim.model, recipe, out)
         file.write_bytes(whole)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from upq.artifact import explained, load_tensors, save_tensors
+from upq.artifact import complete, explained, load_tensors, save_tensors
 from upq.kernels.reference import pack, unpack
 from upq.nn.fake_quant import Solution
 from upq.scheme import QTensor, QuantScheme
@@ -50,25 +50,28 @@ class BlockStore:
     def solutions(self, index: int) -> dict[str, Solution]:
         assert self.latents
         parts = _by_linear(load_tensors(self.path(index))[0])
-        return {
-            name: Solution(
-                part["latent"],
-                {key.removeprefix("param:"): value for key, value in part.items() if key.startswith("param:")},
-                self.scheme,
-            )
-            for name, part in parts.items()
-        }
+        with complete(self.path(index)):
+            return {
+                name: Solution(
+                    part["latent"],
+                    {key.removeprefix("param:"): value for key, value in part.items() if key.startswith("param:")},
+                    self.scheme,
+                )
+                for name, part in parts.items()
+            }
 
     def qtensors(self, index: int) -> dict[str, QTensor]:
         if self.latents:
             return {name: solution.qtensor() for name, solution in self.solutions(index).items()}
         parts = _by_linear(load_tensors(self.path(index))[0])
-        return {
-            name: QTensor(
-                unpack(part["packed"], self.scheme.bits, int(part["columns"])), part["scale"], part["zero"], self.scheme
-            )
-            for name, part in parts.items()
-        }
+        bits = self.scheme.bits
+        with complete(self.path(index)):
+            return {
+                name: QTensor(
+                    unpack(part["packed"], bits, int(part["columns"])), part["scale"], part["zero"], self.scheme
+                )
+                for name, part in parts.items()
+            }
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """Dequantised weights (O, I) of a block's linears, float32."""
@@ -76,7 +79,8 @@ class BlockStore:
 
     def report(self, index: int) -> Report:
         """Linear name to its figures, as measured when the block was solved."""
-        report: Report = load_tensors(self.path(index))[1]["report"]
+        with complete(self.path(index)):
+            report: Report = load_tensors(self.path(index))[1]["report"]
         return report
 
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedModel
 
-from upq.artifact import load_metadata, load_tensors, save_tensors
+from upq.artifact import complete, load_metadata, load_tensors, save_tensors
 from upq.distill.objective import Objective
 from upq.distill.optimizer import make_optimizer, plain, restored, set_rate
 from upq.distill.sharding import shard
@@ -249,10 +249,12 @@ def _resume(path: Path, training: Training, progress: Progress) -> tuple[int, li
     options = StateDictOptions(full_state_dict=True, strict=False, ignore_frozen_params=True)
     set_model_state_dict(objective, model, options=options)
     fresh: Any = get_optimizer_state_dict(objective, inner, options=options)  # moments of zeros, in the right form
-    state: Any = {
-        name: {k: restored(f"optimizer:{name}:{k}", form, tensors) for k, form in moments.items()}
-        for name, moments in fresh["state"].items()
-    }
+    with complete(path):
+        step = int(metadata["step"])
+        state: Any = {
+            name: {k: restored(f"optimizer:{name}:{k}", form, tensors) for k, form in moments.items()}
+            for name, moments in fresh["state"].items()
+        }
     set_optimizer_state_dict(objective, inner, {**fresh, "state": state}, options=options)
-    progress.note(f"resumed the training at step {metadata['step']}")
-    return int(metadata["step"]), list(metadata.get("skipped", []))
+    progress.note(f"resumed the training at step {step}")
+    return step, list(metadata.get("skipped", []))
