@@ -198,8 +198,8 @@ def peers_sections(page: Page) -> Iterator[str]:
         return
     yield "## Other libraries at 2 bits\n"
     yield "Each in an environment of its own, with its own recommended settings and the same text. A row that could not"
-    yield "be made says why. On the reference model UPQ trains on 300,000 tokens, as `upq demo` does; elsewhere on those of"
-    yield "its recipes.\n"
+    yield "be made says why. On the reference model UPQ trains on 300,000 tokens, as `upq demo` does; elsewhere on"
+    yield "those of its recipes.\n"
     for file in files:
         subject = file.stem.removeprefix(PEERS)
         yield f"### On {subject}\n"
