@@ -170,6 +170,16 @@ class TestSearch:
             )
             assert weighted_error(row, found[0].tolist(), importance) == pytest.approx(best, rel=1e-4)
 
+    @pytest.mark.parametrize("group_size", GROUPS)
+    def test_rows_at_a_time_change_no_bit(self, name: str, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        scheme, w_OI = QuantScheme(bits=2, group_size=group_size, grid=name), weight(7)
+        importance_I = weight(1)[0].abs()
+        whole = search_scale(w_OI, scheme, importance_I)
+        for weights in (1, 2 * 48, 100 * 48):
+            monkeypatch.setattr("upq.grids._search._CHUNK", weights)
+            found = search_scale(w_OI, scheme, importance_I)
+            assert all(torch.equal(found[k], v) for k, v in whole.items())
+
     def test_candidates_are_dense_enough(self, name: str) -> None:
         """At most 5 % above the best of a hundred times as many scales."""
         scheme, grid, w_OI = QuantScheme(bits=2, grid=name), GRIDS.get(name), weight(8, 512)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 
-from upq.artifact import load_metadata
+from upq.artifact import load_metadata, load_tensors, save_tensors
 from upq.signals import Stop, Stopped
 from victim import RECIPE, Command, Unharmed, Victim, outcome
 
@@ -19,7 +21,7 @@ def test_interrupted_then_terminated_then_finished(victim: Victim, unharmed: Unh
     command = Command(victim.arguments(out), log)
     command.wait_for((work / "int4" / "block-0001.safetensors").is_file)
     command.signal(signal.SIGINT)
-    assert command.end() == 130
+    assert command.end() == 130, command.said()
     assert "stopped by SIGINT" in command.said()
     assert "Traceback" not in command.said()
     assert not (out / ".lock").exists()
@@ -28,7 +30,7 @@ def test_interrupted_then_terminated_then_finished(victim: Victim, unharmed: Unh
     command = Command(victim.arguments(out), log)
     command.wait_for((work / "distill.safetensors").is_file)
     command.signal(signal.SIGTERM)
-    assert command.end() == 143
+    assert command.end() == 143, command.said()
     assert "stopped by SIGTERM" in command.said()
     step = load_metadata(work / "distill.safetensors")["step"]
     # The step that was under way is in the checkpoint.
@@ -43,10 +45,9 @@ def test_interrupted_then_terminated_then_finished(victim: Victim, unharmed: Unh
 
 
 def test_a_request_waits_only_while_it_is_held_and_only_once(capfd: pytest.CaptureFixture[str]) -> None:
-    stop = Stop()
     with pytest.raises(Stopped, match="SIGINT"):
-        stop.request(signal.SIGINT)
-    reached = []
+        Stop().request(signal.SIGINT)
+    stop, reached = Stop(), []
     with pytest.raises(Stopped, match="SIGTERM") as caught, stop.held():  # noqa: PT012
         stop.request(signal.SIGTERM)
         reached.append("the end of what was held")
@@ -75,3 +76,35 @@ def test_signals_are_the_callers_own_again_afterwards() -> None:
     with pytest.raises(Stopped, match="SIGTERM"), Stop().listening():
         signal.raise_signal(signal.SIGTERM)
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_library_that_turns_a_request_into_its_own_error_does_not_hide_it() -> None:
+    """safetensors does, where the signal comes while it reads a tensor."""
+    with pytest.raises(Stopped, match="SIGTERM") as caught, Stop().listening():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Stopped as stopped:
+            raise ValueError("could not determine the shape") from stopped
+    assert isinstance(caught.value.__cause__, ValueError)
+    with pytest.raises(ValueError, match="truly"), Stop().listening():
+        raise ValueError("truly")
+
+
+def test_a_request_that_a_library_drops_is_heeded_at_the_next_step() -> None:
+    with pytest.raises(Stopped, match="SIGTERM"), Stop().listening() as stop:
+        with pytest.raises(Stopped):
+            signal.raise_signal(signal.SIGTERM)
+        with stop.held():
+            assert stop.signum == signal.SIGTERM  # the training looks at it after a step
+
+
+def test_interrupted_while_it_reads_tensors(tmp_path: Path) -> None:
+    """At random moments of reading: always Stopped, whatever safetensors made of it."""
+    save_tensors(tmp_path / "many.safetensors", {f"t{i}": torch.zeros(16, 16) for i in range(20)})
+    moment = random.Random(0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for _ in range(60):
+        with pytest.raises(Stopped), Stop().listening(signal.SIGALRM):
+            signal.setitimer(signal.ITIMER_REAL, moment.uniform(1e-5, 3e-3))
+            while True:
+                load_tensors(tmp_path / "many.safetensors")

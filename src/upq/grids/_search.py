@@ -15,6 +15,10 @@ from upq.scheme import QuantScheme, to_groups
 # tails go lower; 1.3 lets short rows of few distinct magnitudes (INT4 values) put their maximum inside the top cell.
 SHRINK = torch.linspace(0.10, 1.30, 61)
 
+# Weights at a time on the CPU: with their error they stay in its caches through all candidates. 2048 x 2048 weights on
+# SEQ take 0.68 s of one core in place of 2.6, to the same bits, and the copies of a matrix are never whole in memory.
+_CHUNK = 1 << 18
+
 
 def search_scale(w_OI: Tensor, scheme: QuantScheme, importance_I: Tensor | None = None) -> Params:
     """Per group, the parameters with the least squared error among shrunken ranges.
@@ -22,14 +26,20 @@ def search_scale(w_OI: Tensor, scheme: QuantScheme, importance_I: Tensor | None 
     `importance_I` weighs the error of each input feature; with E[x²] it is the diagonal of the layer's Hessian,
     so the search minimises the output error of a layer with uncorrelated inputs.
     """
-    grid = GRIDS.get(scheme.grid)
     w_OI = w_OI.detach().float()
-    importance = torch.ones(w_OI.shape[1], device=w_OI.device) if importance_I is None else importance_I.float()
+    importance_I = torch.ones(w_OI.shape[1], device=w_OI.device) if importance_I is None else importance_I.float()
+    rows = max(1, _CHUNK // w_OI.shape[1]) if w_OI.device.type == "cpu" else len(w_OI)
+    found = [_search(w_RI, scheme, importance_I) for w_RI in w_OI.split(rows)]
+    return {name: torch.cat([params[name] for params in found]) for name in found[0]}
+
+
+def _search(w_OI: Tensor, scheme: QuantScheme, importance_I: Tensor) -> Params:
+    grid = GRIDS.get(scheme.grid)
     best = grid.init(w_OI, scheme)
     best_error_OG: Tensor | None = None
     for shrink in [1.0, *SHRINK.tolist()]:
         params = grid.init(w_OI * shrink, scheme)
-        error_OI = (grid.fake(w_OI, params, scheme) - w_OI).square() * importance
+        error_OI = (grid.fake(w_OI, params, scheme) - w_OI).square() * importance_I
         error_OG = to_groups(error_OI, scheme).sum(-1)
         if best_error_OG is None:
             best_error_OG = error_OG
