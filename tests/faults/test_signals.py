@@ -80,7 +80,7 @@ def test_signals_are_the_callers_own_again_afterwards() -> None:
 
 def test_a_library_that_turns_a_request_into_its_own_error_does_not_hide_it() -> None:
     """safetensors does, where the signal comes while it reads a tensor."""
-    with pytest.raises(Stopped, match="SIGTERM") as caught, Stop().listening():
+    with pytest.raises(Stopped, match="SIGTERM") as caught, Stop().listening():  # noqa: PT012
         try:
             signal.raise_signal(signal.SIGTERM)
         except Stopped as stopped:
@@ -91,7 +91,7 @@ def test_a_library_that_turns_a_request_into_its_own_error_does_not_hide_it() ->
 
 
 def test_a_request_that_a_library_drops_is_heeded_at_the_next_step() -> None:
-    with pytest.raises(Stopped, match="SIGTERM"), Stop().listening() as stop:
+    with pytest.raises(Stopped, match="SIGTERM"), Stop().listening() as stop:  # noqa: PT012
         with pytest.raises(Stopped):
             signal.raise_signal(signal.SIGTERM)
         with stop.held():
@@ -104,7 +104,7 @@ def test_interrupted_while_it_reads_tensors(tmp_path: Path) -> None:
     moment = random.Random(0)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for _ in range(60):
-        with pytest.raises(Stopped), Stop().listening(signal.SIGALRM):
+        with pytest.raises(Stopped), Stop().listening(signal.SIGALRM):  # noqa: PT012
             signal.setitimer(signal.ITIMER_REAL, moment.uniform(1e-5, 3e-3))
             while True:
                 load_tensors(tmp_path / "many.safetensors")
