@@ -110,7 +110,8 @@ def solve(folder: Path, iterations: int, batch_size: int, seed: int) -> dict[str
     from upq.scheme import QuantScheme
     from upq.streaming import StreamedModel
 
-    tokens_NT, model = load_file(folder / "tokens.safetensors")["tokens_NT"], StreamedModel(folder / "model")
+    tokens_NT = load_file(folder / "tokens.safetensors")["tokens_NT"]
+    model = StreamedModel(folder / "model", precision="auto")
     flexround = METHODS.get("flexround")
     method = flexround(flexround.Config(iterations=iterations, batch_size=batch_size))
     store = BlockStore(folder / "blocks", QuantScheme(bits=4), latents=False)

@@ -129,7 +129,7 @@ def measure(model: Path, layers: int, out: Path, samples: int, seq_len: int, ite
     flexround = METHODS.get("flexround")
     before, began = resident_bytes(), time.monotonic()
     walk(
-        StreamedModel(model),
+        StreamedModel(model, precision="auto"),
         tokens_NT,
         flexround(flexround.Config(iterations=iterations)),
         BlockStore(out / "blocks", QuantScheme(bits=4), latents=False),

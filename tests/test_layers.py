@@ -21,6 +21,7 @@ LAYERS = (
         "registry",
         "recipe",
         "recipes",
+        "precision",
         "progress",
         "processes",
         "artifact",

@@ -123,13 +123,13 @@ def test_a_block_wise_stage_needs_what_it_was_planned_to(activations: str, tmp_p
     tokens_NT = torch.randint(67, (20, T))
     with counted() as tally:
         walk(
-            StreamedModel(tmp_path / "m"), tokens_NT, METHODS.get("block_ap")(options),
+            StreamedModel(tmp_path / "m", precision="bf16"), tokens_NT, METHODS.get("block_ap")(options),
             BlockStore(tmp_path / "s", chosen.int2.scheme()), source=None, seed=0, progress=Silent(),
             activations=allocator(tmp_path if activations == "disk" else None),
         )  # fmt: skip
     # of a GPU, where nothing is added for the C library
     need = needs(load_config(tmp_path / "m"), chosen, gpu=True, only=frozenset({"int2"}))["int2"]
-    assert need.memory == pytest.approx(tally.peak, rel=0.03)
+    assert need.memory == pytest.approx(tally.peak, rel=0.05)
     assert need.flops == pytest.approx(tally.flops, rel=0.1)
     stored = sum(file.stat().st_size for file in (tmp_path / "s").iterdir())
     streams = 2 * 20 * T * 64 * 4 if activations == "disk" else 0

@@ -375,7 +375,7 @@ class _Run:
         return data
 
     def blockwise(self, name: str, stage: Blockwise, data: TokenSet, processes: Processes) -> None:
-        store, model = self.store(name), StreamedModel(self.model, device=self.device)
+        store, model = self.store(name), StreamedModel(self.model, device=self.device, precision=stage.precision)
         self.progress.start(name, done=store.done(len(model)))
         walk(
             model,

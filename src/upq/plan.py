@@ -28,7 +28,7 @@ from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher, likelie
 from upq.distill.trainer import Training, settled, steps
 from upq.errors import UPQError
 from upq.evals.text import evaluate_text
-from upq.grids import GRIDS, Params
+from upq.grids import GRIDS, Params, search_scale
 from upq.hf import block_linears, pack_model
 from upq.imagined import Tally, imagined
 from upq.kernels import computing
@@ -36,8 +36,9 @@ from upq.loading import family
 from upq.losses import TopK
 from upq.memory import resident_bytes
 from upq.pipeline import caches_teacher, check_lengths, check_original, check_plugins, sequences, to_be_written
+from upq.precision import Precision, computes_in_bf16
 from upq.progress import Silent
-from upq.recipe import Blockwise, Recipe, decode, override
+from upq.recipe import STAGES, Blockwise, Distill, Recipe, decode, override
 from upq.scheme import QuantScheme
 from upq.signals import Stop
 from upq.streaming import StreamedModel
@@ -47,7 +48,8 @@ GPU_CONTEXT = 10**9
 # What the C library (glibc) holds of free memory between tensors that come and go in small blocks, as a share of them:
 # fitted to runs of width 256 and 512, where it was 0.3 to 1.2 (docs/scale.md).
 _SPARE = 0.6
-_ROWS = 8  # calibration rows that pass through a block at a time
+_ROWS = 8  # calibration rows that pass through a block at a time, and rows of weights that stand for all
+_CACHED = 0.26  # seconds of a search in the processor's caches over those of one that goes through memory (upq.grids)
 _DEPTHS = (2, 3)  # blocks
 
 Figures = tuple[float, ...]
@@ -116,10 +118,7 @@ def needs(
 
     `gpu`: products are in bf16 where the recipe leaves that to the device.
     """
-    mixed = gpu and recipe.distill.precision == "auto"
-    if mixed:
-        distill = recipe.distill.model_copy(update={"precision": "bf16"})
-        recipe = recipe.model_copy(update={"distill": distill})
+    recipe = _settled(recipe, torch.device("cuda" if gpu else "cpu"), config.hidden_size)
     stages: dict[str, Callable[[], Need]] = {}
     if recipe.data.generated is not None:
         stages["generate"] = lambda: _generate(config, recipe, gpu=gpu)
@@ -161,14 +160,24 @@ def _beyond(low: Figures, high: Figures, times: float) -> Figures:
     return tuple(a + (b - a) * times for a, b in zip(low, high, strict=True))
 
 
+def _settled(recipe: Recipe, device: torch.device, width: int) -> Recipe:
+    """With the precision that each stage will have on `device`."""
+    found: dict[str, Blockwise | Distill] = {}
+    for name in STAGES:
+        if (stage := getattr(recipe, name)) is not None:
+            bf16 = computes_in_bf16(stage.precision, device, width)
+            found[name] = stage.model_copy(update={"precision": "bf16" if bf16 else "fp32"})
+    return recipe.model_copy(update=found)
+
+
 # ---- models without memory
 
 
 class _Layout(StreamedModel):
     """A model whose checkpoint need not be there. To be made before its blocks are imagined: a copy is made of each."""
 
-    def __init__(self, config: PretrainedConfig) -> None:
-        self._lay_out(Path(config.name_or_path or ""), config, "cpu")
+    def __init__(self, config: PretrainedConfig, precision: Precision = "fp32") -> None:
+        self._lay_out(Path(config.name_or_path or ""), config, "cpu", precision)
 
     def shapes(self) -> dict[str, torch.Size]:
         """Of a block's linears, by name."""
@@ -258,7 +267,7 @@ def _blockwise(name: str, stage: Blockwise, config: PretrainedConfig, recipe: Re
     samples = -(-stage.samples // processes)
     few = min(samples, max(_ROWS, getattr(options, "batch_size", 0)))
     on_disk = recipe.memory.activations == "disk"
-    model = _Layout(_of_depth(config, 1))
+    model = _Layout(_of_depth(config, 1), stage.precision)
     store = _Nowhere(Path(), scheme, shapes=model.shapes())
 
     def run(rows: int, iterations: int, **changed: Any) -> Figures:
@@ -276,15 +285,18 @@ def _blockwise(name: str, stage: Blockwise, config: PretrainedConfig, recipe: Re
             )
             return tally.peak, tally.loose, tally.flops, tally.moved
 
-    peak, loose, *work = run(few, min(iterations, 2))  # in the second iteration all moments are there
-    # The search for scales is most of a short run, and the same for any rows and iterations.
-    quick = {"scale": "max"} if getattr(options, "scale", "") == "mse" else {}
+    # The search for scales goes by a few rows of weights at a time: too many operations to imagine them all.
+    searches = getattr(options, "scale", "max") != "max"
+    quick = {"scale": "max"} if searches else {}
+    peak, loose, *work = run(few, min(iterations, 2), **quick)  # in the second iteration all moments are there
     if samples > few or iterations > 2:
         _, _, *base = run(few, 1, **quick)
         _, _, *longer = run(few, 2, **quick)
         _, _, *wider = run(2 * few, 1, **quick)
         further, rest = max(0, iterations - 2), samples / few - 1
         work = [w + (i - b) * further + (r - b) * rest for w, b, i, r in zip(work, base, longer, wider, strict=True)]
+    if searches:
+        work[1] += sum(_searched(shape, scheme) for shape in model.shapes().values())
     row = seq_len * config.hidden_size * torch.float32.itemsize
     streams = 2 * row * (samples - few) if cls(options).needs_inputs else 0
     blocks = config.num_hidden_layers
@@ -298,6 +310,13 @@ def _blockwise(name: str, stage: Blockwise, config: PretrainedConfig, recipe: Re
         work[0] * blocks,
         work[1] * blocks,
     )
+
+
+def _searched(shape: torch.Size, scheme: QuantScheme) -> float:
+    """Bytes that the search for the scales of a linear moves, as many as would take its time if memory held them."""
+    with imagined() as tally:
+        search_scale(torch.empty(_ROWS, shape[1]), scheme)
+    return tally.moved * shape[0] / _ROWS * _CACHED
 
 
 def _stored(shape: torch.Size, scheme: QuantScheme, *, latents: bool) -> float:

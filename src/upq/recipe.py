@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from upq.bounded import YAML_BYTES, parse_yaml, read_bytes
 from upq.errors import UPQError
+from upq.precision import Precision
 from upq.scheme import PER_CHANNEL, QuantScheme
 
 M = TypeVar("M", bound=BaseModel)
@@ -79,6 +80,7 @@ class Blockwise(Strict):
     group_size: int = PER_CHANNEL
     method: Plugin
     samples: int = Field(128, ge=1)  # calibration sequences of data.seq_len tokens
+    precision: Precision = "auto"  # of the products; weights and hidden states are float32
 
     def scheme(self) -> QuantScheme:
         return QuantScheme(bits=self.bits, grid=self.grid, group_size=self.group_size)
@@ -102,7 +104,7 @@ class Distill(Strict):
     train_norms: bool = False
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments in float32, or in 8 bits (torchao)
     gradient_checkpointing: bool = False  # keep the blocks' inputs for the backward pass and run each block again
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast on an accelerator, fp32 on CPU
+    precision: Precision = "auto"  # of the products; what is learned is float32
     chunk_tokens: int = Field(1024, ge=1)  # tokens whose fp32 logits exist at one time
     checkpoint_every: int = Field(50, ge=1)  # optimiser steps
     skip_bad_steps: int = Field(0, ge=0)  # as many whose loss or gradient is not finite are left out; one more stops

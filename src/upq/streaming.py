@@ -19,6 +19,7 @@ from upq.activations import Activations, Allocate, in_memory, stretches
 from upq.artifact import tensor_files
 from upq.errors import UPQError
 from upq.loading import check_sizes, family, foreign, load_config
+from upq.precision import Precision, computes_in_bf16
 
 Context = dict[str, Any]  # keyword arguments of a decoder block: positions, mask, rotary embeddings
 
@@ -27,19 +28,22 @@ class StreamedModel:
     """Blocks and embeddings of a Hugging Face directory in float32, materialised on request.
 
     Law (tests/test_streaming.py): embedding, blocks in order, final norm and head give the logits of the whole model.
+    What `precision` says is in `bf16` and `autocast`, for whoever calls the blocks; what they are given and give stays
+    float32.
     """
 
-    def __init__(self, path: Path, *, device: str = "cpu") -> None:
+    def __init__(self, path: Path, *, device: str = "cpu", precision: Precision = "fp32") -> None:
         config = load_config(path)
         family(config)
         self._files = tensor_files(path)
         check_sizes(path, config, self._files.values())
-        self._lay_out(path, config, device)
+        self._lay_out(path, config, device, precision)
 
-    def _lay_out(self, path: Path, config: PretrainedConfig, device: str) -> None:
+    def _lay_out(self, path: Path, config: PretrainedConfig, device: str, precision: Precision) -> None:
         """All that does not ask for the checkpoint's tensors."""
         self.path = path
         self.device = torch.device(device)
+        self.bf16 = computes_in_bf16(precision, self.device, config.hidden_size)
         self.config = config
         self.spec = family(config)
         self._skeleton = self._without_memory()
@@ -62,6 +66,10 @@ class StreamedModel:
         block = copy.deepcopy(self._blocks[index])
         self._fill(block, f"{self.spec.blocks}.{index}.")
         return block.to(self.device)
+
+    def autocast(self) -> torch.autocast:
+        """What a block is to be called in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def frame(self) -> PreTrainedModel:
         """The model with all its own weights but those of its decoder blocks, which have no memory."""

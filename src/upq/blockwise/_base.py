@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -40,6 +41,7 @@ class BlockTask:
     inputs_NTH: Activations | None = None  # what this block will read: the output of the quantised blocks before it
     targets_NTH: Activations | None = None  # what the original block writes behind the original blocks before it
     processes: Processes = ALONE
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext  # what the block is called in
 
     def rows(self) -> int:
         """How many calibration rows there are, over all processes."""
@@ -53,7 +55,8 @@ class BlockTask:
     def run(self, weights: dict[str, Tensor], hidden_NTH: Tensor) -> Tensor:
         """The block's output with `weights` in place of its own; differentiable."""
         named = {f"{name}.weight": weight for name, weight in weights.items()}
-        out: Tensor = functional_call(self.block, named, (hidden_NTH,), self.context)
+        with self.autocast():
+            out: Tensor = functional_call(self.block, named, (hidden_NTH,), self.context)
         return out
 
     def loss(
@@ -119,7 +122,8 @@ class BlockTask:
         moments: dict[str, Tensor] = {}
         with _recorded_inputs(self.block, names) as inputs:
             for rows in stretches(len(self.inputs_NTH), batch_size):
-                self.block(self.inputs_NTH[rows], **self.context)
+                with self.autocast():
+                    self.block(self.inputs_NTH[rows], **self.context)
                 for name, x in inputs.items():
                     x_TI = x.reshape(-1, x.shape[-1]).float()
                     moment = x_TI.T @ x_TI if full else x_TI.square().sum(0)

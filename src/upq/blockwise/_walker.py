@@ -59,12 +59,15 @@ def walk(
             with processes.alike():
                 block = model.block(index)
                 if streams is not None:
-                    with watched(block, linears, f"{at}, of the original model", "is it whole?"):
+                    with model.autocast(), watched(block, linears, f"{at}, of the original model", "is it whole?"):
                         run_block(block, streams.original_NTH, context)
             if source is not None:
                 _put(block, linears, source, index, processes)
             if index >= done:
-                task = BlockTask(index, block, model.spec, context, seed=seed * 1_000_003 + index, processes=processes)
+                seeded = seed * 1_000_003 + index
+                task = BlockTask(
+                    index, block, model.spec, context, seed=seeded, processes=processes, autocast=model.autocast
+                )
                 if streams is not None:
                     task = replace(task, inputs_NTH=streams.quantised_NTH, targets_NTH=streams.original_NTH)
                 report = _solve(task, method, store, model, at)
@@ -72,7 +75,8 @@ def walk(
                 progress.advance(1, **figures)
             if streams is not None:
                 _put(block, linears, store, index, processes)
-                with processes.alike(), watched(block, linears, f"{at}, stored", f"delete {store.path(index)}"):
+                remedy = f"delete {store.path(index)}"
+                with processes.alike(), model.autocast(), watched(block, linears, f"{at}, stored", remedy):
                     run_block(block, streams.quantised_NTH, context)
 
 

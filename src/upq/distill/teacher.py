@@ -18,17 +18,12 @@ from upq.artifact import load_rows, save_tensors
 from upq.errors import UPQError
 from upq.loading import family
 from upq.losses import LOSSES, Divergence, TopK, log_softmax
+from upq.precision import computes_in_bf16
 from upq.progress import Progress
 from upq.recipe import Distill
 from upq.streaming import StreamedModel, run_block
 
 ROWS_A_SHARD = 64  # 8 MB at 512 tokens and 64 of a vocabulary below 2^16: what a killed run does again
-
-
-def autocasts(config: Distill, device: torch.device) -> bool:
-    """Whether products are computed in bf16, the teacher's as the student's."""
-    # On CPU the casts cost more than the products save: 249 ms a step against 150 (LOG.md).
-    return config.precision == "bf16" or (config.precision == "auto" and device.type != "cpu")
 
 
 def check(config: Distill) -> None:
@@ -114,10 +109,11 @@ def write_cache(
     """
     k, index_dtype = min(config.teacher_top_k, teacher.config.vocab_size), _index_dtype(teacher.config.vocab_size)
     device = teacher.device
+    bf16 = computes_in_bf16(config.precision, device, teacher.config.hidden_size)
     for shard in cache.missing():
         parts = []
         for batch in torch.split(torch.tensor(cache.of_shard(shard)), config.micro_batch_size):
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocasts(config, device)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 parts.append(likeliest(teacher, tokens_NT[batch].long(), k, config.chunk_tokens))
             progress.advance(len(batch))
         index_NTK, logp_NTK, rest_NT = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -25,10 +25,11 @@ from upq.distill.objective import Objective
 from upq.distill.optimizer import make_optimizer, plain, restored, set_rate
 from upq.distill.sharding import shard
 from upq.distill.student import checkpoint_blocks, fake_quant_layers, norm_weight, norms
-from upq.distill.teacher import CachedTeacher, Teacher, autocasts
+from upq.distill.teacher import CachedTeacher, Teacher
 from upq.errors import UPQError
 from upq.losses import LOSSES, Loss
 from upq.nn.fake_quant import rms, whole
+from upq.precision import computes_in_bf16
 from upq.progress import Progress
 from upq.recipe import Distill, Plugin
 from upq.signals import Stop, Stopped
@@ -118,8 +119,9 @@ class Training:
         self, student: PreTrainedModel, teacher: Teacher, data: Batches, config: Distill, *, sharded: bool = False
     ) -> None:
         self.config, self._data = config, data
+        bf16 = computes_in_bf16(config.precision, student.device, student.config.hidden_size)
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if autocasts(config, student.device) else "no",
+            mixed_precision="bf16" if bf16 else "no",
             cpu=student.device.type == "cpu",
             device_placement=False,  # the student is where it is to be
         )

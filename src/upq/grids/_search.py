@@ -29,7 +29,7 @@ def search_scale(w_OI: Tensor, scheme: QuantScheme, importance_I: Tensor | None 
     w_OI = w_OI.detach().float()
     importance_I = torch.ones(w_OI.shape[1], device=w_OI.device) if importance_I is None else importance_I.float()
     rows = max(1, _CHUNK // w_OI.shape[1]) if w_OI.device.type == "cpu" else len(w_OI)
-    found = [_search(w_RI, scheme, importance_I) for w_RI in w_OI.split(rows)]
+    found = [_search(w_RI, scheme, importance_I) for w_RI in torch.split(w_OI, rows)]
     return {name: torch.cat([params[name] for params in found]) for name in found[0]}
 
 
