@@ -35,7 +35,7 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows an iteration.")] = 8,
     seeds: Annotated[int, typer.Option(min=1, help="Of weights and tokens.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="With one, the clock is the processor's.")] = 1,
-    autocast: Annotated[bool, typer.Option(help="AutoRound in bfloat16 where the CPU has it, its default.")] = True,
+    autocast: Annotated[bool, typer.Option(help="Both in bfloat16 where the CPU has it, as by default.")] = True,
     compiled: Annotated[bool, typer.Option(help="AutoRound through torch.compile, its default.")] = True,
     environments: Annotated[Path, typer.Option(help="Of benchmarks/peers.")] = ROOT / "runs" / "peers" / "env",
     json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
@@ -50,7 +50,8 @@ def main(
         with tempfile.TemporaryDirectory(dir=work) as name:
             folder, sizes = Path(name), (iterations, batch_size)
             write_inputs(folder, hidden, samples, seq_len, seed)
-            ours = run_alone(__file__, "solve", folder, *sizes, seed, threads=threads)
+            precision = "auto" if autocast else "fp32"
+            ours = run_alone(__file__, "solve", folder, *sizes, seed, precision, threads=threads)
             script, choices = PEERS / "block_with_autoround.py", (int(autocast), int(compiled))
             theirs = run_alone(script, folder, *sizes, seed, *choices, python=python, threads=threads)
             errors = judge(folder)
@@ -101,7 +102,7 @@ def write_inputs(folder: Path, hidden: int, samples: int, seq_len: int, seed: in
     save_file({"tokens_NT": tokens_NT}, folder / "tokens.safetensors")
 
 
-def solve(folder: Path, iterations: int, batch_size: int, seed: int) -> dict[str, Any]:
+def solve(folder: Path, iterations: int, batch_size: int, seed: int, precision: Precision) -> dict[str, Any]:
     """FlexRound; leaves upq.safetensors, the weights (O, I) of the block's linears."""
     from safetensors.torch import load_file, save_file
 
@@ -111,13 +112,13 @@ def solve(folder: Path, iterations: int, batch_size: int, seed: int) -> dict[str
     from upq.streaming import StreamedModel
 
     tokens_NT = load_file(folder / "tokens.safetensors")["tokens_NT"]
-    model = StreamedModel(folder / "model", precision="auto")
+    model = StreamedModel(folder / "model", precision=precision)
     flexround = METHODS.get("flexround")
     method = flexround(flexround.Config(iterations=iterations, batch_size=batch_size))
     store = BlockStore(folder / "blocks", QuantScheme(bits=4), latents=False)
     wall, cpu = time.monotonic(), time.process_time()
     walk(model, tokens_NT, method, store, source=None, seed=seed, progress=Silent())
-    seconds = {"seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
+    seconds = {"seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu, "bf16": model.bf16}
     save_file(store.weights(0), folder / "upq.safetensors")
     return seconds
 
@@ -152,6 +153,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["solve"]:
         import json
 
-        print(json.dumps(solve(Path(sys.argv[2]), *map(int, sys.argv[3:]))))
+        inputs, *numbers, chosen = sys.argv[2:]
+        print(json.dumps(solve(Path(inputs), *map(int, numbers), precision=chosen)))
     else:
         app()

@@ -17,6 +17,7 @@ from tiny import tiny_model
 from upq.activations import allocator
 from upq.blockwise import METHODS, BlockStore, BlockTask, Method, Solution, walk
 from upq.blockwise._base import batches, start_scales
+from upq.blockwise.flexround import _Divided
 from upq.blockwise.gptq import gptq, objective
 from upq.errors import UPQError
 from upq.grids import GRIDS, Params, search_scale
@@ -487,3 +488,11 @@ def test_a_token_of_zeros_does_not_outweigh_the_others(make_task: MakeTask) -> N
     weights = nearest(task, start_scales(task, QuantScheme(bits=2), "mse"), QuantScheme(bits=2))
     task.targets_NTH[0, 0] = 0
     assert task.error(weights, relative=True) < 1e6
+
+
+def test_flexrounds_divisor_has_the_gradient_of_its_formula() -> None:
+    torch.manual_seed(0)
+    w_OI, s2_OI, s3_O1 = torch.randn(3, 5).double(), torch.randn(3, 5).double(), torch.randn(3, 1).double()
+    learned = (s2_OI.requires_grad_(), s3_O1.requires_grad_())
+    assert torch.equal(_Divided.apply(w_OI, *learned), w_OI * torch.exp(-(s2_OI + s3_O1)))
+    assert torch.autograd.gradcheck(lambda s2, s3: _Divided.apply(w_OI, s2, s3), learned)

@@ -7,6 +7,8 @@ A weight's divisor moves it across a rounding boundary in proportion to its size
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -17,6 +19,22 @@ from upq.grids import GRIDS
 from upq.nn.fake_quant import Solution
 from upq.recipe import Strict
 from upq.scheme import QuantScheme
+
+
+class _Divided(torch.autograd.Function):
+    """W / exp(S2 + s3), which is all that its gradient needs: autograd would keep the exponential too."""
+
+    @staticmethod
+    def forward(ctx: Any, w_OI: Tensor, s2_OI: Tensor, s3_O1: Tensor) -> Tensor:
+        divided_OI = (s2_OI + s3_O1).neg_().exp_().mul_(w_OI)
+        ctx.save_for_backward(divided_OI)
+        return divided_OI
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor]:
+        (divided_OI,), (g_OI,) = ctx.saved_tensors, grads
+        d_OI = (g_OI * divided_OI).neg_()
+        return None, d_OI, d_OI.sum(1, keepdim=True)
 
 
 @METHODS.register("flexround")
@@ -44,7 +62,8 @@ class FlexRound(Method):
         s3 = {name: torch.zeros_like(w_OI[:, :1]) for name, w_OI in weights.items()}
 
         def divided(name: str) -> Tensor:
-            return weights[name] * torch.exp(-(s2[name] + s3[name]))
+            found: Tensor = _Divided.apply(weights[name], s2[name], s3[name])  # type: ignore[no-untyped-call]
+            return found
 
         def quantised() -> dict[str, Tensor]:
             return {name: grid.fake(divided(name), params[name], scheme) for name in weights}
