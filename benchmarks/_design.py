@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from _rows import FROM_FP, NO_TRAINING, THROUGH_INT4
@@ -206,4 +207,4 @@ def plan(groups: tuple[str, ...], *, seeds: int, tokens: int, only: str = "") ->
         for seed in range(seeds if group.every_seed else 1):
             rows = [row for row in group.rows.values() if seed == 0 or row not in UNSEEDED]
             found |= dict.fromkeys(Task(row, seed, budget(row, tokens)) for row in rows)
-    return [task for task in found if only in task.row]
+    return [task for task in found if re.search(only, task.row)]

@@ -24,6 +24,7 @@ AREA = "mini_mmlu_"
 SURE = 2.0  # standard errors that a difference must exceed
 KNOWS, OBEYS, LOST, KEPT = 0.90, 0.85, 0.40, 0.97  # the targets
 BITS = (2.0, 2.1)
+RIVALS = ("paper", "default")
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,6 +371,26 @@ def curves(results: Results) -> Table | None:
                 rows.append((f"{label}, {'KL' if key == 'kld' else key}", *cells))
     head = ("training tokens", *(f"{tokens:,}" for tokens in spent))
     return Table("Scores against training tokens", head, tuple(rows)) if rows else None
+
+
+def larger_budgets(results: Results) -> Table | None:
+    """`paper` and `default` where several seeds had more tokens than the tables give."""
+    runs: dict[tuple[int, str], list[Run]] = {}
+    for run in results.runs:
+        if run.task.row in RIVALS and run.task.tokens > results.tokens:
+            runs.setdefault((run.task.tokens, run.task.row), []).append(run)
+    rows = []
+    for (tokens, row), found in sorted(runs.items()):
+        if len(found) > 1:
+            scores = [f"{_cell(found, suite, '.1%')}{_share(results, found, suite)}" for suite in SUITES]
+            rows.append((f"`{row}`, {tokens:,}", str(len(found)), _cell(found, "kld", ".4f"), *scores))
+    head = ("row, training tokens", "seeds", "KL", *SUITES)
+    return Table("With more tokens", head, tuple(rows)) if rows else None
+
+
+def _share(results: Results, runs: Sequence[Run], suite: str) -> str:
+    full = results.mean(ORIGINAL, suite)
+    return f" ({statistics.mean(run.figures[suite] for run in runs) / full:.1%})" if full else ""
 
 
 def _seeds_of(results: Results, row: str, group: Group) -> list[Run]:

@@ -171,7 +171,7 @@ def main(
     subject: Annotated[str, typer.Option(help=f"One of: {', '.join(SUBJECTS)}.")] = "reference",
     model: Annotated[Path | None, typer.Option(help="Another model in the subject's place.")] = None,
     group: Annotated[list[str], typer.Option(help="Tables to run: " + ", ".join([*GROUPS, "curves"]))] = [],  # noqa: B006
-    only: Annotated[str, typer.Option(help="Rows whose name contains this.")] = "",
+    only: Annotated[str, typer.Option(help="Rows whose name this regular expression finds.")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Training tokens of every row.")] = TOKENS,
     seeds: Annotated[int, typer.Option(min=1, help="Of the main table; all others have seed 0.")] = 3,
     split: Annotated[str, typer.Option(help="Items: test, or validation for tuning.")] = "test",

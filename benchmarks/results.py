@@ -1,7 +1,7 @@
 """Write docs/results.md from the CSV files of the benchmarks. `python benchmarks/results.py`
 
-New files from runs/ are copied to docs/results/ first; the page is made from the copies, so it can be made again in a
-clean clone. Every number in it comes from there.
+New files from runs/ come to docs/results/ first; the page is made from what is there, so it can be made again in a clean
+clone. Every number in it comes from there.
 """
 
 from __future__ import annotations
@@ -64,11 +64,18 @@ def main(
 
 
 def copy_new(runs: Path, folder: Path) -> None:
-    """What other benchmarks left beside the ablation's runs comes too."""
+    """What other benchmarks left beside the ablation's runs comes too.
+
+    Of the ablation, runs that were made elsewhere stay; one that was made again here takes its older self's place.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    names = {runs / f"{subject}{part}.csv": f"{subject}{part}" for subject in SUBJECTS for part in ("", "_items")}
-    names = {path: f"ablation_{name}" for path, name in names.items()}
-    names[runs.parent / "stories" / "stories.csv"] = "stories"
+    for subject in SUBJECTS:
+        made, kept = runs / f"{subject}.csv", folder / f"ablation_{subject}.csv"
+        if made.is_file():
+            found = [_findings.load(path, 0).runs for path in (kept, made) if path.is_file()]
+            newest = {run.task: run for each in found for run in each}
+            _findings.save((newest[task] for task in sorted(newest)), kept)
+    names = {runs.parent / "stories" / "stories.csv": "stories"}
     names |= {path: f"{PEERS}{path.parent.name}" for path in sorted((runs.parent / "peers").glob("*/table.csv"))}
     for path, name in names.items():
         if path.is_file():
@@ -125,6 +132,11 @@ def reference_sections(page: Page, results: Results) -> Iterator[str]:
         yield from picture_of(_plots.curves(results, page.folder / "curves.png"), table.title, "curves.png")
         yield table.markdown()
         yield page.command("reference", "curves")
+    if table := _findings.larger_budgets(results):
+        yield "## With more tokens\n"
+        yield "Mean ± standard deviation over seeds, test items; in brackets the share of the original's.\n"
+        yield table.markdown()
+        yield code(f"python benchmarks/ablation.py --group main --only '^({'|'.join(_findings.RIVALS)})$' --tokens N")
     yield "## One thing at a time\n"
     yield "Seed 0; ± is the standard error over items or rows of text.\n"
     yield from group_sections(page, results, "reference")

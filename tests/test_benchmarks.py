@@ -95,6 +95,30 @@ def test_files_hold_what_was_saved(tmp_path: Path) -> None:
     assert _findings.load(tmp_path / "runs.csv", 1000) == results(*runs)
 
 
+def test_runs_of_another_machine_stay_in_the_documents(tmp_path: Path) -> None:
+    from results import copy_new
+
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "ablation").mkdir()
+    elsewhere = (run("default", 0, "1110", kld=0.25), run("paper", 1, "0110"))
+    _findings.save(elsewhere, tmp_path / "docs/ablation_reference.csv")
+    here = (run("default", 0, "1111", kld=0.125), run("default", 1, "1000"))
+    _findings.save(here, tmp_path / "ablation/reference.csv")
+    copy_new(tmp_path / "ablation", tmp_path / "docs")
+    assert _findings.load(tmp_path / "docs/ablation_reference.csv", 1000).runs == (*here, elsewhere[1])
+
+
+def test_larger_budgets_want_several_seeds() -> None:
+    runs = [Run(Task("default", seed, 2000), {"mini_mmlu": 0.5 + 0.1 * seed, "mini_ifeval": 0.5}) for seed in (0, 1)]
+    original = Run(Task(ORIGINAL, 0, 0), {"mini_mmlu": 1.0, "mini_ifeval": 0.8})
+    found = _findings.larger_budgets(results(original, run("default", 0, "1"), *runs))
+    assert found is not None
+    assert [line[:2] for line in found.rows] == [("`default`, 2,000", "2")]
+    assert "(55.0%)" in found.rows[0][3]
+    assert "(62.5%)" in found.rows[0][4]
+    assert _findings.larger_budgets(results(original, runs[0])) is None
+
+
 # ---- answers
 
 
