@@ -12,12 +12,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from _alone import run_alone
 from _table import Figure, Table, make_console, show_figures, spread, write_figures
+
+if TYPE_CHECKING:
+    from upq.precision import Precision
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = Path(__file__).resolve().parent / "peers"
@@ -58,7 +61,8 @@ def main(
         found.append((ours[clock], theirs[clock], *errors))
     console = make_console()
     title = f"hidden size {hidden}, {samples} x {seq_len} tokens, {iterations} iterations of {batch_size} rows, "
-    title += f"{threads} threads, {'processor' if threads == 1 else 'wall'} seconds; AutoRound: {theirs['settings']}"
+    title += f"{threads} threads, {'processor' if threads == 1 else 'wall'} seconds; "
+    title += f"UPQ: {'bfloat16' if ours['bf16'] else 'float32'}; AutoRound: {theirs['settings']}"
     table(title, found).show(console)
     figures = compare(found)
     show_figures(figures, console)

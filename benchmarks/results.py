@@ -1,7 +1,7 @@
 """Write docs/results.md from the CSV files of the benchmarks. `python benchmarks/results.py`
 
-New files from runs/ come to docs/results/ first; the page is made from what is there, so it can be made again in a clean
-clone. Every number in it comes from there.
+New files from runs/ come to docs/results/ first; the page is made from what is there, so it can be made again in a
+clean clone. Every number in it comes from there.
 """
 
 from __future__ import annotations
