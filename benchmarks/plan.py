@@ -2,7 +2,8 @@
 
 Random models of several sizes go the whole way, each in a process of its own; the peak of memory is taken anew for each
 stage (Linux). Rows, iterations and steps are few, since memory does not depend on how many there are; the time is
-compared for those few. Conversations are left out: a random model ends none.
+compared for those few. Conversations are left out: a random model ends none. The size 2048 is Llama 3.2 1B; with
+`--memory` a run has the settings that are planned for so much.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import typer
 from _alone import run_alone
 from _table import Figure, Table, make_console, show_figures, write_figures
 
-LAYERS = {256: 8, 512: 6, 1024: 4}
-VOCABULARY = 32  # tokens for each unit of the hidden size, as in Llama's first versions
+LAYERS = {256: 8, 512: 6, 1024: 4, 2048: 16}
+VOCABULARY = {2048: 128_256}
+TOKENS = 32  # of other vocabularies for each unit of the hidden size, as in Llama's first versions
 OFF = 0.15  # of memory, either way
 SETTINGS = (
     "data.generated=null", "data.seq_len=256", "data.validation=4",
@@ -34,8 +36,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    sizes: Annotated[list[int], typer.Option(min=64, help="Hidden size, a multiple of 64; repeatable.")] = [*LAYERS],  # noqa: B006
+    sizes: Annotated[list[int], typer.Option(min=64, help="Hidden size, a multiple of 64; repeatable.")] = [
+        256,
+        512,
+        1024,
+    ],  # noqa: B006
     set_: Annotated[list[str], typer.Option("--set", help="Of the recipe; repeatable.")] = [],  # noqa: B006
+    memory: Annotated[float | None, typer.Option(min=1, help="GB that a run is to fit; default: any.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
     work: Annotated[Path | None, typer.Option(help="Where the files go for the time being.")] = None,
 ) -> None:
@@ -44,8 +51,14 @@ def main(
         for size in sizes:
             model = Path(folder) / f"model-{size}"
             run_alone(__file__, "make", model, size)
-            planned = run_alone(__file__, "planned", model, *set_)
-            measured = run_alone(__file__, "measured", model, Path(folder) / f"out-{size}", *set_)
+            planned = run_alone(__file__, "planned", model, memory or 10**6, *set_)
+            settings = planned.pop("settings")
+            console.print(" ".join(["settings:", *settings]), highlight=False, soft_wrap=True)
+            measured = run_alone(__file__, "measured", model, Path(folder) / f"out-{size}", *set_, *settings)
+            if memory is not None:
+                peak = max(found for found, _ in measured.values()) / 1e9
+                name = f"peak of the run, hidden size {size}"
+                figures.append(Figure(name, peak, "GB", f"<= {memory:g}", peak <= memory))
             for stage, (memory, seconds) in measured.items():
                 expected, estimate = planned[stage]
                 ratio = expected / memory
@@ -72,7 +85,7 @@ def make(folder: Path, hidden: int) -> None:
     import memory
 
     folder.mkdir()
-    memory.make(folder, LAYERS.get(hidden, 4), hidden, VOCABULARY * hidden)
+    memory.make(folder, LAYERS.get(hidden, 4), hidden, VOCABULARY.get(hidden, TOKENS * hidden))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -90,13 +103,15 @@ def load_recipe(model: Path, overrides: list[str]) -> Any:
     return Recipe.load("default", [source, *SETTINGS, *overrides])
 
 
-def planned(model: Path, overrides: list[str]) -> None:
-    """Memory and seconds of each stage, as this machine plans it."""
+def planned(model: Path, gigabytes: float, overrides: list[str]) -> None:
+    """Memory and seconds of each stage, as this machine plans it, and the settings that make it fit."""
     from upq.loading import load_config
     from upq.plan import Machine, plan, this_speed
 
-    made = plan(load_config(model), load_recipe(model, overrides), Machine(10**15, speed=this_speed()))
-    print(json.dumps({stage.name: (stage.memory, stage.seconds) for stage in made.stages}))
+    machine = Machine(int(gigabytes * 1e9), speed=this_speed())
+    made = plan(load_config(model), load_recipe(model, overrides), machine)
+    stages = {stage.name: (stage.memory, stage.seconds) for stage in made.stages}
+    print(json.dumps({**stages, "settings": made.settings}))
 
 
 def measured(model: Path, out: Path, overrides: list[str]) -> None:
@@ -134,7 +149,7 @@ if __name__ == "__main__":
         make(Path(sys.argv[2]), int(sys.argv[3]))
         print("{}")
     elif sys.argv[1:2] == ["planned"]:
-        planned(Path(sys.argv[2]), sys.argv[3:])
+        planned(Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4:])
     elif sys.argv[1:2] == ["measured"]:
         measured(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
     else:
