@@ -21,6 +21,7 @@ import typer
 from _alone import run_alone
 from _table import Figure, Table, make_console, show_figures, write_figures
 
+SIZES = (256, 512, 1024)
 LAYERS = {256: 8, 512: 6, 1024: 4, 2048: 16}
 VOCABULARY = {2048: 128_256}
 TOKENS = 32  # of other vocabularies for each unit of the hidden size, as in Llama's first versions
@@ -36,11 +37,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    sizes: Annotated[list[int], typer.Option(min=64, help="Hidden size, a multiple of 64; repeatable.")] = [
-        256,
-        512,
-        1024,
-    ],  # noqa: B006
+    sizes: Annotated[list[int], typer.Option(min=64, help="A multiple of 64; repeatable.")] = [*SIZES],  # noqa: B006
     set_: Annotated[list[str], typer.Option("--set", help="Of the recipe; repeatable.")] = [],  # noqa: B006
     memory: Annotated[float | None, typer.Option(min=1, help="GB that a run is to fit; default: any.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
