@@ -1,7 +1,7 @@
 """Triton's interpreter in the place of a GPU, for gemlite. In a process of its own, with TRITON_INTERPRET=1.
 
 gemlite asks for a GPU when it is imported; what it hears here is what an H100 says. It has Triton time its tiles and
-takes the fastest; here `TILES` says which that is. And three things are mended that the interpreter does differently from
+takes the fastest; here `TILES` says which that is. And three things are mended that the interpreter does otherwise than
 a compiler: it multiplies matrices of bfloat16 as the integers that their bits are, it cuts float32 off to bfloat16
 without rounding, and its loops count in Python's numbers, which have no `.to`.
 """
@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before anything imports triton"
-
 import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver, interpreter
 
+assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before anything imports triton"
+
 
 class _Tiles:
-    """What is timed, and which of it is the fastest: the one of number `wanted`, or the last if there are not as many."""
+    """How many are timed, and the fastest of them: the one of number `wanted`, or the last if there are fewer."""
 
     wanted = 0
     timed = 0

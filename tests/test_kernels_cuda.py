@@ -60,7 +60,7 @@ def test_the_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     with kernels.computing("w2a16"):
         assert kernels.compute("cuda") == kernels.compute("cpu") == "w2a16"
     monkeypatch.setenv("UPQ_KERNELS", "w2a8")
-    with pytest.raises(UPQError, match="w2a8 run on the CPU alone; on CUDA choose w2a16 .* or reference"):
+    with pytest.raises(UPQError, match=r"w2a8 run on the CPU alone; on CUDA choose w2a16 .* or reference"):
         kernels.compute("cuda")
     assert kernels.compute("mps") == "reference"
     monkeypatch.setenv("UPQ_KERNELS", "fast")

@@ -1,14 +1,14 @@
 """Products with packed weights on a CUDA device, through gemlite's Triton kernels: codes stay packed.
 
-Weights are exact up to one rounding to the type of x, as in the reference: `(code − zero) · scale` is computed in float32.
-With one scale a row the products are of `code − zero`, which is exact, and the scale is applied to their float32 sum.
-Sums are float32 and rounded once. The order of a sum depends on the tiles that gemlite has timed and found fastest, so
-unlike on the CPU the last bits may differ with the number of tokens and from one process to the next.
+Law (tests/cuda_laws.py): weights are exact up to one rounding to the type of x, as in the reference, since
+`(code − zero) · scale` is computed in float32. With one scale a row the products are of `code − zero`, which is exact,
+and the scale is applied to their sum. Sums are float32 and rounded once. Their order is that of the tiles which gemlite
+has timed and found fastest: unlike on the CPU, last bits may differ with the number of tokens and between processes.
 
-What gemlite cannot hold is an error and never the reference by itself: widths other than 2, 4 and 8 bits, rows that are no
-multiple of 32 columns, groups that are no power of two from 32 up, activations other than float16 and bfloat16.
+What gemlite cannot hold is an error and never the reference by itself: widths other than 2, 4 and 8 bits, rows that are
+no multiple of 32 columns, groups that are no power of two from 32 up, x in another type than float16 and bfloat16.
 
-Not run on a GPU yet. Tests run the kernels in Triton's interpreter (tests/interpreted.py).
+Not run on a GPU yet: tests run the kernels in Triton's interpreter (tests/interpreted.py).
 
 Shape suffixes: M = tokens, O = out features, I = in features, G = groups in a row, B = bytes in a row.
 """
@@ -19,7 +19,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -62,7 +61,7 @@ class Matrix:
 
 
 @cache
-def library() -> ModuleType:
+def library() -> Any:
     """gemlite. It looks at the GPU when it is imported."""
     logger = logging.getLogger("gemlite.core")
     level = logger.level
@@ -71,8 +70,8 @@ def library() -> ModuleType:
         import gemlite
     except ImportError as error:
         raise UPQError(
-            f"the CUDA kernels are not there ({error}): pip install 'upq[cuda]', or choose the slow reference in torch, "
-            "UPQ_KERNELS=reference"
+            f"the CUDA kernels are not there ({error}): pip install 'upq[cuda]', or choose the slow reference in "
+            "torch, UPQ_KERNELS=reference"
         ) from error
     finally:
         logger.setLevel(level)
@@ -82,7 +81,7 @@ def library() -> ModuleType:
 @cache
 def _product() -> Any:
     # Apart from torch.compile: gemlite tells it that outputs have the type of x, and ours are float32 of few tokens.
-    return torch.compiler.disable(library().forward_functional)
+    return torch.compiler.disable(library().forward_functional)  # type: ignore[no-untyped-call]
 
 
 def pack(packed_OB: Tensor, scale_OG: Tensor, zero: Tensor | float, *, bits: int, in_features: int) -> Matrix:
@@ -96,8 +95,9 @@ def pack(packed_OB: Tensor, scale_OG: Tensor, zero: Tensor | float, *, bits: int
     whole = in_features % 32 == 0 and (groups == 1 or (size >= 32 and size & (size - 1) == 0))
     if bits not in BITS or not whole:
         raise UPQError(
-            f"the CUDA kernels hold 2, 4 and 8 bits, rows of a multiple of 32 columns and groups of 32, 64, 128, …, not "
-            f"{in_features} columns at {bits} bits in groups of {size}: UPQ_KERNELS=reference, or load with dequantize=True"
+            "the CUDA kernels hold 2, 4 and 8 bits, rows of a multiple of 32 columns and groups of 32, 64, 128, …, "
+            f"not {in_features} columns at {bits} bits in groups of {size}: UPQ_KERNELS=reference, or load with "
+            "dequantize=True"
         )
     # Past the last column codes and x are masked with zeros, but scales and zeros are read: a NaN would spread.
     beyond = min(-groups % _TILES, -(-_COLUMNS // size))
@@ -117,15 +117,13 @@ def linears(x: Tensor, matrices: Sequence[Matrix], biases_O: Sequence[Tensor | N
     """`x · Ŵᵀ + b` for every matrix, for x (..., I), in the dtype of `x`."""
 
     def products() -> list[Tensor]:
-        with torch.cuda.device_of(x):  # Triton launches on the current device
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current device
             return [_linear(x, m, b) for m, b in zip(matrices, biases_O, strict=True)]
 
     return without_gradient(products, "CUDA", x, biases_O)
 
 
 def _linear(x: Tensor, matrix: Matrix, bias_O: Tensor | None) -> Tensor:
-    gemlite = library()
-    types = {torch.float16: gemlite.DType.FP16, torch.bfloat16: gemlite.DType.BF16, torch.float32: gemlite.DType.FP32}
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise UPQError(f"CUDA kernels take float16 and bfloat16, not {x.dtype}; cast, or UPQ_KERNELS=reference")
     *batch, columns = x.shape
@@ -136,25 +134,27 @@ def _linear(x: Tensor, matrix: Matrix, bias_O: Tensor | None) -> Tensor:
     if not len(x_MI):
         return x.new_empty((*batch, matrix.rows))
     # Of few tokens gemlite adds up parts of a sum in the type of the output, at one token up to a hundred and more.
-    in_parts = gemlite.core.get_matmul_type(len(x_MI), matrix.bits) != "GEMM"
-    summed = torch.float32 if in_parts else x.dtype
-    one_scale = len(matrix.scale_GO) == 1
-    settings = [
-        0,  # x is not quantised
-        matrix.bits,
-        matrix.group_size,
-        (1 << matrix.bits) - 1,
-        8 // matrix.bits,  # codes in a byte
-        types[x.dtype].value,
-        types[summed].value,
-        types[torch.float32].value,  # of sums
-        types[torch.float32].value,  # of scales
-        1 if one_scale else 0,  # the scale: on the sum, or on each weight
-        1 if one_scale else 3,  # code − zero, or (code − zero) · scale
-        1,  # the rows of W lie side by side
-    ]
-    tensors = [matrix.codes_BO, matrix.scale_GO, matrix.zero]
-    y_MO: Tensor = _product()(x_MI, None, tensors, settings)
+    in_parts = library().core.get_matmul_type(len(x_MI), matrix.bits) != "GEMM"
+    settings = _settings(
+        matrix.bits, matrix.group_size, len(matrix.scale_GO) == 1, x.dtype, torch.float32 if in_parts else x.dtype
+    )
+    y_MO: Tensor = _product()(x_MI, None, [matrix.codes_BO, matrix.scale_GO, matrix.zero], settings)
     if bias_O is not None:
         y_MO += bias_O
     return y_MO.to(x.dtype).view(*batch, matrix.rows)
+
+
+@cache
+def _settings(bits: int, group_size: int, one_scale: bool, x: torch.dtype, y: torch.dtype) -> list[int]:
+    """What gemlite calls a layer's metadata. Its own `pack` makes the like, but of rounded scales and zeros."""
+    types, own = library().core.TORCH_TO_DTYPE, torch.float32
+    layer = library().GemLiteLinear(
+        bits, group_size, input_dtype=types[x], output_dtype=types[y], acc_dtype=types[own], scaled_activations=False
+    )
+    layer.elements_per_sample = 8 // bits  # codes in a byte
+    layer.meta_dtype = types[own]  # of scales
+    layer.data_contiguous = True  # the rows of W side by side
+    # 1, 1: products of code − zero, and the scale on their sum. 0, 3: products of (code − zero) · scale.
+    layer.channel_scale_mode, layer.W_group_mode = (1, 1) if one_scale else (0, 3)
+    found: list[int] = layer.get_meta_args()
+    return found

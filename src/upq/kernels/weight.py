@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Weight:
-    """Canonical tensors (reference.py) of a weight, and the same codes rearranged for its device from their first use on.
+    """Canonical tensors (reference.py) of a weight, and the same codes rearranged for its device from the first use on.
 
     On the CPU the canonical tensors stay as they are: of a loaded artefact they are pages of its file, which are given
     back once they have been read. Only the rearranged copy is memory of the process. On a CUDA device the rearranged
@@ -52,7 +52,7 @@ class Weight:
         return self._matrix
 
     def cuda_matrix(self) -> cuda.Matrix:
-        """Rearranged for the CUDA kernels: at the first call, and kept; no more memory than before but for the scales."""
+        """Rearranged for the CUDA kernels: at the first call, and kept. Only scales and zeros are memory of its own."""
         if self._cuda_matrix is None:
             with torch.inference_mode(False):  # else the buffer would become a tensor that counts no writing to it
                 self._cuda_matrix = cuda.pack(

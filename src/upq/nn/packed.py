@@ -92,7 +92,7 @@ class _Packed(nn.Module):
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         name = f"{prefix}weight_packed"
         destination[name] = destination[name].contiguous()  # row by row, as in the file: see kernels.Weight
 
