@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import upq
+from tiny import tiny_artifact
+from upq import kernels
 from upq.errors import UPQError
 from upq.kernels import cuda, dequantize, pack
 from upq.kernels.weight import Weight
+from upq.scheme import QuantScheme
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
@@ -178,3 +183,27 @@ def test_inference_mode() -> None:
     assert error(y, x, value_OI) <= ROUNDING[torch.bfloat16]
     assert torch.equal(product(x, weight), y)
     assert not weight.packed_OB.is_inference()
+
+
+def test_a_model_is_as_near_as_through_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks at 2 bits in groups, embedding and head at 4 with one scale a row, activations in bfloat16."""
+    scheme, shape = QuantScheme(bits=2, group_size=32), {"hidden_size": 64, "head_dim": 16}
+    artifact = tiny_artifact(
+        tmp_path / "artifact", scheme=scheme, dtype=torch.bfloat16, embeddings_bits=4, intermediate_size=96, **shape
+    )
+    ids = torch.tensor([[5, 80, 211, 7, 33]])
+    with torch.no_grad(), kernels.computing("reference"):
+        exact = upq.load(artifact, dtype=torch.float32)(ids).logits.double()
+        model = upq.load(artifact, device=DEVICE)
+        rounded = model(ids.to(DEVICE)).logits.cpu().double()
+    if INTERPRETED:
+        monkeypatch.setattr(kernels, "linears", linears)
+    with torch.no_grad():
+        own = model(ids.to(DEVICE)).logits.cpu().double()
+    assert not torch.equal(own, rounded)
+    assert float((own - exact).norm()) <= 1.5 * float((rounded - exact).norm())
+
+
+def linears(x: Tensor, weights: list[Weight], biases_O: list[Tensor | None] | None = None) -> list[Tensor]:
+    """What kernels.linears does on a GPU."""
+    return cuda.linears(x, [w.cuda_matrix() for w in weights], biases_O or [None] * len(weights))
