@@ -81,11 +81,13 @@ def test_products_on_a_gpu_go_to_its_kernels(monkeypatch: pytest.MonkeyPatch) ->
     assert len(seen) == 1
 
 
-def test_without_gemlite_nothing_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gemlite", None)
+@pytest.mark.parametrize("why", ["No module named", "Failed to find C compiler"])
+def test_without_gemlite_nothing_falls_back(why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "gemlite.py").write_text("import nothing" if "module" in why else f"raise RuntimeError({why!r})")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "gemlite", raising=False)
     cuda.library.cache_clear()
-    cuda._product.cache_clear()
-    with pytest.raises(UPQError, match=r"the CUDA kernels are not there .*'upq\[cuda\]'.* UPQ_KERNELS=reference"):
+    with pytest.raises(UPQError, match=rf"are not there \({why}.*'upq\[cuda\]'.* UPQ_KERNELS=reference"):
         cuda.linears(torch.ones(1, 32).half(), [weight(4, 32).cuda_matrix()], [None])
 
 
@@ -101,6 +103,14 @@ def test_without_gemlite_nothing_falls_back(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_gemlite_cannot_hold_is_refused(bits: int, columns: int, groups: int, what: str) -> None:
     with pytest.raises(UPQError, match=f"the CUDA kernels hold .*, not {what}: UPQ_KERNELS=reference"):
         weight(4, columns, groups, bits=bits).cuda_matrix()
+
+
+def test_codes_beyond_32_bits_are_refused() -> None:
+    """Which would be added to wrong addresses."""
+    rows, columns = 2**20, 2**13
+    codes = torch.zeros(1, 1, dtype=torch.uint8).expand(rows, columns // 4)
+    with pytest.raises(UPQError, match="less than 2 GiB of codes, not 1048576 rows: UPQ_KERNELS=reference"):
+        cuda.pack(codes, torch.ones(1, 1).half().expand(rows, 1), 1.5, bits=2, in_features=columns)
 
 
 # --- in memory -----------------------------------------------------------------------------------------------------

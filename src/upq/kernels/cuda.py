@@ -6,7 +6,8 @@ and the scale is applied to their sum. Sums are float32 and rounded once. Their 
 has timed and found fastest: unlike on the CPU, last bits may differ with the number of tokens and between processes.
 
 What gemlite cannot hold is an error and never the reference by itself: widths other than 2, 4 and 8 bits, rows that are
-no multiple of 32 columns, groups that are no power of two from 32 up, x in another type than float16 and bfloat16.
+no multiple of 32 columns, groups that are no power of two from 32 up, 2 GiB of codes and more in one weight, x in
+another type than float16 and bfloat16.
 
 Not run on a GPU yet: tests run the kernels in Triton's interpreter (tests/interpreted.py).
 
@@ -33,6 +34,7 @@ BITS = (2, 4, 8)
 # How far gemlite may read past the end of scales and zeros: its widest choice is 16 tiles along a row at a time, none
 # longer than a group and all together 8192 columns, and 1024 rows.
 _TILES, _COLUMNS, _ROWS = 16, 8192, 1024
+_ELEMENTS = 2**31  # it counts the elements of a matrix in 32 bits, with a sign
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,10 +70,10 @@ def library() -> Any:
     logger.setLevel(logging.ERROR)  # it warns of the table of tiles it has found, which is as it should be
     try:
         import gemlite
-    except ImportError as error:
+    except Exception as error:  # whatever Triton says of a machine without a compiler or a driver
         raise UPQError(
-            f"the CUDA kernels are not there ({error}): pip install 'upq[cuda]', or choose the slow reference in "
-            "torch, UPQ_KERNELS=reference"
+            f"the CUDA kernels are not there ({error}): pip install 'upq[cuda]' where a C compiler is, or choose the "
+            "slow reference in torch, UPQ_KERNELS=reference"
         ) from error
     finally:
         logger.setLevel(level)
@@ -99,10 +101,12 @@ def pack(packed_OB: Tensor, scale_OG: Tensor, zero: Tensor | float, *, bits: int
             f"not {in_features} columns at {bits} bits in groups of {size}: UPQ_KERNELS=reference, or load with "
             "dequantize=True"
         )
+    if packed_OB.numel() >= _ELEMENTS:
+        raise UPQError(f"the CUDA kernels hold less than 2 GiB of codes, not {rows} rows: UPQ_KERNELS=reference")
     # Past the last column codes and x are masked with zeros, but scales and zeros are read: a NaN would spread.
     beyond = min(-groups % _TILES, -(-_COLUMNS // size))
     scale_GO = _with_room(scale_OG, beyond if groups > 1 else 0)  # the one scale of a row is not read tile by tile
-    zero_GO = _with_room(zero, beyond) if isinstance(zero, Tensor) else torch.tensor([zero], device=packed_OB.device)
+    zero_GO = _with_room(zero, beyond) if isinstance(zero, Tensor) else scale_GO.new_tensor([zero])
     return Matrix(packed_OB.t().contiguous(), scale_GO, zero_GO, bits, in_features)
 
 
@@ -133,6 +137,10 @@ def _linear(x: Tensor, matrix: Matrix, bias_O: Tensor | None) -> Tensor:
     x_MI = x.reshape(-1, columns)
     if not len(x_MI):
         return x.new_empty((*batch, matrix.rows))
+    portion = (_ELEMENTS - 1) // max(matrix.rows, columns)
+    if len(x_MI) > portion:  # the logits of 17,000 tokens
+        parts = torch.split(x_MI, portion)
+        return torch.cat([_linear(part, matrix, bias_O) for part in parts]).view(*batch, matrix.rows)
     # Of few tokens gemlite adds up parts of a sum in the type of the output, at one token up to a hundred and more.
     in_parts = library().core.get_matmul_type(len(x_MI), matrix.bits) != "GEMM"
     settings = _settings(
