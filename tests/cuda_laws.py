@@ -197,7 +197,6 @@ def test_inference_mode() -> None:
         y = product(x, weight)
     assert error(y, x, value_OI) <= ROUNDING[torch.bfloat16]
     assert torch.equal(product(x, weight), y)
-    assert not weight.packed_OB.is_inference()
 
 
 def test_a_model_is_as_near_as_through_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

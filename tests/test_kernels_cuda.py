@@ -188,6 +188,21 @@ def test_other_codes_are_noticed() -> None:
     assert torch.equal(layer.kernel_weight().cuda_matrix().scale_GO, 2 * first.scale_GO)
 
 
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("used", [False, True])
+def test_inference_mode(made: bool, used: bool) -> None:
+    with torch.inference_mode(made):
+        layer, _ = layer_and_table()
+        codes_OB = layer.weight_packed.clone()
+    with torch.inference_mode(used):
+        held = layer.kernel_weight()
+        held.cuda_matrix()
+        assert layer.kernel_weight() is held
+    assert layer.kernel_weight() is held
+    assert layer.weight_packed.is_inference() is made
+    assert torch.equal(layer.weight_packed, codes_OB)
+
+
 # --- on a GPU ------------------------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,8 @@ class Weight:
     def cuda_matrix(self) -> cuda.Matrix:
         """Rearranged for the CUDA kernels: at the first call, and kept. Only scales and zeros are memory of its own."""
         if self._cuda_matrix is None:
-            with torch.inference_mode(False):  # else the buffer would become a tensor that counts no writing to it
+            # The buffer stays what it is: a tensor that counts what is written to it, or one of inference mode.
+            with torch.inference_mode(self.packed_OB.is_inference()):
                 self._cuda_matrix = cuda.pack(
                     self.packed_OB, self.scale_OG, self.zero, bits=self.bits, in_features=self.in_features
                 )
