@@ -171,3 +171,53 @@ def test_figures_of_memory_say_what_was_measured() -> None:
     assert [figure.ok for figure in judge({4: 5_000_000_000, 16: 5_400_000_000}, is_1b=True)] == [True, True]
     assert [figure.ok for figure in judge({16: 6_100_000_000}, is_1b=True)] == [False]
     assert not judge({4: 7_000_000_000}, is_1b=True)
+
+
+# ---- products on a GPU
+
+
+def found(model: str, linear: Any, tokens: int, upq_ms: float, torch_ms: float, held: int = 10**6) -> Any:
+    gpu = importlib.import_module("gpu")
+    milliseconds = {"upq": [upq_ms, 2 * upq_ms], "torch": [torch_ms, 2 * torch_ms]}
+    return gpu.Found(model, linear, tokens, held, milliseconds, [1000.0, 500.0], {"upq": 0.002, "torch": 0.002})
+
+
+def test_figures_of_a_gpu_are_of_whole_models_and_of_the_slowest_linear() -> None:
+    gpu = importlib.import_module("gpu")
+    small, large = gpu.Linear("small", 3, 64, 64), gpu.Linear("large", 1, 64, 64)
+    # A megabyte at 1000 GB/s takes a microsecond: three at half of that and one of nine megabytes at 0.9 of it.
+    alone = [found("1B", small, 1, 0.002, 0.006), found("1B", large, 1, 0.010, 0.020, held=9 * 10**6)]
+    share, faster = gpu.judge(alone)
+    assert share.value == pytest.approx((3 + 9) / (3 * 2 + 10))
+    assert share.ok
+    assert faster.value == pytest.approx(2)
+    assert faster.name == "1B, 1 token: against torch, large"
+    [many] = gpu.judge([found("8B", small, 8, 2.0, 1.9), found("8B", large, 8, 2.0, 4.0)])
+    assert many.value == pytest.approx(0.95)
+    assert not many.ok
+    assert [row[1:] for row in gpu.rows(alone[1])] == [
+        ("upq", "1", "15.0", "600", "90%", "", "2.0e-03"),
+        ("torch", "1", "30.0", "", "", "2.00 ×", "2.0e-03"),
+    ]
+
+
+def test_models_on_a_gpu_are_those_of_their_names() -> None:
+    gpu = importlib.import_module("gpu")
+    weights = {
+        name: sum(linear.number * linear.rows * linear.columns for linear in linears)
+        for name, linears in gpu.MODELS.items()
+    }
+    # Parameters of the checkpoints without norms, and of the 8B without the embedding, which is not the head there.
+    assert weights == {"1B": 1_235_814_400 - 33 * 2048, "8B": 8_030_261_248 - 65 * 4096 - 128_256 * 4096}
+
+
+def test_without_a_gpu_its_benchmark_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(gpu.typer.Exit) as stopped:
+        gpu.main()
+    assert stopped.value.exit_code == 2
+    out, error = capsys.readouterr()
+    assert not out
+    assert error.count("\n") == 1
+    assert "measures a CUDA device, and torch" in error

@@ -1,6 +1,8 @@
 """The command line as a person meets it: exit codes, one-line errors, the run of a command."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,3 +139,30 @@ def test_doctor_names_versions_and_cores(upq_command):
     assert torch.__version__ in shown
     for word in ("cores", "memory", "GPU", "transformers"):
         assert word in shown
+
+
+@pytest.mark.parametrize(("kernels", "told"), [(None, "pip install 'upq[cuda]'"), ("reference", "reference")])
+def test_doctor_names_the_kernels_of_a_gpu(upq_command, monkeypatch, kernels, told):
+    from upq.kernels import cuda
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(name="H1", total_memory=8e10))
+    monkeypatch.setitem(sys.modules, "gemlite", None)
+    monkeypatch.delenv("UPQ_KERNELS", raising=False)
+    if kernels is not None:
+        monkeypatch.setenv("UPQ_KERNELS", kernels)
+    cuda.library.cache_clear()
+    code, shown, _ = upq_command("doctor")
+    assert code == 0
+    line = next(line for line in shown.splitlines() if "kernels on it" in line)
+    assert told in line
+    assert "missing: gemlite  → pip install 'upq[cuda]'" in shown
+
+
+def test_eval_refuses_kernels_that_a_gpu_does_not_have(upq_command, monkeypatch, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("abc")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    code, _, errors = upq_command("eval", "./nowhere", "--text", text, "--device", "cuda", "--compute", "w2a8")
+    assert code == 2
+    assert "kernels w2a8 run on the CPU alone" in errors

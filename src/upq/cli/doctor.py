@@ -18,6 +18,7 @@ EXTRAS = {
     "train": ("torchao",),
     "dev": ("pytest", "hypothesis", "ruff", "mypy"),
 }
+WITH_GPU = {"cuda": ("gemlite",)}
 ENOUGH_DISK = 5e9  # bytes; a 1B model's run needs about that
 
 
@@ -42,6 +43,7 @@ def doctor(
 
     import torch
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from upq.console import size
@@ -52,7 +54,8 @@ def doctor(
 
     def row(name: str, value: str, remedy: str = "") -> None:
         mark = "[yellow]![/yellow]" if remedy else "[green]✓[/green]"
-        table.add_row(mark, name, value + (f"  [yellow]→ {remedy}[/yellow]" if remedy else ""))
+        remedied = f"  [yellow]→ {escape(remedy)}[/yellow]" if remedy else ""  # else rich reads upq[eval] as a colour
+        table.add_row(mark, name, escape(value) + remedied)
         if remedy:
             missing.append(name)
 
@@ -63,7 +66,7 @@ def doctor(
         row(package, found or "not installed", "" if found else f"pip install {package}")
     row("cores", f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads")
     row("instructions", torch.backends.cpu.get_cpu_capability())
-    row("kernels", *_kernels())
+    row("kernels", *_kernels("cpu"))
     total, free = _memory()
     row("memory", f"{size(total)}, {size(free)} free")
     disk = shutil.disk_usage(".").free
@@ -71,9 +74,10 @@ def doctor(
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         row("GPU", f"{gpu.name}, {size(gpu.total_memory)}")
+        row("kernels on it", *_kernels("cuda"))
     else:
         row("GPU", "none; everything runs on the CPU")
-    for extra, packages in EXTRAS.items():
+    for extra, packages in (EXTRAS | (WITH_GPU if torch.cuda.is_available() else {})).items():
         absent = [name for name in packages if find_spec(name) is None]
         remedy = f"pip install 'upq[{extra}]'" if absent else ""
         row(f"extra {extra}", "missing: " + ", ".join(absent) if absent else "installed", remedy)
@@ -89,13 +93,16 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _kernels() -> tuple[str, str]:
-    """What products with packed weights run through on the CPU, and the remedy where they cannot."""
-    from upq.kernels import compute, cpu
+def _kernels(device: str) -> tuple[str, str]:
+    """What products with packed weights run through on this type of device, and the remedy where they cannot."""
+    from upq.kernels import compute, cpu, cuda
 
     try:
-        chosen = compute()
-        return (chosen, "") if chosen == "reference" else (f"{chosen} on {cpu.instruction_set()}", "")
+        chosen = compute(device)
+        if chosen == "reference":
+            return chosen, ""
+        by = f"on {cpu.instruction_set()}" if device == "cpu" else f"by gemlite {cuda.library().__version__}"
+        return f"{chosen} {by}", ""
     except UPQError as error:
         return "not usable", str(error)
 

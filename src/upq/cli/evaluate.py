@@ -31,7 +31,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows or questions computed at a time.")] = 4,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     compute: Annotated[
-        str, typer.Option(help="Products of a packed MODEL on the CPU: reference (exact), w2a16 or w2a8 (as in use).")
+        str, typer.Option(help="Products of a packed MODEL: reference (exact), w2a16, or w2a8 (as in use on the CPU).")
     ] = "reference",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
 ) -> None:
@@ -42,18 +42,20 @@ def evaluate(
     from rich.console import Console
     from rich.markup import escape
 
+    from upq import kernels
     from upq.artifact import MANIFEST, atomic_write, read_manifest, verify
     from upq.console import reporter, table
     from upq.evals import evaluate_tasks, evaluate_text, model_size, weights_bytes
-    from upq.kernels import COMPUTES, computing
     from upq.loading import load_model, load_tokenizer
     from upq.quiet import quiet_libraries
 
-    if compute not in COMPUTES:
-        raise UPQError(f"--compute must be one of {', '.join(COMPUTES)}, got {compute!r}")
+    if compute not in kernels.COMPUTES:
+        raise UPQError(f"--compute must be one of {', '.join(kernels.COMPUTES)}, got {compute!r}")
+    target = _device(device)
+    with kernels.computing(compute):
+        kernels.compute(target)  # not every device has them all
     quiet_libraries()
     errors = Console(stderr=True)
-    target = _device(device)
     with errors.status(f"loading {model}"):
         if (Path(model) / MANIFEST).is_file():  # figures of a damaged file would be taken for the method's
             verify(Path(model), read_manifest(Path(model)))
@@ -64,7 +66,7 @@ def evaluate(
         "bytes": weights_bytes(model),
     }
     if getattr(student, "hf_quantizer", None) is not None:
-        figures["compute"] = compute if target == "cpu" else "reference"  # what the figures below are figures of
+        figures["compute"] = compute  # what the figures below are figures of
     if text is not None:
         from upq.data import load_eval_text
 
@@ -75,7 +77,7 @@ def evaluate(
         if against is not None:
             with errors.status(f"loading {against}"):
                 teacher = load_model(against, device=target)
-        with computing(compute), reporter(errors) as progress:
+        with kernels.computing(compute), reporter(errors) as progress:
             progress.plan({"text": (len(tokens_NT), 1.0)})
             progress.start("text")
             measured = evaluate_text(student, tokens_NT, teacher=teacher, batch_size=batch_size, progress=progress)
@@ -83,7 +85,7 @@ def evaluate(
         # room for the tasks
         del teacher
     if names:
-        with computing(compute):
+        with kernels.computing(compute):
             figures["tasks"] = evaluate_tasks(
                 student,
                 tokenizer,

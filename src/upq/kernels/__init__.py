@@ -1,13 +1,13 @@
 """Products with packed weights. Layers call these names only; what runs behind them is chosen here.
 
-On the CPU, by `set_compute`, `computing` or the environment variable UPQ_KERNELS:
+By `set_compute`, `computing` or the environment variable UPQ_KERNELS:
 
-    w2a8        compiled, activations in int8: the default
-    w2a16       compiled, activations in float32
+    w2a8        compiled, activations in int8: the default on the CPU, and not on CUDA
+    w2a16       compiled, activations in float32 on the CPU, as they come on CUDA: the default there
     reference   plain torch: exactly what was trained, and slow
 
-Other devices always run the reference. Nothing falls back to it in silence: without the compiled module, w2a8 and
-w2a16 are an UPQError.
+Other devices always run the reference. Nothing falls back to it in silence: without the compiled module on the CPU or
+gemlite on CUDA, w2a8 and w2a16 are an UPQError, and so is w2a8 on CUDA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from upq.errors import UPQError
-from upq.kernels import cpu, reference
+from upq.kernels import cpu, cuda, reference
 from upq.kernels.reference import dequantize, embedding, pack, unpack
 from upq.kernels.weight import Weight
 
@@ -41,14 +41,21 @@ __all__ = [
 
 Compute = Literal["w2a8", "w2a16", "reference"]
 COMPUTES: tuple[Compute, ...] = get_args(Compute)
+_DEFAULT: dict[str, Compute] = {"cpu": "w2a8", "cuda": "w2a16"}
 
 # One choice for the process, and not one for each thread: a generation in a thread of its own runs as it was set.
 _chosen: Compute | None = None
 
 
-def compute() -> Compute:
-    """What CPU products run through now."""
-    return _chosen or _named(os.environ.get("UPQ_KERNELS", "w2a8"), "UPQ_KERNELS")
+def compute(device: str = "cpu") -> Compute:
+    """What products on a device of this type run through now."""
+    if device not in _DEFAULT:
+        return "reference"
+    named = os.environ.get("UPQ_KERNELS")
+    chosen = _chosen or (_DEFAULT[device] if named is None else _named(named, "UPQ_KERNELS"))
+    if device == "cuda" and chosen == "w2a8":
+        raise UPQError("kernels w2a8 run on the CPU alone; on CUDA choose w2a16 (the default there) or reference")
+    return chosen
 
 
 def set_compute(name: str | None) -> None:
@@ -76,7 +83,10 @@ def linear(x: Tensor, weight: Weight, bias_O: Tensor | None = None) -> Tensor:
 def linears(x: Tensor, weights: Sequence[Weight], biases_O: Sequence[Tensor | None] | None = None) -> list[Tensor]:
     """The products of one x with several weights; on the CPU in one call that quantises x once."""
     biases_O = [None] * len(weights) if biases_O is None else biases_O
-    if x.device.type == "cpu" and (how := compute()) != "reference":
+    device = x.device.type
+    if (how := compute(device)) != "reference":
+        if device == "cuda":
+            return cuda.linears(x, [weight.cuda_matrix() for weight in weights], biases_O)
         return cpu.linears(x, [weight.matrix() for weight in weights], biases_O, compute=how)
     return [
         reference.linear(x, w.packed_OB, w.scale_OG, w.zero, bits=w.bits, in_features=w.in_features, bias_O=bias_O)

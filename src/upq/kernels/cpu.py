@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from upq.errors import UPQError
+from upq.kernels.graph import without_gradient
 from upq.kernels.reference import row_bytes
 
 if TYPE_CHECKING:
@@ -114,10 +115,7 @@ def linears(
     x: Tensor, matrices: Sequence[_cpu.PackedMatrix], biases_O: Sequence[Tensor | None], *, compute: Compute = "w2a8"
 ) -> list[Tensor]:
     """`x · Ŵᵀ + b` for every matrix, for x (..., I), in the dtype of `x`; x is quantised once."""
-    given = [b for b in biases_O if b is not None]
-    if torch.is_grad_enabled() and (x.requires_grad or any(b.requires_grad for b in given)):
-        return list(_WithoutGradient.apply(matrices, biases_O, compute, x, *given))  # type: ignore[no-untyped-call]
-    return _linears(x, matrices, biases_O, compute)
+    return without_gradient(lambda: _linears(x, matrices, biases_O, compute), "CPU", x, biases_O)
 
 
 def _linears(
@@ -145,22 +143,3 @@ def _linears(
         isa(instruction_set()),
     )
     return out
-
-
-class _WithoutGradient(torch.autograd.Function):
-    """The products inside a graph: they have no gradient, and asking for one must not be answered with silence."""
-
-    @staticmethod
-    def forward(
-        ctx: object,
-        matrices: Sequence[_cpu.PackedMatrix],
-        biases_O: Sequence[Tensor | None],
-        compute: Compute,
-        x: Tensor,
-        *given: Tensor,
-    ) -> tuple[Tensor, ...]:
-        return tuple(_linears(x, matrices, biases_O, compute))
-
-    @staticmethod
-    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, ...]:
-        raise UPQError("the CPU kernels have no gradient; UPQ_KERNELS=reference has one, or load with dequantize=True")

@@ -1,4 +1,4 @@
-"""A packed weight as kernels get it: the canonical tensors, and what the CPU kernels make of them.
+"""A packed weight as kernels get it: the canonical tensors, and what the compiled kernels make of them.
 
 Shape suffixes: O = out features, G = groups in a row, B = bytes in a row.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from upq.kernels import cpu
+from upq.kernels import cpu, cuda
 from upq.memory import page_out
 
 if TYPE_CHECKING:
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
 
 
 class Weight:
-    """Canonical tensors (reference.py) of a weight, and the same codes rearranged for the CPU from their first use on.
+    """Canonical tensors (reference.py) of a weight, and the same codes rearranged for its device from the first use on.
 
-    The canonical tensors stay as they are: of a loaded artefact they are pages of its file, which are given back
-    once they have been read. Only the rearranged copy is memory of the process, so a model takes its size once.
+    On the CPU the canonical tensors stay as they are: of a loaded artefact they are pages of its file, which are given
+    back once they have been read. Only the rearranged copy is memory of the process. On a CUDA device the rearranged
+    codes take the place of the canonical ones, which become a view of them. So a model takes its size once.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class Weight:
         self.bits, self.in_features = bits, in_features
         self._versions = self._current_versions()
         self._matrix: _cpu.PackedMatrix | None = None
+        self._cuda_matrix: cuda.Matrix | None = None
 
     def is_of(self, packed_OB: Tensor, scale_OG: Tensor, zero: Tensor | float) -> bool:
         """Whether these are the tensors it was made of, and nothing has been written to them since.
@@ -47,6 +50,17 @@ class Weight:
             )
             page_out(self.packed_OB)  # else both layouts stay: 597 MB were resident of a model of 310
         return self._matrix
+
+    def cuda_matrix(self) -> cuda.Matrix:
+        """Rearranged for the CUDA kernels: at the first call, and kept. Only scales and zeros are memory of its own."""
+        if self._cuda_matrix is None:
+            # The buffer stays what it is: a tensor that counts what is written to it, or one of inference mode.
+            with torch.inference_mode(self.packed_OB.is_inference()):
+                self._cuda_matrix = cuda.pack(
+                    self.packed_OB, self.scale_OG, self.zero, bits=self.bits, in_features=self.in_features
+                )
+                self.packed_OB.data = self._cuda_matrix.codes_BO.t()  # the same bytes to everyone who reads it
+        return self._cuda_matrix
 
     def _current_versions(self) -> list[int]:
         tensors = [t for t in (self.packed_OB, self.scale_OG, self.zero) if isinstance(t, Tensor)]

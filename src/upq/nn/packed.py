@@ -91,6 +91,11 @@ class _Packed(nn.Module):
             dtype=dtype,
         )
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        name = f"{prefix}weight_packed"
+        destination[name] = destination[name].contiguous()  # row by row, as in the file: see kernels.Weight
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `model.to(bfloat16)` casts every float buffer; scales would lose three bits for good.
         before = {name: b for name, b in self._buffers.items() if name.startswith("weight_") and b is not None}
