@@ -369,6 +369,32 @@ def test_only_a_resident_teacher_is_in_memory_during_the_training(model, text, t
     assert alive == [teacher == "resident"]
 
 
+def test_the_check_never_loads_the_original(model, text, tmp_path, monkeypatch):
+    """Neither to write the artefact nor to compare with it; and the codes go before that is measured."""
+    loaded, codes = [], []
+
+    def load(path, *args, original=upq.loading.load_model, **options):
+        loaded.append(Path(path))
+        return original(path, *args, **options)
+
+    def trained(self, *args, original=upq.pipeline._Run.distill):
+        found = original(self, *args)
+        codes.append(weakref.ref(found.qtensors["model.layers.0.mlp.up_proj"].codes_OI))
+        for module in (upq.hf, upq.pipeline):
+            monkeypatch.setattr(module, "load_model", load)
+        return found
+
+    def finish(self, *args, original=upq.pipeline._Run.finish):
+        assert codes[0]() is None
+        return original(self, *args)
+
+    monkeypatch.setattr(upq.pipeline._Run, "distill", trained)
+    monkeypatch.setattr(upq.pipeline._Run, "finish", finish)
+    manifest = quantize(model, make_recipe(text), tmp_path / "out")
+    assert loaded == [tmp_path / "out" / ".work" / "artifact"]
+    assert manifest.metrics.keys() == {"source", "int4", "artifact"}
+
+
 def test_a_failing_export_costs_neither_the_artefact_nor_the_other_exports(model, text, tmp_path, monkeypatch):
     from upq.exports import EXPORTS
 
