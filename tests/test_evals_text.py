@@ -111,18 +111,18 @@ def test_batches_and_chunks_do_not_matter(tokens_NT: Tensor, batch_size: int, ch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", FAMILIES.names())
 def test_read_block_by_block_a_model_has_the_figures_of_the_whole(
-    family: str, dtype: torch.dtype, on_disk: bool, tokens_NT: Tensor, tmp_path: Path
+    family: str, dtype: torch.dtype, on_disk: bool, tokens_NT: Tensor, tmp_path: Path, device: str
 ) -> None:
     """As the model and as the teacher, bit for bit, in its own type."""
     for seed, name in enumerate(("model", "teacher")):
         tiny_model(family, seed=seed, tie_word_embeddings=on_disk).to(dtype).save_pretrained(tmp_path / name)
-    model, teacher = (load_model(tmp_path / name) for name in ("model", "teacher"))
+    model, teacher = (load_model(tmp_path / name, device=device) for name in ("model", "teacher"))
     assert model.dtype == dtype
     mask_NT = torch.rand(tokens_NT.shape, generator=torch.Generator().manual_seed(2)) < 0.6
     whole = evaluate_text(model, tokens_NT, teacher=teacher, mask_NT=mask_NT)
     with allocator(tmp_path if on_disk else None) as allocate:
         first, second = (
-            streamed(StreamedModel(tmp_path / name, dtype="auto"), tokens_NT, allocate=allocate)
+            streamed(StreamedModel(tmp_path / name, device=device, dtype="auto"), tokens_NT, allocate=allocate)
             for name in ("model", "teacher")
         )
         assert evaluate_text(first, tokens_NT, teacher=second, mask_NT=mask_NT) == whole

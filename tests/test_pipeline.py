@@ -369,6 +369,20 @@ def test_only_a_resident_teacher_is_in_memory_during_the_training(model, text, t
     assert alive == [teacher == "resident"]
 
 
+@pytest.mark.parametrize("teacher", ["resident", "offloaded"])
+def test_the_whole_way_on_a_device(model, text, tmp_path, device, teacher):
+    """Its artefact is packed, and closer to the original than without training, on whatever it was made."""
+    few, many = (
+        quantize(
+            model, make_recipe(text, f"distill.tokens={tokens}", f"distill.teacher={teacher}"),
+            tmp_path / str(tokens), device=device,
+        )
+        for tokens in (0, 8192)
+    )  # fmt: skip
+    assert many.metrics["artifact"]["kld"] < few.metrics["artifact"]["kld"]
+    assert many.metrics["artifact"]["bits_per_weight"] < 2.6
+
+
 def test_the_check_never_loads_the_original(model, text, tmp_path, monkeypatch):
     """Neither to write the artefact nor to compare with it; and the codes go before that is measured."""
     loaded, codes = [], []

@@ -139,7 +139,7 @@ class StreamedModel:
         """Embeddings (B, T, H) of tokens. The whole matrix in float32 would be the largest thing in memory."""
         embedding = self._skeleton.get_submodule(self.spec.embedding)
         assert isinstance(embedding, nn.Embedding)
-        used_R, places_BT = ids_BT.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        used_R, places_BT = ids_BT.cpu().unique(return_inverse=True)  # type: ignore[no-untyped-call]
         rows_RH = self._tensor(f"{self.spec.embedding}.weight", embedding.weight.shape, rows=used_R)
         return F.embedding(places_BT.to(self.device), rows_RH.to(self.device))
 
