@@ -1,5 +1,6 @@
 """The whole way on a tiny random model: resumed, refused, and repeated. Faults of all kinds: tests/faults."""
 
+import gc
 import json
 import shutil
 import signal
@@ -407,6 +408,28 @@ def test_the_check_never_loads_the_original(model, text, tmp_path, monkeypatch):
     manifest = quantize(model, make_recipe(text), tmp_path / "out")
     assert loaded == [tmp_path / "out" / ".work" / "artifact"]
     assert manifest.metrics.keys() == {"source", "int4", "artifact"}
+
+
+def test_nothing_of_the_training_is_left_when_its_result_is_checked(model, text, tmp_path, monkeypatch):
+    """A block that is checkpointed refers to itself; the student would wait for the garbage collector."""
+    latents = []
+
+    def made(*args, original=upq.pipeline.make_student, **options):
+        student = original(*args, **options)
+        latents.append(weakref.ref(student.model.layers[0].mlp.up_proj.weight))
+        return student
+
+    def finish(self, *args, original=upq.pipeline._Run.finish):
+        assert latents[0]() is None
+        return original(self, *args)
+
+    monkeypatch.setattr(upq.pipeline, "make_student", made)
+    monkeypatch.setattr(upq.pipeline._Run, "finish", finish)
+    gc.disable()
+    try:
+        quantize(model, make_recipe(text, *FITS), tmp_path / "out")
+    finally:
+        gc.enable()
 
 
 def test_a_failing_export_costs_neither_the_artefact_nor_the_other_exports(model, text, tmp_path, monkeypatch):
