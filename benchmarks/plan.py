@@ -126,6 +126,8 @@ def measured(model: Path, out: Path, overrides: list[str]) -> None:
             self._stage, self._last = "", time.monotonic()
 
         def start(self, stage: str, *, done: int = 0) -> None:
+            if stage == "check":  # the end of the training, its moments and codes, is the training's
+                self.advance()
             self._stage = stage
 
         def advance(self, units: int = 1, **figures: float) -> None:

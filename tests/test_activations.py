@@ -21,17 +21,17 @@ def bits(batch_BTH: torch.Tensor) -> torch.Tensor:
     return batch_BTH.contiguous().view(torch.int32)
 
 
-def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+def test_what_is_read_is_what_was_written(tmp_path: Path, device: str) -> None:
     """Whatever is written in whatever order: rows in a stretch and by index, the last write of a row counts."""
     generator = torch.Generator().manual_seed(0)
-    memory_NTH = torch.randn(SHAPE, generator=generator)
+    memory_NTH = torch.randn(SHAPE, generator=generator).to(device)
     memory_NTH[0, 0] = torch.tensor([torch.nan, -torch.inf, -0.0])
     memory_NTH[1, 0, 0] = 1e-45  # the smallest float32 there is
     with allocator(tmp_path) as allocate:
-        disk_NTH = allocate(SHAPE, CPU)
+        disk_NTH = allocate(SHAPE, torch.device(device))
         disk_NTH[:] = memory_NTH
         for rows in (slice(2, 4), slice(0, 1), slice(6, 9), slice(3, 3)):
-            batch_BTH = torch.randn(memory_NTH[rows].shape, generator=generator)
+            batch_BTH = torch.randn(memory_NTH[rows].shape, generator=generator).to(device)
             memory_NTH[rows] = batch_BTH
             disk_NTH[rows] = batch_BTH.permute(0, 2, 1).contiguous().permute(0, 2, 1)  # the same, strided
         assert disk_NTH.shape == memory_NTH.shape

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from typer.testing import CliRunner
+
+from upq.hf import block_linears
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -159,6 +164,74 @@ def test_stderr_of_ratio_of_single_instructions_is_that_of_a_mean(judging: Any) 
 def test_suites_are_tasks(judging: Any, split: str) -> None:
     suites = judging.Suites(split)
     assert {*suites.areas, suites.ifeval} <= judging.mini.names()
+
+
+# ---- training
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script, its measurements in this process: one of its own imports for longer than it measures."""
+    module = importlib.import_module("training")
+
+    def here(_script: str, job: str) -> Any:
+        raw = json.loads(job)
+        return module.measure(module.Job(**raw | {"overrides": tuple(raw["overrides"])}))
+
+    monkeypatch.setattr(module, "run_alone", here)
+    return module
+
+
+SMALL = [
+    *("--shape", "tiny", "--device", "cpu", "--seq-len", "16", "--samples", "4", "--iterations", "1"),
+    *("--batch", "2", "--micro-batch", "1", "--steps", "2"),
+]
+
+
+def test_a_machine_is_measured_by_one_script(training: Any, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    done = CliRunner().invoke(training.app, [*SMALL, "--repeats", "2", "--json", str(file)])
+    assert done.exit_code in (0, 1), done.output  # whether the target is met is the machine's affair
+    figures = {figure["name"]: figure for figure in json.loads(file.read_text())}
+    assert list(figures) == [
+        "tiny: INT4 stage, 4 x 16 tokens, 1 iterations", "tiny: memory of the INT4 stage",
+        "tiny: qat", "tiny: memory of qat", "tiny: finetune", "tiny: memory of finetune",
+        "tiny: tokens/s of QAT over fine-tuning",
+    ]  # fmt: skip
+    assert all(figure["value"] > 0 for figure in figures.values())
+    ratio = figures["tiny: tokens/s of QAT over fine-tuning"]
+    assert ratio["value"] == pytest.approx(figures["tiny: qat"]["value"] / figures["tiny: finetune"]["value"])
+    assert ratio["ok"] == (ratio["value"] >= 0.65) == (done.exit_code == 0)
+
+
+def test_what_was_not_run_is_called_extrapolated(training: Any) -> None:
+    done = CliRunner().invoke(training.app, [*SMALL, "--repeats", "1", "--blocks", "2", "--stage", "finetune"])
+    assert "tiny: finetune, extrapolated from 2 of 4 blocks" in done.output
+
+
+def test_depths_are_on_a_line_and_steps_of_all_processes_count(training: Any) -> None:
+    runs = {2: [{"seconds": [1.0, 9.0], "peak": 10}, {"seconds": [2.0], "peak": 12}]}
+    assert training.at_depth(runs, 2) == {"seconds": 2.0, "peak": 12}
+    assert training.at_depth({**runs, 4: [{"seconds": [3.0], "peak": 20}]}, 8) == {"seconds": 5.0, "peak": 36}
+    assert training.at_depth({**runs, 4: [{"seconds": [1.5], "peak": 20}]}, 8) == {"seconds": 1.5, "peak": 36}
+    failed = {"error": "out of memory"}
+    assert training.at_depth({**runs, 4: [failed]}, 8) == failed
+
+
+@pytest.mark.parametrize("kind", ["qat", "finetune"])
+def test_both_trainings_move_the_same_matrices(training: Any, kind: str) -> None:
+    job = training.Job(kind, "tiny", 2, "cpu", "default", (), 1, 1, 16, 1)
+    student = training.plain(job) if kind == "finetune" else training.with_grid(job, load_recipe("default", []))[0]
+    learned = {n for n, p in student.named_parameters() if p.requires_grad and "norm" not in n and "grid" not in n}
+    assert learned == {f"{path}.weight" for path in block_linears(student)}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line(training: Any) -> None:
+    done = CliRunner().invoke(training.app, ["--device", "cuda"])
+    assert done.exit_code == 2
+    assert "sees no CUDA device; use --device cpu" in done.output
+    assert done.output.count("\n") == 1
 
 
 # ---- memory of the block-wise stages

@@ -294,7 +294,10 @@ def files(store: BlockStore) -> dict[str, bytes]:
 
 class TestWalk:
     @pytest.mark.parametrize("name", METHODS.names())
-    def test_killed_and_resumed_is_never_killed(self, name: str, model: StreamedModel, tmp_path: Path) -> None:
+    def test_killed_and_resumed_is_never_killed(
+        self, name: str, model: StreamedModel, tmp_path: Path, device: str
+    ) -> None:
+        model = StreamedModel(model.path, device=device)
         method = make(name, **({"iterations": 8} if name in LEARNED else {}))
         int4, int2 = QuantScheme(bits=4), QuantScheme(bits=2)
         source = BlockStore(tmp_path / "int4", int4, latents=False)

@@ -205,10 +205,10 @@ def test_micro_batches_make_no_difference(tmp_path):
         assert other == pytest.approx(runs[0], rel=1e-4)
 
 
-def test_resumed_training_is_bit_identical(tmp_path):
+def test_resumed_training_is_bit_identical(tmp_path, device):
     """Stopped after the first checkpoint by an error in the data, then gone on with a new student."""
 
-    teacher, config = make_teacher(), make_config(train_norms=True)
+    teacher, config = make_teacher().to(device), make_config(train_norms=True, precision="fp32")
     whole = make(teacher, train_norms=True)
     train(whole, teacher, config, tmp_path / "whole.safetensors")
     with pytest.raises(KeyboardInterrupt):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +12,19 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tiny import tiny_model
+from upq.activations import allocator
 from upq.errors import UPQError
-from upq.evals import evaluate_text, model_size, weights_bytes
+from upq.evals import evaluate_text, model_size, streamed, weights_bytes
 from upq.grids import GRIDS
+from upq.loading import load_model
+from upq.models import FAMILIES
 from upq.models.llama import LLAMA
 from upq.nn.fake_quant import FakeQuantLinear
 from upq.nn.packed import PackedLinear
 from upq.progress import Silent
 from upq.scheme import QuantScheme
+from upq.streaming import StreamedModel
 
 VOCABULARY = 61
 
@@ -101,6 +107,38 @@ def test_batches_and_chunks_do_not_matter(tokens_NT: Tensor, batch_size: int, ch
     assert (other.top1, other.tokens) == (one.top1, one.tokens)
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES.names())
+def test_read_block_by_block_a_model_has_the_figures_of_the_whole(
+    family: str, dtype: torch.dtype, on_disk: bool, tokens_NT: Tensor, tmp_path: Path, device: str
+) -> None:
+    """As the model and as the teacher, bit for bit, in its own type."""
+    for seed, name in enumerate(("model", "teacher")):
+        tiny_model(family, seed=seed, tie_word_embeddings=on_disk).to(dtype).save_pretrained(tmp_path / name)
+    model, teacher = (load_model(tmp_path / name, device=device) for name in ("model", "teacher"))
+    assert model.dtype == dtype
+    mask_NT = torch.rand(tokens_NT.shape, generator=torch.Generator().manual_seed(2)) < 0.6
+    whole = evaluate_text(model, tokens_NT, teacher=teacher, mask_NT=mask_NT)
+    with allocator(tmp_path if on_disk else None) as allocate:
+        first, second = (
+            streamed(StreamedModel(tmp_path / name, device=device, dtype="auto"), tokens_NT, allocate=allocate)
+            for name in ("model", "teacher")
+        )
+        assert evaluate_text(first, tokens_NT, teacher=second, mask_NT=mask_NT) == whole
+        assert evaluate_text(model, tokens_NT, teacher=second, mask_NT=mask_NT) == whole
+    assert whole.teacher_ppl == evaluate_text(teacher, tokens_NT, mask_NT=mask_NT).ppl
+
+
+def test_blocks_of_another_take_the_place_of_a_models_own(tokens_NT: Tensor, tmp_path: Path) -> None:
+    for seed, name in enumerate(("model", "other")):
+        tiny_model("llama", seed=seed).save_pretrained(tmp_path / name)
+    stream, other, mixed = StreamedModel(tmp_path / "model"), *(load_model(tmp_path / n) for n in ("other", "model"))
+    mixed.model.layers[1] = other.model.layers[1]
+    found = streamed(stream, tokens_NT, block=lambda i: other.model.layers[1] if i == 1 else stream.block(i))
+    assert evaluate_text(found, tokens_NT) == evaluate_text(mixed, tokens_NT)
+
+
 def test_masked_padding_changes_nothing(tokens_NT: Tensor) -> None:
     model, teacher = tiny(0), tiny(1)
     padded_NT = torch.cat([tokens_NT, torch.full((7, 6), 3)], dim=1)
@@ -176,6 +214,17 @@ def test_nan_names_the_row(tokens_NT: Tensor, where: str) -> None:
     model, teacher = (broken, whole) if where == "the model" else (whole, broken)
     with pytest.raises(UPQError, match=f"row 4 of the text: {where} computes NaN"):
         evaluate_text(model, tokens_NT, teacher=teacher, batch_size=2)
+
+
+def test_nan_of_a_model_on_disk_names_the_row(tokens_NT: Tensor, tmp_path: Path) -> None:
+    """Halves overflow where the checkpoint itself holds no infinity."""
+    huge = tiny(0).half()
+    huge.model.norm.weight.data.fill_(6e4)
+    huge.lm_head.weight.data.fill_(6e4)
+    huge.save_pretrained(tmp_path)
+    found = streamed(StreamedModel(tmp_path, dtype="auto"), tokens_NT)
+    with pytest.raises(UPQError, match=r"row 0 of the text: the model computes NaN \(torch.float16\)"):
+        evaluate_text(found, tokens_NT)
 
 
 def quantised(model: LlamaForCausalLM, scheme: QuantScheme, *, pack: bool) -> LlamaForCausalLM:

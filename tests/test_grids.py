@@ -36,10 +36,10 @@ class TestLaws:
     @pytest.mark.parametrize("group_size", GROUPS)
     @pytest.mark.parametrize("bits", BITS)
     def test_fake_equals_frozen(
-        self, name: str, bits: int, group_size: int, dtype: torch.dtype, scale_dtype: str
+        self, name: str, bits: int, group_size: int, dtype: torch.dtype, scale_dtype: str, device: str
     ) -> None:
         scheme = QuantScheme(bits=bits, group_size=group_size, grid=name, scale_dtype=scale_dtype)
-        grid, w_OI = GRIDS.get(name), weight(dtype=dtype)
+        grid, w_OI = GRIDS.get(name), weight(dtype=dtype).to(device)
         for params in (grid.init(w_OI, scheme), search_scale(w_OI, scheme), shrunk(name, w_OI, scheme)):
             fake_OI, frozen = grid.fake(w_OI, params, scheme), grid.freeze(w_OI, params, scheme)
             assert fake_OI.dtype == torch.float32
@@ -84,11 +84,11 @@ class TestLaws:
             assert (error_OGS <= steps * 1.0001 * grid.freeze(w_OI, params, scheme).scale_OG[..., None]).all()
 
     @pytest.mark.parametrize("group_size", GROUPS)
-    def test_the_weight_and_every_parameter_learn(self, name: str, group_size: int) -> None:
+    def test_the_weight_and_every_parameter_learn(self, name: str, group_size: int, device: str) -> None:
         scheme, grid = QuantScheme(bits=2, group_size=group_size, grid=name), GRIDS.get(name)
-        w_OI = weight(dtype=torch.float32).requires_grad_()
+        w_OI = weight(dtype=torch.float32).to(device).requires_grad_()
         params = {k: v.requires_grad_() for k, v in shrunk(name, w_OI.detach(), scheme).items()}
-        g_OI = torch.randn(w_OI.shape, generator=torch.Generator().manual_seed(1))
+        g_OI = torch.randn(w_OI.shape, generator=torch.Generator().manual_seed(1)).to(device)
         (grid.fake(w_OI, params, scheme) * g_OI).sum().backward()
         assert w_OI.grad is not None
         assert (to_groups(w_OI.grad, scheme) != 0).any(-1).all()

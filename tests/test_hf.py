@@ -27,10 +27,12 @@ from upq.artifact import Manifest, SourceModel
 from upq.errors import UPQError
 from upq.grids import GRIDS, search_scale
 from upq.hf import UpqConfig, block_linears, pack_model, quantize_rows, write_artifact
+from upq.loading import generation_config, load_model
 from upq.models import FAMILIES
 from upq.nn.fake_quant import FakeQuantLinear
 from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead
 from upq.scheme import QTensor, QuantScheme
+from upq.streaming import StreamedModel
 
 IDS = torch.arange(2, 22).view(2, 10)
 MANIFEST = Manifest(model=SourceModel(path="org/tiny", digest="0"))
@@ -145,6 +147,38 @@ def test_an_artefact_computes_what_was_trained(family: str, tied: bool, embeddin
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert getattr(plain.config, "quantization_config", None) is None
     assert torch.equal(logits(plain), expected)
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("embeddings", [None, 8])
+@pytest.mark.parametrize("layout", ["tied", "untied", "tied, but with a head of its own", "without settings"])
+@pytest.mark.parametrize("family", FAMILIES.names())
+def test_without_the_linears_the_artefact_is_the_same_bytes(
+    family: str, layout: str, embeddings: Any, tmp_path: Path
+) -> None:
+    """What is packed is never loaded; everything else of the source is there: biases, norms, how it generates."""
+    source = tiny(family, tied=layout == "tied", dtype=torch.bfloat16)
+    source.generation_config.update(do_sample=True, temperature=0.7)
+    source.save_pretrained(tmp_path / "source")
+    if layout == "without settings":
+        (tmp_path / "source" / "generation_config.json").unlink()
+    if layout.startswith("tied, but"):
+        file = tmp_path / "source" / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
+    whole, bare = load_model(tmp_path / "source"), StreamedModel(tmp_path / "source", dtype="auto").without_linears()
+    bare.generation_config = generation_config(tmp_path / "source")
+    paths = block_linears(whole)
+    weights = {path: whole.get_submodule(path).weight.float() for path in paths}
+    qtensors = {path: GRIDS.get("seq").freeze(w, search_scale(w, SEQ2), SEQ2) for path, w in weights.items()}
+    assert all(bare.get_submodule(path).weight.is_meta for path in paths)
+    for name, model in (("whole", whole), ("bare", bare)):
+        (tmp_path / name).mkdir()
+        write_artifact(tmp_path / name, model, qtensors, manifest=MANIFEST, embeddings_bits=embeddings)
+    files = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert files == {path.name for path in (tmp_path / "bare").iterdir()}
+    assert "generation_config.json" in files
+    for file in files:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "bare" / file).read_bytes(), file
 
 
 @pytest.mark.usefixtures("quiet")

@@ -40,8 +40,8 @@ def definition(name, z, teacher, target, mask, beta=0.5, gamma=0.3):
 @pytest.mark.parametrize("name", LOSSES.names())
 class TestLaws:
     @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-    def test_value_and_gradient_match_the_definition(self, name, dtype, tolerance):
-        z, teacher, target, mask = data(dtype=torch.float64)
+    def test_value_and_gradient_match_the_definition(self, name, dtype, tolerance, device):
+        z, teacher, target, mask = (x.to(device) for x in data(dtype=torch.float64))
         z.requires_grad_()
         expected = definition(name, z, teacher, target, mask)
         (gradient,) = torch.autograd.grad(expected, z)
@@ -58,8 +58,8 @@ class TestLaws:
         else:
             assert value > 0
 
-    def test_masked_tokens_get_exactly_no_gradient(self, name):
-        z, teacher, target, mask = data()
+    def test_masked_tokens_get_exactly_no_gradient(self, name, device):
+        z, teacher, target, mask = (x.to(device) for x in data())
         _, grad = make(name)(z, teacher, target, mask)
         assert (grad[~mask] == 0).all()
         assert (grad[mask].abs().sum(-1) > 0).all()

@@ -30,12 +30,12 @@ def fake_linear(rows: int, columns: int, scheme: QuantScheme, bias: bool, dtype:
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize(("columns", "group_size"), [(32, PER_CHANNEL), (45, PER_CHANNEL), (48, 16), (1, PER_CHANNEL)])
 def test_linear_equals_what_was_trained(
-    columns: int, group_size: int, bits: int, grid: str, dtype: torch.dtype
+    columns: int, group_size: int, bits: int, grid: str, dtype: torch.dtype, device: str
 ) -> None:
     scheme = QuantScheme(bits=bits, group_size=group_size, grid=grid)
-    trained = fake_linear(7, columns, scheme, bits % 2 == 0, dtype)
+    trained = fake_linear(7, columns, scheme, bits % 2 == 0, dtype).to(device)
     packed = PackedLinear.from_qtensor(trained.freeze(), trained.bias)
-    x = torch.randn(2, 3, columns, dtype=dtype)
+    x = torch.randn(2, 3, columns, dtype=dtype).to(device)
     assert torch.equal(packed(x), trained(x))
     assert torch.equal(packed.dequantize(), trained.fake())
     dense = dense_like(packed, dtype)

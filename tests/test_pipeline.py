@@ -1,5 +1,6 @@
 """The whole way on a tiny random model: resumed, refused, and repeated. Faults of all kinds: tests/faults."""
 
+import gc
 import json
 import shutil
 import signal
@@ -367,6 +368,68 @@ def test_only_a_resident_teacher_is_in_memory_during_the_training(model, text, t
     with pytest.raises(KeyboardInterrupt):
         quantize(model, recipe, tmp_path / "out")
     assert alive == [teacher == "resident"]
+
+
+@pytest.mark.parametrize("teacher", ["resident", "offloaded"])
+def test_the_whole_way_on_a_device(model, text, tmp_path, device, teacher):
+    """Its artefact is packed, and closer to the original than without training, on whatever it was made."""
+    few, many = (
+        quantize(
+            model, make_recipe(text, f"distill.tokens={tokens}", f"distill.teacher={teacher}"),
+            tmp_path / str(tokens), device=device,
+        )
+        for tokens in (0, 8192)
+    )  # fmt: skip
+    assert many.metrics["artifact"]["kld"] < few.metrics["artifact"]["kld"]
+    assert many.metrics["artifact"]["bits_per_weight"] < 2.6
+
+
+def test_the_check_never_loads_the_original(model, text, tmp_path, monkeypatch):
+    """Neither to write the artefact nor to compare with it; and the codes go before that is measured."""
+    loaded, codes = [], []
+
+    def load(path, *args, original=upq.loading.load_model, **options):
+        loaded.append(Path(path))
+        return original(path, *args, **options)
+
+    def trained(self, *args, original=upq.pipeline._Run.distill):
+        found = original(self, *args)
+        codes.append(weakref.ref(found.qtensors["model.layers.0.mlp.up_proj"].codes_OI))
+        for module in (upq.hf, upq.pipeline):
+            monkeypatch.setattr(module, "load_model", load)
+        return found
+
+    def finish(self, *args, original=upq.pipeline._Run.finish):
+        assert codes[0]() is None
+        return original(self, *args)
+
+    monkeypatch.setattr(upq.pipeline._Run, "distill", trained)
+    monkeypatch.setattr(upq.pipeline._Run, "finish", finish)
+    manifest = quantize(model, make_recipe(text), tmp_path / "out")
+    assert loaded == [tmp_path / "out" / ".work" / "artifact"]
+    assert manifest.metrics.keys() == {"source", "int4", "artifact"}
+
+
+def test_nothing_of_the_training_is_left_when_its_result_is_checked(model, text, tmp_path, monkeypatch):
+    """A block that is checkpointed refers to itself; the student would wait for the garbage collector."""
+    latents = []
+
+    def made(*args, original=upq.pipeline.make_student, **options):
+        student = original(*args, **options)
+        latents.append(weakref.ref(student.model.layers[0].mlp.up_proj.weight))
+        return student
+
+    def finish(self, *args, original=upq.pipeline._Run.finish):
+        assert latents[0]() is None
+        return original(self, *args)
+
+    monkeypatch.setattr(upq.pipeline, "make_student", made)
+    monkeypatch.setattr(upq.pipeline._Run, "finish", finish)
+    gc.disable()
+    try:
+        quantize(model, make_recipe(text, *FITS), tmp_path / "out")
+    finally:
+        gc.enable()
 
 
 def test_a_failing_export_costs_neither_the_artefact_nor_the_other_exports(model, text, tmp_path, monkeypatch):

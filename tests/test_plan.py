@@ -12,7 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import upq.cli
-from tiny import tiny_model
+from tiny import byte_tokenizer, tiny_model
+from upq import pipeline
 from upq import plan as planning
 from upq.activations import allocator
 from upq.blockwise import METHODS, BlockStore, walk
@@ -134,6 +135,43 @@ def test_a_block_wise_stage_needs_what_it_was_planned_to(activations: str, tmp_p
     stored = sum(file.stat().st_size for file in (tmp_path / "s").iterdir())
     streams = 2 * 20 * T * 64 * 4 if activations == "disk" else 0
     assert need.disk == pytest.approx(stored + streams, rel=0.1)  # headers and reports are not counted
+
+
+@pytest.mark.parametrize("settings", [(), ("int4={bits: 4, method: rtn, samples: 4}", "memory.activations=disk")])
+@pytest.mark.parametrize("sizes", [{"vocab_size": 6000}, {"hidden_size": 256, "intermediate_size": 1024}])
+def test_the_check_needs_what_it_was_planned_to(
+    sizes: dict[str, int], settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits are most of one, packing of the other, which no GPU sees."""
+    shape = config(8, **sizes)
+    AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(tmp_path / "m")
+    # In another type than the file's, so that what is read is counted too.
+    stated = json.loads((tmp_path / "m" / "config.json").read_text()) | {"dtype": "float32"}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(stated))
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    (tmp_path / "text.txt").write_text("\n".join(f"Line {i} of {i * i}." for i in range(400)))
+    source = f"data.sources=[{{path: {tmp_path / 'text.txt'}}}]"
+    chosen = recipe(source, "distill.tokens=0", *settings)
+    peaks: dict[str, int] = {}
+
+    def count(name: str) -> None:
+        original = getattr(pipeline._Run, name)
+
+        def run(self: Any, data: Any, *trained: Any) -> Any:
+            with counted() as tally:
+                found = original(self, data, *trained)
+            codes = [q for given in trained for q in given.qtensors.values()]  # made before
+            peaks[name] = tally.peak + sum(t.nbytes for q in codes for t in (q.codes_OI, q.scale_OG, q.zero_OG))
+            return found
+
+        monkeypatch.setattr(pipeline._Run, name, run)
+
+    count("write")
+    count("finish")
+    pipeline.quantize(tmp_path / "m", chosen, tmp_path / "out", device="cpu")
+    for gpu, peak in ((False, max(peaks.values())), (True, peaks["finish"])):
+        planned = planning._check(load_config(tmp_path / "m"), chosen, gpu=gpu)
+        assert planned.memory == pytest.approx(peak, rel=0.03), (gpu, peaks)
 
 
 def test_every_stage_of_every_recipe_has_its_row() -> None:

@@ -121,6 +121,19 @@ def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in block.parameters())
 
 
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_models_own_type_is_the_one_it_loads_in(dtype: torch.dtype, named: bool, tmp_path: Path) -> None:
+    model = tiny_model("llama").to(dtype)
+    model.save_pretrained(tmp_path)
+    if not named:
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "dtype"}))
+    stream = StreamedModel(tmp_path, dtype="auto")
+    assert stream.dtype == load_model(tmp_path).dtype == dtype
+    assert torch.equal(stream.block(1).mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
+
+
 @pytest.fixture
 def sharded(tmp_path: Path) -> tuple[PreTrainedModel, Path]:
     model = tiny_model("llama")

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -64,13 +65,27 @@ def load_model(model: str | Path, *, dtype: torch.dtype | str = "auto", device: 
     family(config)
     path = _downloaded(model)
     _check_weights(path, config)
-    settings = path / "generation_config.json"
-    if settings.is_file():
-        read_json(settings, remedy="correct it or leave it out")
+    _check_settings(path)
     loaded: PreTrainedModel = _read(AutoModelForCausalLM, path, dtype=dtype, use_safetensors=True)
     loaded.eval()  # type: ignore[no-untyped-call]
     loaded.to(device)  # type: ignore[arg-type]
     return loaded
+
+
+def generation_config(path: Path) -> GenerationConfig:
+    """How the model of a directory is to generate, as a loaded model has it."""
+    source: dict[str, Any] = {}
+    if not _check_settings(path):  # older models say it in their config.json
+        source = {"config_file_name": "config.json", "_from_model_config": True}
+    found: GenerationConfig = _read(GenerationConfig, path, **source)
+    return found
+
+
+def _check_settings(path: Path) -> bool:
+    settings = path / "generation_config.json"
+    if settings.is_file():
+        read_json(settings, remedy="correct it or leave it out")
+    return settings.is_file()
 
 
 def check_sizes(path: Path, config: PretrainedConfig, files: Iterable[Path]) -> None:

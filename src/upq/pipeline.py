@@ -12,7 +12,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
@@ -23,9 +23,10 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from pydantic import Field
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from upq.activations import allocator
+from upq.activations import Allocate, allocator
 from upq.artifact import (
     MANIFEST,
     Manifest,
@@ -52,11 +53,11 @@ from upq.distill.teacher import check as check_teacher
 from upq.distill.trainer import distill, settled, skipped_steps, steps
 from upq.errors import UPQError
 from upq.evals.size import model_size, weights_bytes
-from upq.evals.text import evaluate_text
+from upq.evals.text import Streamed, evaluate_text, streamed
 from upq.exports import beside, exporter
 from upq.hf import load, write_artifact
 from upq.kernels import computing
-from upq.loading import check_finite, family, load_config, load_model, load_tokenizer
+from upq.loading import check_finite, family, generation_config, load_config, load_model, load_tokenizer
 from upq.lock import lock
 from upq.losses import LOSSES
 from upq.memory import give_back, peak_memory_bytes
@@ -140,7 +141,9 @@ def _quantize(
         trained = run.distill(data, stop, shares)
     if processes.is_main_process:
         with run.timed("check"):
-            manifest = run.finish(data, trained)
+            run.write(data, trained)
+            del trained  # the codes, a byte a weight
+            manifest = run.finish(data)
         run.publish(manifest)
         if not keep_work:
             shutil.rmtree(run.work)
@@ -326,7 +329,7 @@ class _Run:
             rows = min(total * recipe.distill.batch_size, sequences(recipe))
             costs["teacher"] = (rows, rows * seq * blocks * 1.0)
         costs["distill"] = (total, total * recipe.distill.batch_size * seq * blocks * passes)
-        costs["check"] = (3, recipe.data.validation * seq * blocks * 5.0)
+        costs["check"] = (3, recipe.data.validation * seq * blocks * (2.0 + (recipe.int4 is not None)))
         if recipe.export:
             costs["export"] = (len(recipe.export), 0.0)
         return costs
@@ -385,7 +388,7 @@ class _Run:
             source=self.store("int4") if name == "int2" and self.recipe.int4 is not None else None,
             seed=self.recipe.seed,
             progress=self.progress,
-            activations=allocator(self.work if self.recipe.memory.activations == "disk" else None),
+            activations=self.activations(),
             processes=processes,
         )
 
@@ -457,78 +460,88 @@ class _Run:
                 )
         trained = norms(student) if config.train_norms else {}
         extra = {f"{name}.weight": whole(norm_weight(norm).detach()) for name, norm in trained.items()}
-        return _Trained(freeze(student), extra)
+        qtensors = freeze(student, keep=self.writes)
+        return _Trained(qtensors, extra)
 
-    def finish(self, data: TokenSet, trained: _Trained) -> Manifest:
-        """Write the artefact, load it as a user would, and measure it against the original."""
+    @property
+    def made(self) -> Path:
+        """Where the artefact lies until it is checked."""
+        return self.work / "artifact"
+
+    def write(self, data: TokenSet, trained: _Trained) -> None:
+        """The artefact's files: the processor's work, with none of the original's linears in memory."""
         self.progress.start("check")
-        tokenizer, source = load_tokenizer(self.model), load_model(self.model, device=self.device)
-        before = self.metrics(source, self.model, data, teacher=None)
-        self.progress.advance(1)
         manifest = Manifest(
             recipe=self.recipe.model_dump(mode="json"),
             model=SourceModel(path=self.name, digest=self.digest),
             versions={p: version(p) for p in ("upq", "torch", "transformers")} | {"python": platform.python_version()},
             data=[*(asdict(use) for use in data.sources), {"digest": data.digest, "rows": len(data.tokens_NT)}],
         )
-        made = self.work / "artifact"
-        shutil.rmtree(made, ignore_errors=True)  # what a killed run left half done
-        with explained(made):
-            made.mkdir()
+        model = StreamedModel(self.model, dtype="auto").without_linears()
+        model.generation_config = generation_config(self.model)
+        shutil.rmtree(self.made, ignore_errors=True)  # what a killed run left half done
+        with explained(self.made):
+            self.made.mkdir()
         write_artifact(
-            made,
-            source,
+            self.made,
+            model,
             trained.qtensors,
             manifest=manifest,
-            tokenizer=tokenizer,
+            tokenizer=load_tokenizer(self.model),
             embeddings_bits=self.recipe.embeddings.bits,
             extra_tensors=trained.norms,
             errors=self.errors(),
         )
-        del source
-        packed = load(made, device=self.device)
-        teacher = load_model(self.model, device=self.device)
-        with computing("reference"):  # the figures are of the weights, and the same on every machine
-            after = self.metrics(packed, made, data, teacher=teacher) | {"compute": "reference"}
+
+    def finish(self, data: TokenSet) -> Manifest:
+        """Load the artefact as a user would and measure it against the original, which is read block by block."""
+        model, rows_NT = StreamedModel(self.model, device=self.device, dtype="auto"), data.validation_tokens_NT
+        with self.activations() as allocate:
+            original = streamed(model, rows_NT, allocate=allocate)
+            self.progress.advance(1)
+            int4 = self.int4_metrics(model, original, data, allocate)
+            self.progress.advance(1)
+            packed = load(self.made, device=self.device)
+            with computing("reference"):  # the figures are of the weights, and the same on every machine
+                text = evaluate_text(packed, rows_NT, teacher=original, mask_NT=data.validation_mask_NT)
         self.progress.advance(1)
-        metrics = {"source": before, **self.int4_metrics(teacher, data), "artifact": after}
-        self.progress.advance(1)
+        before = {"ppl": text.teacher_ppl, **_size(model.empty(), self.model)}
+        after = {"ppl": text.ppl, "kld": text.kld, "top1": text.top1, **_size(packed, self.made)}
+        metrics = {"source": before, **int4, "artifact": after | {"compute": "reference"}}
         skipped = skipped_steps(self.checkpoint) if self.checkpoint.is_file() else []
-        return read_manifest(made).model_copy(update={"metrics": metrics, "skipped_steps": skipped})
+        return read_manifest(self.made).model_copy(update={"metrics": metrics, "skipped_steps": skipped})
+
+    def activations(self) -> AbstractContextManager[Allocate]:
+        return allocator(self.work if self.recipe.memory.activations == "disk" else None)
 
     def publish(self, manifest: Manifest) -> None:
         """Move the artefact out of the work directory, the manifest last."""
-        made = self.work / "artifact"
         manifest = manifest.model_copy(update={"seconds": self.seconds, "peak_memory_bytes": peak_memory_bytes()})
-        atomic_write(made / "README.md", model_card(manifest))
-        write_manifest(made, manifest)
+        atomic_write(self.made / "README.md", model_card(manifest))
+        write_manifest(self.made, manifest)
         with explained(self.out):
-            for file in sorted(made.iterdir(), key=lambda path: path.name == MANIFEST):
+            for file in sorted(self.made.iterdir(), key=lambda path: path.name == MANIFEST):
                 file.replace(self.out / file.name)
 
-    def int4_metrics(self, teacher: PreTrainedModel, data: TokenSet) -> dict[str, dict[str, Any]]:
+    def int4_metrics(
+        self, model: StreamedModel, original: Streamed, data: TokenSet, allocate: Allocate
+    ) -> dict[str, dict[str, Any]]:
         """What the INT4 stage had reached, as a row of its own."""
         if self.recipe.int4 is None:
             return {}
-        model, store, spec = load_model(self.model, device=self.device), self.store("int4"), family(teacher.config)
-        bits, weights = 0.0, 0
-        for index in range(self.blocks):
-            for name, q in store.qtensors(index).items():
-                model.get_parameter(f"{spec.blocks}.{index}.{name}.weight").data.copy_(q.dequantize())
-                weights += q.codes_OI.numel()
-                bits += q.codes_OI.numel() * q.scheme.bits + 8 * q.scale_OG.nbytes
-        text = evaluate_text(model, data.validation_tokens_NT, teacher=teacher, mask_NT=data.validation_mask_NT)
-        figures = {"ppl": text.ppl, "kld": text.kld, "top1": text.top1, "bits_per_weight": bits / weights}
-        return {"int4": figures}
+        store, sizes = self.store("int4"), list[tuple[int, int]]()
 
-    def metrics(
-        self, model: PreTrainedModel, path: Path, data: TokenSet, *, teacher: PreTrainedModel | None
-    ) -> dict[str, Any]:
-        """Figures of the model at `path` on the held-out rows; keys as in `upq eval --json`."""
-        text = evaluate_text(model, data.validation_tokens_NT, teacher=teacher, mask_NT=data.validation_mask_NT)
-        figures = {"ppl": text.ppl, "kld": text.kld, "top1": text.top1}
-        figures |= {"bits_per_weight": model_size(model).bits_per_weight, "bytes": weights_bytes(path)}
-        return {name: value for name, value in figures.items() if value is not None}
+        def block(index: int) -> nn.Module:
+            qtensors = store.qtensors(index)
+            for q in qtensors.values():
+                weights = q.codes_OI.numel()
+                sizes.append((weights, weights * q.scheme.bits + 8 * q.scale_OG.nbytes))
+            return with_weights(model.block(index), qtensors)
+
+        states = streamed(model, data.validation_tokens_NT, block=block, allocate=allocate)
+        text = evaluate_text(states, data.validation_tokens_NT, teacher=original, mask_NT=data.validation_mask_NT)
+        weights, bits = (sum(each) for each in zip(*sizes, strict=True))
+        return {"int4": {"ppl": text.ppl, "kld": text.kld, "top1": text.top1, "bits_per_weight": bits / weights}}
 
     def errors(self) -> dict[str, float]:
         """Module path to the relative error of its weights as the INT2 stage left them."""
@@ -561,6 +574,18 @@ def caches_teacher(recipe: Recipe) -> bool:
     config = recipe.distill
     trains = steps(config, recipe.data.seq_len) > 0
     return trains and config.teacher == "cached" and LOSSES.get(config.loss.name).uses_teacher
+
+
+def with_weights(block: nn.Module, qtensors: dict[str, QTensor]) -> nn.Module:
+    """The block itself, its linears holding what the codes say."""
+    for name, q in qtensors.items():
+        block.get_parameter(f"{name}.weight").data.copy_(q.dequantize())
+    return block
+
+
+def _size(model: PreTrainedModel, path: Path) -> dict[str, Any]:
+    """Keys as in `upq eval --json`."""
+    return {"bits_per_weight": model_size(model).bits_per_weight, "bytes": weights_bytes(path)}
 
 
 def _method(stage: Blockwise) -> Method:

@@ -21,13 +21,14 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
+from upq.activations import Activations, in_memory
 from upq.blockwise import METHODS, BlockStore, Solution, walk
 from upq.distill.optimizer import check as check_optimizer
 from upq.distill.student import make_student
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher, likeliest
 from upq.distill.trainer import Training, settled, steps
 from upq.errors import UPQError
-from upq.evals.text import evaluate_text
+from upq.evals.text import evaluate_text, streamed
 from upq.grids import GRIDS, Params, search_scale
 from upq.hf import block_linears, pack_model
 from upq.imagined import Tally, imagined
@@ -35,11 +36,19 @@ from upq.kernels import computing
 from upq.loading import family
 from upq.losses import TopK
 from upq.memory import resident_bytes
-from upq.pipeline import caches_teacher, check_lengths, check_original, check_plugins, sequences, to_be_written
+from upq.pipeline import (
+    caches_teacher,
+    check_lengths,
+    check_original,
+    check_plugins,
+    sequences,
+    to_be_written,
+    with_weights,
+)
 from upq.precision import Precision, computes_in_bf16
 from upq.progress import Silent
 from upq.recipe import STAGES, Blockwise, Distill, Recipe, decode, override
-from upq.scheme import QuantScheme
+from upq.scheme import QTensor, QuantScheme
 from upq.signals import Stop
 from upq.streaming import StreamedModel
 
@@ -129,7 +138,7 @@ def needs(
     if caches_teacher(recipe):
         stages["teacher"] = lambda: _teacher(config, recipe, gpu=gpu)
     stages["distill"] = lambda: _distill(config, recipe, processes, gpu=gpu)
-    stages["check"] = lambda: _check(config, recipe)
+    stages["check"] = lambda: _check(config, recipe, gpu=gpu)
     found = {name: run() for name, run in stages.items() if only is None or name in only}
     if gpu:
         return found
@@ -176,8 +185,18 @@ def _settled(recipe: Recipe, device: torch.device, width: int) -> Recipe:
 class _Layout(StreamedModel):
     """A model whose checkpoint need not be there. To be made before its blocks are imagined: a copy is made of each."""
 
-    def __init__(self, config: PretrainedConfig, precision: Precision = "fp32") -> None:
-        self._lay_out(Path(config.name_or_path or ""), config, "cpu", precision)
+    def __init__(
+        self, config: PretrainedConfig, dtype: torch.dtype = torch.float32, precision: Precision = "fp32"
+    ) -> None:
+        self._whole: PreTrainedModel | None = None
+        self._lay_out(Path(config.name_or_path or ""), config, "cpu", dtype, precision)
+        self._files = dict.fromkeys(self._skeleton.state_dict().keys() - self._skeleton.all_tied_weights_keys, Path())
+
+    def empty(self) -> PreTrainedModel:
+        # A copy but for its buffers: of imagined tensors, what is made for the meta device would count as memory.
+        if self._whole is None:
+            self._whole = super().empty()
+        return copy.deepcopy(self._whole, {id(buffer): buffer for buffer in self._whole.buffers()})
 
     def shapes(self) -> dict[str, torch.Size]:
         """Of a block's linears, by name."""
@@ -189,15 +208,15 @@ class _Layout(StreamedModel):
         return block
 
     def _embeddings(self, ids_BT: Tensor) -> Tensor:
-        return torch.empty(*ids_BT.shape, self.config.hidden_size)
+        return torch.empty(*ids_BT.shape, self.config.hidden_size, dtype=self.dtype)
 
     def _tensor(self, name: str, shape: torch.Size, *, rows: Tensor | None = None) -> Tensor:
-        return torch.empty(shape)
+        return torch.empty(shape, dtype=self.dtype)
 
 
 def _model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     auto: Any = AutoModelForCausalLM  # untyped
-    model: PreTrainedModel = auto.from_config(config, dtype=dtype)
+    model: PreTrainedModel = auto.from_config(copy.deepcopy(config), dtype=dtype)  # which is told the type
     model.eval()  # type: ignore[no-untyped-call]
     return model.requires_grad_(False)
 
@@ -267,7 +286,7 @@ def _blockwise(name: str, stage: Blockwise, config: PretrainedConfig, recipe: Re
     samples = -(-stage.samples // processes)
     few = min(samples, max(_ROWS, getattr(options, "batch_size", 0)))
     on_disk = recipe.memory.activations == "disk"
-    model = _Layout(_of_depth(config, 1), stage.precision)
+    model = _Layout(_of_depth(config, 1), precision=stage.precision)
     store = _Nowhere(Path(), scheme, shapes=model.shapes())
 
     def run(rows: int, iterations: int, **changed: Any) -> Figures:
@@ -439,6 +458,16 @@ def _solutions(model: PreTrainedModel, scheme: QuantScheme, *, gpu: bool = False
     return solutions
 
 
+def _codes(layout: _Layout, scheme: QuantScheme) -> dict[str, QTensor]:
+    """Of a block's linears, as read from what the INT4 stage has left."""
+    codes = {}
+    for name, shape in layout.shapes().items():
+        scales = (shape[0], scheme.groups(shape[1]))
+        scale_OG = torch.empty(scales, dtype=scheme.scale_torch_dtype)
+        codes[name] = QTensor(torch.empty(shape, dtype=torch.uint8), scale_OG, torch.empty(scales), scheme)
+    return codes
+
+
 # ---- what comes before and after
 
 
@@ -499,31 +528,52 @@ def _teacher(config: PretrainedConfig, recipe: Recipe, *, gpu: bool) -> Need:
     return Need("teacher", rows * seq_len, int(peak), disk, int(loose), flops * rows / micro, moved * rows / micro)
 
 
-def _check(config: PretrainedConfig, recipe: Recipe) -> Need:
-    """The original, the artefact beside it, and with an INT4 stage its model as well."""
+def _check(config: PretrainedConfig, recipe: Recipe, *, gpu: bool) -> Need:
+    """The largest of three: packing, which is the processor's, the original block by block, the artefact whole."""
     rows, seq_len = recipe.data.validation, recipe.data.seq_len
-    few = min(rows, 4)
+    few, on_disk = min(rows, 4), recipe.memory.activations == "disk"
+
+    def allocate(shape: torch.Size, device: torch.device) -> Activations:
+        return _Elsewhere(shape) if on_disk else in_memory(shape, device)
 
     def run(shallow: PretrainedConfig) -> Figures:
+        layout = _Layout(shallow, _own_dtype(shallow))
         with imagined() as tally, torch.no_grad():
             tokens_NT = torch.zeros(few, seq_len, dtype=torch.long)
-            source = _loaded(shallow)
-            solutions = _solutions(source, recipe.int2.scheme())
-            qtensors = {path: solution.qtensor() for path, solution in solutions.items()}
-            del solutions
+            model = layout.without_linears()
+            codes = {path: s.qtensor() for path, s in _solutions(model, recipe.int2.scheme()).items()}
             tally.restart()
-            evaluate_text(source, tokens_NT)
-            pack_model(source, qtensors, embeddings_bits=recipe.embeddings.bits)
-            disk = sum(tensor.nbytes for tensor in source.state_dict().values())
-            # The packed model that is loaded is the one that was written.
-            packed, teacher = source, _loaded(shallow)
-            with computing("reference"):
-                evaluate_text(packed, tokens_NT, teacher=teacher)
-            if recipe.int4 is not None:
-                evaluate_text(_loaded(shallow), tokens_NT, teacher=teacher)
-            return tally.peak, tally.loose, disk, tally.flops * rows / few, tally.moved * rows / few
+            before = tally.flops, tally.moved
+            pack_model(model, codes, embeddings_bits=recipe.embeddings.bits)
+            disk = sum(tensor.nbytes for tensor in model.state_dict().values())
+            figures = [float(tally.peak), tally.loose]
+            del codes
+            tally.restart()
+            # Written and, last of all, loaded again: until then it is not in memory.
+            packed, flops, moved = tally.live, tally.flops, tally.moved
+            original = streamed(layout, tokens_NT, allocate=allocate)
+            if (int4 := recipe.int4) is not None:
 
-    peak, loose, disk, flops, moved = _at_depth(config, run)
+                def block(index: int) -> nn.Module:
+                    return with_weights(layout.block(index), _codes(layout, int4.scheme()))
+
+                states = streamed(layout, tokens_NT, block=block, allocate=allocate)
+                evaluate_text(states, tokens_NT, teacher=original)
+                del states
+            figures += [tally.peak - packed, tally.loose]
+            tally.restart()
+            with computing("reference"):
+                evaluate_text(model, tokens_NT, teacher=original)
+            figures += [tally.peak, tally.loose, disk, flops - before[0], moved - before[1]]
+            return *figures, tally.flops - flops, tally.moved - moved
+
+    *peaks, disk, flops, moved, flops_of_few, moved_of_few = _at_depth(config, run)
+    phases = list(zip(peaks[::2], peaks[1::2], strict=True))
+    states = 0 if on_disk else 4 * seq_len * config.hidden_size * (rows - few)
+    for phase, kept in ((1, 1 if recipe.int4 is None else 2), (2, 1)):
+        phases[phase] = phases[phase][0] + kept * states, phases[phase][1]
+    peak, loose = max(phases[1:] if gpu else phases)
+    flops, moved = flops + flops_of_few * rows / few, moved + moved_of_few * rows / few
     return Need("check", rows * seq_len, int(peak), int(disk), int(loose), flops, moved)
 
 

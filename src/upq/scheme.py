@@ -78,6 +78,10 @@ class QTensor:
         codes_OGS = self.codes_OI.view(o, self.scale_OG.shape[1], -1).float()
         return ((codes_OGS - self.zero_OG[..., None]) * self.scale_OG.float()[..., None]).view(o, i)
 
+    def cpu(self) -> QTensor:
+        """The same, outside the memory of an accelerator."""
+        return QTensor(self.codes_OI.cpu(), self.scale_OG.cpu(), self.zero_OG.cpu(), self.scheme)
+
 
 def to_groups(w_OI: Tensor, scheme: QuantScheme) -> Tensor:
     """View (O, I) as (O, G, S)."""

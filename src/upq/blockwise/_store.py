@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from upq.artifact import complete, explained, load_tensors, save_tensors
+from upq.artifact import complete, explained, load_metadata, load_tensors, save_tensors
 from upq.kernels.reference import pack, unpack
 from upq.nn.fake_quant import Solution
 from upq.scheme import QTensor, QuantScheme
@@ -80,7 +80,7 @@ class BlockStore:
     def report(self, index: int) -> Report:
         """Linear name to its figures, as measured when the block was solved."""
         with complete(self.path(index)):
-            report: Report = load_tensors(self.path(index))[1]["report"]
+            report: Report = load_metadata(self.path(index))["report"]
         return report
 
 

@@ -88,9 +88,13 @@ def fake_quant_layers(model: nn.Module) -> dict[str, FakeQuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)}
 
 
-def freeze(student: nn.Module) -> dict[str, QTensor]:
-    """Module path to codes: exactly what the student's forward pass computes with."""
-    return {name: layer.freeze() for name, layer in fake_quant_layers(student).items()}
+def freeze(student: nn.Module, *, keep: bool = True) -> dict[str, QTensor]:
+    """Module path to codes, on the CPU: exactly what the student's forward pass computes with.
+
+    Every process has to ask where each has shards; those that do not `keep` the codes have them one at a time.
+    """
+    frozen = ((name, layer.freeze().cpu()) for name, layer in fake_quant_layers(student).items())
+    return {name: q for name, q in frozen if keep}
 
 
 def _skeleton_like(model: PreTrainedModel) -> PreTrainedModel:

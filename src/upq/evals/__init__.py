@@ -2,6 +2,15 @@
 
 from upq.evals.size import ModelSize, model_size, weights_bytes
 from upq.evals.tasks import evaluate_tasks
-from upq.evals.text import TextMetrics, evaluate_text
+from upq.evals.text import Streamed, TextMetrics, evaluate_text, streamed
 
-__all__ = ["ModelSize", "TextMetrics", "evaluate_tasks", "evaluate_text", "model_size", "weights_bytes"]
+__all__ = [
+    "ModelSize",
+    "Streamed",
+    "TextMetrics",
+    "evaluate_tasks",
+    "evaluate_text",
+    "model_size",
+    "streamed",
+    "weights_bytes",
+]

@@ -1,4 +1,4 @@
-"""Perplexity of a model on a text, and its distance from a teacher.
+"""Perplexity of a model on a text, and its distance from a teacher; neither has to be in memory as a whole.
 
 Shape suffixes: N = rows, T = positions of a row, B = rows of a batch, H = hidden size, V = vocabulary, C = positions of
 a chunk, M = measures (see `_MEASURES`).
@@ -7,19 +7,22 @@ a chunk, M = measures (see `_MEASURES`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from upq.activations import Activations, Allocate, in_memory
 from upq.errors import UPQError
 from upq.loading import family
 from upq.progress import Progress, Silent
+from upq.streaming import StreamedModel, run_block
 
 _MEASURES = ("nll", "kld", "top1", "teacher_nll")  # summed over the tokens of a row
+_BATCH = 4  # rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,14 +42,47 @@ class TextMetrics:
     teacher_ppl: float | None = None
 
 
-@torch.inference_mode()
-def evaluate_text(
-    model: PreTrainedModel,
+@dataclass(frozen=True)
+class Streamed:
+    """What a model that is on disk makes of some rows of tokens, short of its logits, which the head then gives."""
+
+    config: PretrainedConfig
+    states_NTH: Activations  # after the final norm
+    head: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+
+
+@torch.no_grad()
+def streamed(
+    model: StreamedModel,
     tokens_NT: Tensor,
     *,
-    teacher: PreTrainedModel | None = None,
+    block: Callable[[int], nn.Module] | None = None,
+    batch_size: int = _BATCH,
+    allocate: Allocate = in_memory,
+) -> Streamed:
+    """Run all rows through one block after the other; `block` gives others than the model's own.
+
+    Law (tests/test_evals_text.py): what `evaluate_text` makes of it in the same batches are the figures of the whole
+    model, bit for bit.
+    """
+    states_NTH, contexts = model.embed(tokens_NT, batch_size=batch_size, allocate=allocate)
+    for index, context in enumerate(contexts):
+        run_block((block or model.block)(index), states_NTH, context, batch_size=batch_size, dtype=model.dtype)
+    norm, head = model.ending()
+    run_block(norm, states_NTH, {}, batch_size=batch_size, dtype=model.dtype)
+    return Streamed(model.config, states_NTH, head, model.device, model.dtype)
+
+
+@torch.inference_mode()
+def evaluate_text(
+    model: PreTrainedModel | Streamed,
+    tokens_NT: Tensor,
+    *,
+    teacher: PreTrainedModel | Streamed | None = None,
     mask_NT: Tensor | None = None,
-    batch_size: int = 4,
+    batch_size: int = _BATCH,
     chunk_tokens: int = 1024,
     progress: Progress | None = None,
 ) -> TextMetrics:
@@ -78,8 +114,8 @@ def evaluate_text(
 
 
 def _batch(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    model: PreTrainedModel | Streamed,
+    teacher: PreTrainedModel | Streamed | None,
     tokens_BT: Tensor,
     counts_BT: Tensor,
     chunk_tokens: int,
@@ -88,8 +124,8 @@ def _batch(
     """Sums (B, M) of the measures over the counted positions of each row."""
     row_P, position_P = counts_BT.nonzero(as_tuple=True)
     target_P = tokens_BT.cpu()[row_P, position_P + 1]
-    hidden_PH = _hidden(model, tokens_BT, row_P, position_P)
-    teacher_PH = None if teacher is None else _hidden(teacher, tokens_BT, row_P, position_P)
+    hidden_PH = _hidden(model, tokens_BT, first_row, row_P, position_P)
+    teacher_PH = None if teacher is None else _hidden(teacher, tokens_BT, first_row, row_P, position_P)
     sums_BM = torch.zeros(len(tokens_BT), len(_MEASURES), dtype=torch.float64)
     for start in range(0, len(row_P), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
@@ -110,15 +146,21 @@ def _batch(
     return sums_BM
 
 
-def _hidden(model: PreTrainedModel, tokens_BT: Tensor, row_P: Tensor, position_P: Tensor) -> Tensor:
+def _hidden(
+    model: PreTrainedModel | Streamed, tokens_BT: Tensor, first_row: int, row_P: Tensor, position_P: Tensor
+) -> Tensor:
     """Final hidden states (P, H) at the chosen positions."""
-    decoder = model.get_submodule(family(model.config).decoder)
-    hidden_BTH: Tensor = decoder(input_ids=tokens_BT.to(model.device), use_cache=False).last_hidden_state
+    hidden_BTH: Tensor
+    if isinstance(model, Streamed):
+        hidden_BTH = model.states_NTH[first_row : first_row + len(tokens_BT)].to(model.dtype)
+    else:
+        decoder = model.get_submodule(family(model.config).decoder)
+        hidden_BTH = decoder(input_ids=tokens_BT.to(model.device), use_cache=False).last_hidden_state
     return hidden_BTH[row_P.to(hidden_BTH.device), position_P.to(hidden_BTH.device)]
 
 
-def _log_probabilities(model: PreTrainedModel, hidden_CH: Tensor, row_C: Tensor, whose: str) -> Tensor:
-    head: nn.Module = model.get_submodule(family(model.config).head)
+def _log_probabilities(model: PreTrainedModel | Streamed, hidden_CH: Tensor, row_C: Tensor, whose: str) -> Tensor:
+    head = model.head if isinstance(model, Streamed) else model.get_submodule(family(model.config).head)
     logp_CV: Tensor = head(hidden_CH).float().log_softmax(1)
     good_C = ~logp_CV.isnan().any(1)
     if not good_C.all():
@@ -162,7 +204,7 @@ def _stderr(sums_N: Tensor, tokens_N: Tensor) -> float | None:
     return float((residual.square().sum() * rows / (rows - 1)).sqrt() / tokens.sum())
 
 
-def _check(model: PreTrainedModel, tokens_NT: Tensor, mask_NT: Tensor | None) -> None:
+def _check(model: PreTrainedModel | Streamed, tokens_NT: Tensor, mask_NT: Tensor | None) -> None:
     rows, length = tokens_NT.shape
     if mask_NT is not None and mask_NT.shape != tokens_NT.shape:
         raise UPQError(
@@ -173,6 +215,7 @@ def _check(model: PreTrainedModel, tokens_NT: Tensor, mask_NT: Tensor | None) ->
         raise UPQError(
             f"nothing to score in {rows} rows of {length} tokens: give more text or a shorter sequence length"
         )
+    assert not isinstance(model, Streamed) or len(model.states_NTH) == rows, "computed on other rows"
     config = model.config
     if length > config.max_position_embeddings:
         raise UPQError(
@@ -188,13 +231,14 @@ def _check(model: PreTrainedModel, tokens_NT: Tensor, mask_NT: Tensor | None) ->
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel | None) -> Iterator[None]:
+def _evaluating(model: PreTrainedModel | Streamed | None) -> Iterator[None]:
     """Without dropout, for a while: the trainer evaluates models that it goes on training."""
-    training = model is not None and model.training
-    if model is not None:
-        model.train(False)
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    training = model.training
+    model.train(False)
     try:
         yield
     finally:
-        if model is not None:
-            model.train(training)
+        model.train(training)
