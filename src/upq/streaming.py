@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,9 +76,9 @@ class StreamedModel:
         self._fill(block, f"{self.spec.blocks}.{index}.")
         return block.to(self.device)
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[object]:
         """What a block is to be called in."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def frame(self) -> PreTrainedModel:
         """The model with all its own weights but those of its decoder blocks, which have no memory."""
