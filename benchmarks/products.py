@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from _table import Figure, Table, make_console, show_figures, write_figures
 from upq import kernels
 from upq.kernels import cpu, reference
+from upq.memory import on_huge_pages
 
 H, KV, UP, VOCABULARY, BLOCKS = 2048, 512, 8192, 32_000, 16
 # Linears that read one input: their rows, and the columns they share.
@@ -53,7 +54,7 @@ def main(
     for name in against or ():
         engines[name] = {"torch": dense, "onnxruntime": onnxruntime}[name](threads)
     held = sum(w.matrix().nbytes for call in weights for w in call)
-    ruler = torch.zeros(held // 8, dtype=torch.int64)
+    ruler = on_huge_pages(held)
     rows, figures = [], []
     with kernels.computing(compute), torch.inference_mode():
         for m in map(int, tokens.split(",")):

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from upq.kernels import Weight
-from upq.memory import page_out, resident_bytes
+from upq.memory import on_huge_pages, page_out, resident_bytes
 
 SIZE = 2**26
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the system gives nothing back when asked")
@@ -49,3 +49,25 @@ def test_a_rearranged_weight_is_in_memory_once(tmp_path: Path) -> None:
     before = resident_bytes()
     assert weight.matrix().nbytes >= SIZE
     assert resident_bytes() - before < 1.15 * SIZE
+
+
+@linux
+def test_small_weights_share_pages_and_give_them_back() -> None:
+    """What 2 MB hold is less than a huge page; with the last of its neighbours it goes."""
+    codes_OB, scale_O1 = torch.randint(256, (512, 512), dtype=torch.uint8), torch.ones(512, 1).half()
+    weights = [Weight(codes_OB, scale_O1, 1.5, bits=2, in_features=2048) for _ in range(200)]
+    before = resident_bytes()
+    held = sum(weight.matrix().nbytes for weight in weights)
+    assert 0.9 * held < resident_bytes() - before < 1.15 * held + 2**24
+    unpacked = [weight.matrix() for weight in weights[::50]]
+    del weights
+    assert resident_bytes() - before < len(unpacked) * 2**23 + 2**22
+    del unpacked
+    assert resident_bytes() - before < 2**22
+
+
+@pytest.mark.parametrize("size", [1, 8, 9, 5_000_000])
+def test_a_ruler_is_as_long_as_asked(size: int) -> None:
+    ruler = on_huge_pages(size)
+    assert size <= ruler.nbytes < size + 8
+    assert int(ruler.sum()) == len(ruler)

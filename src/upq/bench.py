@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from upq import decoding
 from upq.errors import UPQError
 from upq.exports import export, exporter
+from upq.memory import on_huge_pages
 
 Clock = Callable[[], float]
 # (prompt, tokens, clock) → the clock before the call and after each token
@@ -72,7 +73,7 @@ def measure(
     """Every engine's figures, and bytes a second of a plain read by as many threads as torch has."""
     prompt, longer = (_ids(n, vocabulary) for n in (workload.prompt, workload.prefill))
     held = {e.name: _bytes_per_token(e, workload) for e in engines}
-    ruler = torch.zeros(max(_LEAST_READ, *(n or 0 for n in held.values())) // 8, dtype=torch.int64)
+    ruler = on_huge_pages(max(_LEAST_READ, *(n or 0 for n in held.values())))
     decode: dict[str, list[float]] = {e.name: [] for e in engines}
     first: dict[str, list[float]] = {e.name: [] for e in engines}
     reads: list[float] = []

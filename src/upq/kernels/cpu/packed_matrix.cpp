@@ -92,9 +92,9 @@ PackedMatrix::PackedMatrix(const Canonical& source, int threads) {
     view_ = {source.rows, segments, width, 1 << (source.bits - 1), nullptr, nullptr, nullptr, source.zero, source.real};
     const std::int64_t held_rows = view_.panels() * panel_rows, stride = segments.stride();
     const std::int64_t real_bytes = source.real == Real::f32 ? 4 : 2;
-    codes_ = Pages(static_cast<std::size_t>(held_rows * stride * width / 8));
-    scales_ = Pages(static_cast<std::size_t>(held_rows * segments.count() * real_bytes));
-    if (source.zeros) zeros_ = Pages(scales_.bytes());
+    codes_ = Pages::among_others(static_cast<std::size_t>(held_rows * stride * width / 8));
+    scales_ = Pages::among_others(static_cast<std::size_t>(held_rows * segments.count() * real_bytes));
+    if (source.zeros) zeros_ = Pages::among_others(scales_.bytes());
     view_.codes = codes_.data();
     view_.scales = scales_.data();
     view_.zeros = zeros_.data();
