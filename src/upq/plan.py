@@ -78,6 +78,7 @@ class Need:
     loose: int = 0
     flops: float = 0.0
     moved: float = 0.0
+    bf16: bool = False  # its products
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,9 @@ def needs(
     stages["distill"] = lambda: _distill(config, recipe, processes, gpu=gpu)
     stages["check"] = lambda: _check(config, recipe, gpu=gpu)
     found = {name: run() for name, run in stages.items() if only is None or name in only}
+    for name in found.keys() & {*STAGES, "teacher"}:
+        stage: Blockwise | Distill = getattr(recipe, "distill" if name == "teacher" else name)
+        found[name] = replace(found[name], bf16=stage.precision == "bf16")
     if gpu:
         return found
     return {name: replace(need, memory=need.memory + int(_SPARE * need.loose)) for name, need in found.items()}
@@ -582,13 +586,15 @@ def _check(config: PretrainedConfig, recipe: Recipe, *, gpu: bool) -> Need:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Of a machine: floating-point operations in a second, and bytes moved."""
+    """Of a machine: floating-point operations in a second, and bytes moved; `flops_bf16` where it differs."""
 
     flops: float
     moved: float
+    flops_bf16: float | None = None
 
     def seconds(self, need: Need) -> float:
-        return need.flops / self.flops + need.moved / self.moved
+        flops = self.flops_bf16 if need.bf16 and self.flops_bf16 else self.flops
+        return need.flops / flops + need.moved / self.moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -678,13 +684,15 @@ def with_setting(recipe: Recipe, setting: str) -> Recipe:
 
 
 def this_speed(*, seconds: float = 0.5) -> Speed:
-    """Of this machine's processor: products in float32, and a plain pass over memory."""
+    """Of this machine's processor: products in float32 and bfloat16, and a plain pass over memory."""
     side = 1024
     a, b = torch.randn(side, side), torch.randn(side, side)
+    a16, b16 = a.bfloat16(), b.bfloat16()
     x, y = torch.randn(2**24), torch.empty(2**24)
     return Speed(
         flops=2 * side**3 / _seconds(lambda: torch.mm(a, b), seconds),
         moved=2 * x.nbytes / _seconds(lambda: torch.add(x, 1, out=y), seconds),
+        flops_bf16=2 * side**3 / _seconds(lambda: torch.mm(a16, b16), seconds),
     )
 
 
