@@ -173,12 +173,20 @@ class TestSearch:
     @pytest.mark.parametrize("group_size", GROUPS)
     def test_rows_at_a_time_change_no_bit(self, name: str, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         scheme, w_OI = QuantScheme(bits=2, group_size=group_size, grid=name), weight(7)
-        importance_I = weight(1)[0].abs()
-        whole = search_scale(w_OI, scheme, importance_I)
+        importance_I, grid = weight(1)[0].abs(), GRIDS.get(name)
+
+        def learned() -> list[Tensor]:
+            latent_OI, params = w_OI.clone().requires_grad_(), shrunk(name, w_OI, scheme)
+            leaves = [latent_OI, *(v.requires_grad_() for v in params.values())]
+            fake_OI = grid.fake(latent_OI, params, scheme)
+            return [fake_OI.detach(), *torch.autograd.grad(fake_OI, leaves, weight(7, seed=1))]
+
+        whole, values = search_scale(w_OI, scheme, importance_I), learned()
         for weights in (1, 2 * 48, 100 * 48):
-            monkeypatch.setattr("upq.grids._search._CHUNK", weights)
+            monkeypatch.setattr("upq.grids._base.CHUNK", weights)
             found = search_scale(w_OI, scheme, importance_I)
             assert all(torch.equal(found[k], v) for k, v in whole.items())
+            assert all(map(torch.equal, learned(), values))
 
     def test_candidates_are_dense_enough(self, name: str) -> None:
         """At most 5 % above the best of a hundred times as many scales."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from upq.blockwise._base import METHODS, BlockTask, Method, ScaleStart, start_scales
 from upq.blockwise._reconstruct import reconstruct
-from upq.grids import GRIDS
+from upq.grids import GRIDS, stretches_of_rows
 from upq.nn.fake_quant import Solution
 from upq.recipe import Strict
 from upq.scheme import QuantScheme
@@ -26,15 +26,20 @@ class _Divided(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, w_OI: Tensor, s2_OI: Tensor, s3_O1: Tensor) -> Tensor:
-        divided_OI = (s2_OI + s3_O1).neg_().exp_().mul_(w_OI)
+        divided_OI = torch.empty_like(w_OI)
+        for rows in stretches_of_rows(w_OI):
+            torch.add(s2_OI[rows], s3_O1[rows], out=divided_OI[rows]).neg_().exp_().mul_(w_OI[rows])
         ctx.save_for_backward(divided_OI)
         return divided_OI
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor]:
         (divided_OI,), (g_OI,) = ctx.saved_tensors, grads
-        d_OI = (g_OI * divided_OI).neg_()
-        return None, d_OI, d_OI.sum(1, keepdim=True)
+        d_s2_OI, d_s3_O1 = torch.empty_like(divided_OI), torch.empty_like(divided_OI[:, :1])
+        for rows in stretches_of_rows(divided_OI):
+            d = torch.mul(g_OI[rows], divided_OI[rows], out=d_s2_OI[rows]).neg_()
+            d_s3_O1[rows] = d.sum(1, keepdim=True)
+        return None, d_s2_OI, d_s3_O1
 
 
 @METHODS.register("flexround")

@@ -8,16 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from upq.grids._base import GRIDS, Params
+from upq.grids._base import GRIDS, Params, stretches_of_rows
 from upq.scheme import QuantScheme, to_groups
 
 # A 2-bit row of n Gaussian weights wants Δ ≈ 2σ, and its maximum is near σ·sqrt(2 ln n): 0.4 to 0.9 of it. Heavy
 # tails go lower; 1.3 lets short rows of few distinct magnitudes (INT4 values) put their maximum inside the top cell.
 SHRINK = torch.linspace(0.10, 1.30, 61)
-
-# Weights at a time on the CPU: with their error they stay in its caches through all candidates. 2048 x 2048 weights on
-# SEQ take 0.68 s of one core in place of 2.6, to the same bits, and the copies of a matrix are never whole in memory.
-_CHUNK = 1 << 18
 
 
 def search_scale(w_OI: Tensor, scheme: QuantScheme, importance_I: Tensor | None = None) -> Params:
@@ -28,8 +24,7 @@ def search_scale(w_OI: Tensor, scheme: QuantScheme, importance_I: Tensor | None 
     """
     w_OI = w_OI.detach().float()
     importance_I = torch.ones(w_OI.shape[1], device=w_OI.device) if importance_I is None else importance_I.float()
-    rows = max(1, _CHUNK // w_OI.shape[1]) if w_OI.device.type == "cpu" else len(w_OI)
-    found = [_search(w_RI, scheme, importance_I) for w_RI in torch.split(w_OI, rows)]
+    found = [_search(w_OI[rows], scheme, importance_I) for rows in stretches_of_rows(w_OI)]
     return {name: torch.cat([params[name] for params in found]) for name in found[0]}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upq.grids._base import GRIDS, SMALLEST_SCALE, Params, stored_scale
+from upq.grids._base import GRIDS, SMALLEST_SCALE, Params, stored_scale, stretches_of_rows
 from upq.scheme import QTensor, QuantScheme, to_groups
 
 
@@ -25,20 +25,26 @@ class _FakeSeq(torch.autograd.Function):
     def forward(ctx: Any, w_OGS: Tensor, delta_OG: Tensor, n: int) -> Tensor:
         ctx.save_for_backward(w_OGS, delta_OG)
         ctx.n = n
-        return delta_OG[..., None] * _q(w_OGS / delta_OG[..., None], n)
+        fake_OGS = torch.empty_like(w_OGS)
+        for rows in stretches_of_rows(w_OGS):
+            delta = delta_OG[rows, :, None]
+            torch.mul(delta, _q(w_OGS[rows] / delta, n), out=fake_OGS[rows])
+        return fake_OGS
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (g_OGS,) = grads
         w_OGS, delta_OG = ctx.saved_tensors
-        u_OGS = w_OGS / delta_OG[..., None]
-        # ParetoQ's clip at 0.99 for 2 bits; scaled with the level spacing so that 8 bits keep their outer levels.
-        inside = u_OGS.abs() < 1 - 0.02 / ctx.n
-        q_OGS = _q(u_OGS, ctx.n)
         # LSQ's gradient scale over the group (ParetoQ's released code takes the whole matrix instead).
         scale = 1 / math.sqrt(w_OGS.shape[-1] * max(ctx.n - 1, 1))
-        d_delta_OG = scale * (g_OGS * torch.where(inside, q_OGS - u_OGS, q_OGS)).sum(-1)
-        return g_OGS * inside, d_delta_OG, None
+        d_w_OGS, d_delta_OG = torch.empty_like(w_OGS), torch.empty_like(delta_OG)
+        for rows in stretches_of_rows(w_OGS):
+            g, u = g_OGS[rows], w_OGS[rows] / delta_OG[rows, :, None]
+            # ParetoQ's clip at 0.99 for 2 bits; scaled with the level spacing so that 8 bits keep their outer levels.
+            inside, q = u.abs() < 1 - 0.02 / ctx.n, _q(u, ctx.n)
+            d_delta_OG[rows] = scale * (g * torch.where(inside, q - u, q)).sum(-1)
+            torch.mul(g, inside, out=d_w_OGS[rows])
+        return d_w_OGS, d_delta_OG, None
 
 
 class Seq:
@@ -73,7 +79,7 @@ class Seq:
 
 
 def _q(u: Tensor, n: int) -> Tensor:
-    return ((u * n).floor().clamp(-n, n - 1) + 0.5) / n
+    return (u * n).floor_().clamp_(-n, n - 1).add_(0.5).div_(n)
 
 
 GRIDS.register("seq")(Seq())
