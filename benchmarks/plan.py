@@ -56,11 +56,11 @@ def main(
                 peak = max(found for found, _ in measured.values()) / 1e9
                 name = f"peak of the run, hidden size {size}"
                 figures.append(Figure(name, peak, "GB", f"<= {memory:g}", peak <= memory))
-            for stage, (memory, seconds) in measured.items():
+            for stage, (held, seconds) in measured.items():
                 expected, estimate = planned[stage]
-                ratio = expected / memory
+                ratio = expected / held
                 times = (f"{estimate:,.0f}", f"{seconds:,.0f}", f"{estimate / seconds:.2f}") if estimate else ("–",) * 3
-                sizes_shown = (f"{expected / 1e6:,.0f}", f"{memory / 1e6:,.0f}", f"{ratio:.2f}")
+                sizes_shown = (f"{expected / 1e6:,.0f}", f"{held / 1e6:,.0f}", f"{ratio:.2f}")
                 rows.append((f"{size}, {stage}", *sizes_shown, *times))
                 target, ok = f"{1 - OFF:.2f} to {1 + OFF:.2f}", abs(ratio - 1) <= OFF
                 figures.append(
@@ -119,7 +119,10 @@ def measured(model: Path, out: Path, overrides: list[str]) -> None:
     from upq.quiet import quiet_libraries
 
     class Peaks(Silent):
-        """A new peak after each unit: what comes after a stage's last one, such as loading, is the next stage's."""
+        """A new peak after each unit: what comes after a stage's last one, such as loading, is the next stage's.
+
+        But for the check, which announces itself at its beginning: freezing what was trained is the training's.
+        """
 
         def __init__(self) -> None:
             self.found: dict[str, tuple[int, float]] = {}
@@ -128,6 +131,8 @@ def measured(model: Path, out: Path, overrides: list[str]) -> None:
         def start(self, stage: str, *, done: int = 0) -> None:
             if stage == "check":  # the end of the training, its moments and codes, is the training's
                 self.advance()
+            if stage == "check":
+                self.advance(0)
             self._stage = stage
 
         def advance(self, units: int = 1, **figures: float) -> None:
