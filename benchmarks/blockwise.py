@@ -35,6 +35,7 @@ def main(
     samples: Annotated[int, typer.Option(min=1, help="Calibration rows.")] = 128,
     seq_len: Annotated[int, typer.Option(min=8, help="Tokens of a row.")] = 512,
     iterations: Annotated[int, typer.Option(min=1)] = 200,
+    fewer: Annotated[int | None, typer.Option(min=1, help="Iterations of FlexRound, if not as many.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows an iteration.")] = 8,
     seeds: Annotated[int, typer.Option(min=1, help="Of weights and tokens.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="With one, the clock is the processor's.")] = 1,
@@ -54,13 +55,15 @@ def main(
             folder, sizes = Path(name), (iterations, batch_size)
             write_inputs(folder, hidden, samples, seq_len, seed)
             precision = "auto" if autocast else "fp32"
-            ours = run_alone(__file__, "solve", folder, *sizes, seed, precision, threads=threads)
+            own = (fewer or iterations, batch_size)
+            ours = run_alone(__file__, "solve", folder, *own, seed, precision, threads=threads)
             script, choices = PEERS / "block_with_autoround.py", (int(autocast), int(compiled))
             theirs = run_alone(script, folder, *sizes, seed, *choices, python=python, threads=threads)
             errors = judge(folder)
         found.append((ours[clock], theirs[clock], *errors))
     console = make_console()
-    title = f"hidden size {hidden}, {samples} x {seq_len} tokens, {iterations} iterations of {batch_size} rows, "
+    taken = f"{fewer} and {iterations}" if fewer else f"{iterations}"
+    title = f"hidden size {hidden}, {samples} x {seq_len} tokens, {taken} iterations of {batch_size} rows, "
     title += f"{threads} threads, {'processor' if threads == 1 else 'wall'} seconds; "
     title += f"UPQ: {'bfloat16' if ours['bf16'] else 'float32'}; AutoRound: {theirs['settings']}"
     table(title, found).show(console)
