@@ -59,7 +59,8 @@ class _Product(torch.autograd.Function):
         *params_OG: Tensor,
     ) -> Tensor:
         fake_OI = GRIDS.get(scheme.grid).fake(weight_OI, dict(zip(names, params_OG, strict=True)), scheme)
-        y = F.linear(x, fake_OI.to(x.dtype), bias_O)
+        # Of a transposed x, torch chooses another product where no gradient is asked for, with other last bits.
+        y = F.linear(x.contiguous(), fake_OI.to(x.dtype), bias_O)
         # x as it came, not as autocast saw it: one tensor for all linears that read it.
         ctx.save_for_backward(x, weight_OI, *params_OG)
         ctx.scheme, ctx.names = scheme, names
