@@ -295,3 +295,12 @@ def test_a_stage_in_bf16_has_the_time_of_bf16() -> None:
     slow, fast = Speed(1e9, 1e9), Speed(1e9, 1e9, flops_bf16=4e9)
     assert fast.seconds(found["distill"]) < slow.seconds(found["distill"])
     assert fast.seconds(found["int2"]) == slow.seconds(found["int2"])
+
+
+def test_nearest_rounding_that_weighs_its_inputs_is_planned_with_them() -> None:
+    method = "int2.method={{name: rtn, scale: {}}}".format
+    found = {
+        scale: needs(tiny_model("llama").config, recipe(method(scale)), only=frozenset({"int2"}))["int2"]
+        for scale in ("mse", "hessian")
+    }
+    assert found["mse"].flops == 0 < found["hessian"].flops

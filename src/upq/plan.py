@@ -308,8 +308,9 @@ def _blockwise(name: str, stage: Blockwise, config: PretrainedConfig, recipe: Re
             )
             return tally.peak, tally.loose, tally.flops, tally.moved
 
-    # The search for scales goes by a few rows of weights at a time: too many operations to imagine them all.
-    searches = getattr(options, "scale", "max") != "max"
+    # The search is most of a short run, and the same for any rows and iterations. One that weighs the inputs stays in:
+    # whether a method needs inputs at all may hang on it.
+    searches = getattr(options, "scale", "max") == "mse"
     quick = {"scale": "max"} if searches else {}
     peak, loose, *work = run(few, min(iterations, 2), **quick)  # in the second iteration all moments are there
     if samples > few or iterations > 2:
