@@ -5,15 +5,21 @@ bits, so none is in a cache when its turn comes, as in decoding. Weights are ran
 Engines and a plain read of as many bytes take turns. (Not `kernels.py`: transformers takes any module of that name on
 the path for its own kernels package, and fails.)
 
+    upq            as layers call it, one call after the other from Python
     torch          dense bfloat16 (--against torch, 2 GB)
     onnxruntime    MatMulNBits at 2 bits and int8 inputs, groups of 128 (--against onnxruntime; from the extra `export`)
+
+`--compiled` builds and runs products.cpp: the kernels without Python in between, as in the compiled decoder.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,13 +33,22 @@ from upq import kernels
 from upq.kernels import cpu, reference
 from upq.memory import on_huge_pages
 
+ROOT = Path(__file__).resolve().parents[1]
 H, KV, UP, VOCABULARY, BLOCKS = 2048, 512, 8192, 32_000, 16
 # Linears that read one input: their rows, and the columns they share.
 BLOCK = (((H, KV, KV), H), ((H,), H), ((UP, UP), H), ((H,), UP))
 CALLS = BLOCK * BLOCKS + (((VOCABULARY,), H),)
 PRODUCTS = sum(sum(rows) * columns for rows, columns in CALLS)  # of one token
 
-Run = Callable[[dict[int, Tensor]], object]  # all linears, on tokens by their width
+Linears = Callable[[dict[int, Tensor]], object]  # all of them, on tokens by their width
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Bytes of the weights, and seconds of each engine, `read` among them, in every repeat."""
+
+    held: int
+    seconds: dict[str, list[float]]
 
 
 def main(
@@ -44,36 +59,49 @@ def main(
     compute: Annotated[str, typer.Option(help="w2a8 or w2a16.")] = "w2a8",
     repeats: Annotated[int, typer.Option(min=1)] = 7,
     against: Annotated[list[str] | None, typer.Option(help="Of torch, onnxruntime; repeatable.")] = None,
+    compiled: Annotated[bool, typer.Option(help="The kernels alone, one thread, w2a8, built by cmake.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
 ) -> None:
     """Medians over the repeats, ratios within a repeat. UPQ_CPU_ISA chooses the instruction set."""
+    if compiled:
+        if threads > 1 or compute != "w2a8" or against:
+            raise typer.BadParameter("--compiled is one thread of w2a8, against a plain read")
+        title = f"products.cpp, {bits} bits, groups of {group_size}" if group_size > 0 else f"products.cpp, {bits} bits"
+        runs = {m: without_python(build(), m, repeats, bits, group_size) for m in map(int, tokens.split(","))}
+        show(title, group_size, runs, json_file)
+        return
     torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter
     weights = [[packed(rows, columns, bits, group_size) for rows in outs] for outs, columns in CALLS]
-    engines: dict[str, Run] = {"upq": lambda x: [kernels.linears(x[w[0].in_features], w) for w in weights]}
+    engines: dict[str, Linears] = {"upq": lambda x: [kernels.linears(x[w[0].in_features], w) for w in weights]}
     for name in against or ():
         engines[name] = {"torch": dense, "onnxruntime": onnxruntime}[name](threads)
     held = sum(w.matrix().nbytes for call in weights for w in call)
     ruler = on_huge_pages(held)
-    rows, figures = [], []
+    runs = {}
     with kernels.computing(compute), torch.inference_mode():
         for m in map(int, tokens.split(",")):
             x = {columns: torch.randn(m, columns).bfloat16() for _, columns in BLOCK}
-            seconds = in_turns({"read": lambda _: ruler.sum(), **engines}, x, repeats, clock)
-            rows += [row(name, m, held, seconds) for name in engines]
-            figures += targets(m, group_size, seconds)
-    console = make_console()
+            runs[m] = Run(held, in_turns({"read": lambda _: ruler.sum(), **engines}, x, repeats, clock))
     scales = "one scale a row" if group_size == -1 else f"groups of {group_size}"
     title = f"{compute} on {cpu.instruction_set()}, {threads} threads, {bits} bits, {scales}; medians of {repeats}"
+    show(title, group_size, runs, json_file)
+
+
+def show(title: str, group_size: int, runs: Mapping[int, Run], json_file: Path | None) -> None:
+    """A row for each number of tokens and engine, and the figures with their targets."""
+    console = make_console()
     head = ("", "tokens", "ms", "tokens/s", "GMAC/s", "GB/s", "of a read", "upq is")
+    rows = [row(name, m, run) for m, run in runs.items() for name in run.seconds if name != "read"]
     Table(title, head, tuple(rows)).show(console)
+    figures = [figure for m, run in runs.items() for figure in targets(m, group_size, run.seconds)]
     show_figures(figures, console)
     if json_file is not None:
         write_figures(figures, json_file)
 
 
 def in_turns(
-    engines: Mapping[str, Run], x: dict[int, Tensor], repeats: int, clock: Callable[[], float]
+    engines: Mapping[str, Linears], x: dict[int, Tensor], repeats: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
     """Seconds of each engine in every repeat; a first round warms up."""
     found: dict[str, list[float]] = {name: [] for name in engines}
@@ -90,7 +118,8 @@ def ratio(one: list[float], other: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
-def row(name: str, m: int, held: int, seconds: dict[str, list[float]]) -> tuple[str, ...]:
+def row(name: str, m: int, run: Run) -> tuple[str, ...]:
+    held, seconds = run.held, run.seconds
     median = statistics.median(seconds[name])
     read = ("", "")
     if name == "upq" and m == 1:  # of more tokens the codes are not what takes the time
@@ -115,6 +144,25 @@ def targets(m: int, group_size: int, seconds: dict[str, list[float]]) -> Iterato
             yield Figure(f"{about}: against {name}", faster, "×", f">= {least:g}", faster >= least)
 
 
+# --- without Python ------------------------------------------------------------------------------------------------
+
+
+def build() -> Path:
+    folder = ROOT / "build" / "products"
+    settings = ["-S", str(ROOT), "-B", str(folder), "-DUPQ_TEST=ON"]
+    for step in (settings, ["--build", str(folder), "--target", "products", "--parallel"]):
+        subprocess.run(["cmake", *step], check=True, stdout=subprocess.DEVNULL)
+    return folder / "products"
+
+
+def without_python(program: Path, m: int, repeats: int, bits: int, group_size: int) -> Run:
+    calls = ["+".join(map(str, rows)) + f":{columns}" for rows, columns in CALLS]
+    numbers = [str(number) for number in (m, repeats, bits, group_size)]
+    done = subprocess.run([program, *numbers, *calls], check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    return Run(found["held"], {"read": found["read"], "upq": found["upq"]})
+
+
 # --- engines -------------------------------------------------------------------------------------------------------
 
 
@@ -126,12 +174,12 @@ def packed(rows: int, columns: int, bits: int, group_size: int) -> kernels.Weigh
     return weight
 
 
-def dense(threads: int) -> Run:
+def dense(threads: int) -> Linears:
     weights = [torch.empty(sum(rows), columns, dtype=torch.bfloat16).fill_(0.01) for rows, columns in CALLS]
     return lambda x: [F.linear(x[w.shape[1]], w) for w in weights]
 
 
-def onnxruntime(threads: int) -> Run:
+def onnxruntime(threads: int) -> Linears:
     """One graph of all linears, in the form of its fast kernels: integer zero points (2, the default), int8 inputs."""
     import numpy as np
     import onnx

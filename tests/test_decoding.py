@@ -37,6 +37,7 @@ PROMPT = torch.arange(3, 20)[None]
 @pytest.fixture(autouse=True)
 def as_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("UPQ_KERNELS", raising=False)
+    kernels.set_compute(None)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -34,6 +34,7 @@ def as_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No choice left over from another test or the environment."""
     monkeypatch.delenv("UPQ_CPU_ISA", raising=False)
     monkeypatch.delenv("UPQ_KERNELS", raising=False)
+    kernels.set_compute(None)
     cpu.instruction_set.cache_clear()
     threads = torch.get_num_threads()
     yield
@@ -295,6 +296,7 @@ def test_bad_weights_are_refused() -> None:
 def test_the_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.compute() == "w2a8"
     monkeypatch.setenv("UPQ_KERNELS", "reference")
+    kernels.set_compute(None)
     assert kernels.compute() == "reference"
     kernels.set_compute("w2a16")
     with kernels.computing("w2a8"):
@@ -302,6 +304,7 @@ def test_the_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.compute() == "w2a16"
     kernels.set_compute(None)
     monkeypatch.setenv("UPQ_KERNELS", "fast")
+    kernels.set_compute(None)
     with pytest.raises(UPQError, match="UPQ_KERNELS: unknown kernels 'fast'; choose one of w2a8, w2a16, reference"):
         kernels.compute()
 

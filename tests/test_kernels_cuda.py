@@ -33,6 +33,7 @@ ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 def as_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No choice left over from another test or the environment."""
     monkeypatch.delenv("UPQ_KERNELS", raising=False)
+    kernels.set_compute(None)
     yield
     kernels.set_compute(None)
 
@@ -56,21 +57,24 @@ def test_the_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.compute("cuda") == "w2a16"
     assert kernels.compute("mps") == "reference"
     monkeypatch.setenv("UPQ_KERNELS", "reference")
+    kernels.set_compute(None)
     assert kernels.compute("cuda") == "reference"
     with kernels.computing("w2a16"):
         assert kernels.compute("cuda") == kernels.compute("cpu") == "w2a16"
     monkeypatch.setenv("UPQ_KERNELS", "w2a8")
+    kernels.set_compute(None)
     with pytest.raises(UPQError, match=r"w2a8 run on the CPU alone; on CUDA choose w2a16 .* or reference"):
         kernels.compute("cuda")
     assert kernels.compute("mps") == "reference"
     monkeypatch.setenv("UPQ_KERNELS", "fast")
+    kernels.set_compute(None)
     with pytest.raises(UPQError, match="UPQ_KERNELS: unknown kernels 'fast'"):
         kernels.compute("cuda")
 
 
 def test_products_on_a_gpu_go_to_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = [weight(8, 32), weight(4, 32)]
-    x: Any = SimpleNamespace(device=torch.device("cuda", 1))
+    x: Any = SimpleNamespace(device=torch.device("cuda", 1), is_cpu=False)
     seen: list[Any] = []
     monkeypatch.setattr(cuda, "linears", lambda *given: seen.append(given) or ["y"])
     assert kernels.linears(x, weights) == ["y"]

@@ -15,8 +15,10 @@ def without_gradient(
     products: Callable[[], list[Tensor]], kernels: str, x: Tensor, biases_O: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """What `products` makes of x and the biases, by the kernels of this name."""
+    if not torch.is_grad_enabled():
+        return products()
     given = [b for b in biases_O if b is not None]
-    if torch.is_grad_enabled() and (x.requires_grad or any(b.requires_grad for b in given)):
+    if x.requires_grad or any(b.requires_grad for b in given):
         return list(_WithoutGradient.apply(products, kernels, x, *given))  # type: ignore[no-untyped-call]
     return products()
 

@@ -17,6 +17,7 @@ struct Avx256 {
     using Quad = __m256i;
 
     static constexpr int code_offset(int) { return 0; }
+    static constexpr bool unpacking_pays() { return true; }
 
     static Bytes load_bytes(const std::uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 

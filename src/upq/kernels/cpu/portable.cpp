@@ -19,6 +19,7 @@ struct Portable {
     };
 
     static constexpr int code_offset(int) { return 0; }
+    static constexpr bool unpacking_pays() { return true; }
     static constexpr Shape shape(int, int) { return {2, 1}; }
 
     static Bytes load_bytes(const std::uint8_t* p) { return loaded<Bytes>(p); }

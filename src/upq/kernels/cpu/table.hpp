@@ -62,7 +62,7 @@ void int_product(const Matrix& w, const IntTokens& x, const Output& y, Range pan
     each_panel<Isa>(w, x, panels, tokens, Scratch::tokens, [&](std::int64_t panel, const std::uint8_t* codes, Range part) {
         const std::int64_t tiles = (part.end - part.begin) / Isa::tile_tokens;
         // Unpacking costs what the masks and shifts of one tile cost, and stores: it pays from the third tile on.
-        if (!packs || tiles < 3)
+        if (!packs || tiles < 3 || !Isa::unpacking_pays())
             return each_tile<Isa>(part, [&](std::int64_t token, std::int64_t count) {
                 packed[count - 1](w, codes, x, y, panel, token, {0, blocks}, nullptr);
             });

@@ -6,6 +6,7 @@
 //     tile_tokens           tokens that fit the registers at once
 //     shape(width, tokens)  how many vectors of a panel a tile takes, and its planes (see Shape)
 //     code_offset(width)    what dot() subtracts from a code: 128 where it has to take codes of 8 bits as signed
+//     unpacking_pays()      whether many tokens are faster with codes unpacked once (see unpack)
 //     direct_sums           whether dot() adds to the sum itself; if not (AVX2 alone),
 //     block(sum)            where the dot products of one block are added up, and
 //     end_block(sum, part)  the sum with these
