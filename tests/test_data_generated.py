@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tiny import byte_tokenizer
+from together import together
 from upq.artifact import read_manifest
+from upq.data import generated
 from upq.data.generated import sample, write_conversations
 from upq.errors import UPQError
 from upq.pipeline import quantize
+from upq.processes import ALONE, Processes
 from upq.progress import Silent
 from upq.recipe import Generated, Recipe, Source
 
@@ -22,7 +29,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}"
 )
 TOKENIZER = byte_tokenizer(bos="<s>", eos="</s>", chat_template=TEMPLATE)
-SECTION = Generated(tokens=600, max_new_tokens=40, batch_size=4)
+# The likeliest token of these models is always the same one.
+SECTION = Generated(tokens=600, answer_temperature=1.0, max_new_tokens=40, batch_size=4)
 
 
 def tiny(end: float) -> PreTrainedModel:
@@ -73,13 +81,20 @@ def test_a_batch_that_is_there_stays_and_the_rest_is_the_same(tmp_path: Path) ->
     assert read(write_conversations(tmp_path / "c", model, TOKENIZER, SECTION, seed=2, progress=Silent())) != first
 
 
+class Counting(Silent):
+    """Ends the writing after `batches` of them."""
+
+    def __init__(self, batches: int = -1) -> None:
+        self.units, self.batches = 0, batches
+
+    def advance(self, units: int = 1, **figures: float) -> None:
+        self.units += units
+        self.batches -= 1
+        if not self.batches:
+            raise KeyboardInterrupt
+
+
 def test_conversations_are_whole_and_as_many_as_asked_for(tmp_path: Path) -> None:
-    class Counting(Silent):
-        units = 0
-
-        def advance(self, units: int = 1, **figures: float) -> None:
-            self.units += units
-
     progress = Counting()
     folder = write_conversations(tmp_path / "a", tiny(20), TOKENIZER, SECTION, seed=1, progress=progress)
     talks = [json.loads(line)["messages"] for text in read(folder).values() for line in text.splitlines()]
@@ -95,6 +110,20 @@ def test_samples_follow_the_models_own_distribution() -> None:
     assert set(answers) == {""}  # one token: the end, or cut off
     lengths = [len(a) for a in sample(tiny(20), TOKENIZER, [[5, 6, 7], [5]] * 1000, 200) if a]
     assert sum(lengths) / len(lengths) == pytest.approx(276 / 20, rel=0.15)  # geometric, without the empty ones
+
+
+def test_at_temperature_0_it_is_the_likeliest_token_each_time() -> None:
+    model = tiny(1)
+    torch.manual_seed(1)
+    for weight in (model.model.embed_tokens.weight, model.lm_head.weight):
+        torch.nn.init.normal_(weight)
+    ids = [5, 6]
+    with torch.no_grad():
+        while len(ids) < 12:
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    model.generation_config.eos_token_id = next(token for token in ids[6:] if token not in ids[2:6])
+    end = ids.index(model.generation_config.eos_token_id, 2)
+    assert sample(model, TOKENIZER, [[5, 6]] * 2, 40, 0.0) == [TOKENIZER.decode(ids[2:end]).strip()] * 2
 
 
 @pytest.mark.parametrize(
@@ -117,7 +146,7 @@ def test_a_run_learns_from_what_its_model_wrote(tmp_path: Path, tokens: str, lea
         "paper",
         [
             *("data.seq_len=32", "data.validation=4", "int4=null", "int2.samples=20", "distill.tokens=0"),
-            f"data.generated={{tokens: {tokens}, max_new_tokens: 40, batch_size: 8, weight: 3}}",
+            f"data.generated={{tokens: {tokens}, answer_temperature: 1, max_new_tokens: 40, batch_size: 8, weight: 3}}",
         ],
     )
     recipe = recipe.model_copy(
@@ -145,3 +174,137 @@ def test_a_missing_file_shows_before_anything_is_written(tmp_path: Path) -> None
     with pytest.raises(UPQError, match="no such file"):
         quantize(tmp_path / "model", recipe, tmp_path / "out")
     assert not list((tmp_path / "out" / ".work").glob("generated-*"))
+
+
+# ---- several processes
+
+NONE, FAILS = 0, -1  # of a batch: without a finished conversation; the template refuses one
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is to be seen of a call of `write_conversations`."""
+
+    files: dict[str, str]
+    units: int
+    error: str
+
+
+def written(
+    folder: Path, model: Any, tokenizer: Any, section: Generated, processes: Processes = ALONE, batches: int = -1
+) -> Written:
+    """By `processes`, until the end or for so many batches."""
+    progress, error = Counting(batches), ""
+    try:
+        write_conversations(folder, model, tokenizer, section, seed=0, progress=progress, processes=processes)
+    except UPQError as raised:
+        error = str(raised)
+    except KeyboardInterrupt:
+        assert batches > 0
+    if processes.world > 1:
+        torch.distributed.barrier()  # the next call may not write yet
+    return Written(read(folder), progress.units, error)
+
+
+def script(seed: int) -> tuple[int, list[int]]:
+    """Tokens that are asked for, and of each batch."""
+    chance = random.Random(seed)
+    empty, fails = chance.choice([(0.0, 0.0), (0.3, 0.15), (0.8, 0.0)])
+    kinds = [chance.random() for _ in range(100)]
+    sizes = [FAILS if k < fails else NONE if k < fails + empty else chance.randint(40, 90) for k in kinds]
+    return chance.randint(1, 900), sizes
+
+
+def scripted(seed: int, folder: Path, processes: Processes = ALONE, batches: int = -1) -> Written:
+    """As `written`, by a model that follows the script."""
+    tokens, sizes = script(seed)
+
+    def conversations(*_: Any) -> Iterator[list[dict[str, str]]]:
+        number = torch.initial_seed()  # the batch's own, where the run's is 0
+        if sizes[number] == FAILS:
+            raise UPQError(f"batch {number} is refused")
+        if sizes[number] != NONE:
+            yield [{"role": "user", "content": f"{number:02}"}, {"role": "assistant", "content": "x" * sizes[number]}]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generated, "_conversations", conversations)
+        return written(folder, None, TOKENIZER, Generated(tokens=tokens), processes, batches)
+
+
+SCRIPTS = range(40)
+CANNOT = {"ends none": (1e-9, TOKENIZER), "no template": (20, byte_tokenizer(eos="</s>"))}
+
+
+def shared(processes: Processes, folder: Path) -> dict[str, Any]:
+    """What each of the processes does. What one process is to begin is there; what it is to go on with is left."""
+    found: dict[str, Any] = {"scripted": {}, "begun": {}, "resumed": {}}
+    for seed in SCRIPTS:
+        found["scripted"][seed] = scripted(seed, folder / f"whole-{seed}", processes)
+        found["begun"][seed] = scripted(seed, folder / f"begun-{seed}", processes, batches=1 + seed % 7)
+        found["resumed"][seed] = scripted(seed, folder / f"resumed-{seed}", processes)
+    for name in ("real", "real-resumed"):
+        found[name] = written(folder / name, tiny(20), TOKENIZER, SECTION, processes)
+    for name, (end, tokenizer) in CANNOT.items():
+        found[name] = written(folder / name, tiny(end), tokenizer, SECTION, processes)
+    found["apart"] = written(folder / f"apart-{processes.rank}", tiny(20), TOKENIZER, SECTION, processes)
+    return found
+
+
+@dataclass(frozen=True)
+class Group:
+    folder: Path
+    found: list[dict[str, Any]]  # by rank
+
+
+@pytest.fixture(scope="module", params=[2, 3, 5])
+def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Group:
+    folder = tmp_path_factory.mktemp("group")
+    for seed in SCRIPTS:
+        scripted(seed, folder / f"resumed-{seed}", batches=1 + seed % 5)
+    written(folder / "real-resumed", tiny(20), TOKENIZER, SECTION, batches=1)
+    return Group(folder, together(request.param, shared, folder))
+
+
+def test_any_number_of_processes_writes_as_one_does(group: Group, tmp_path: Path) -> None:
+    """The same files and no more, the same error, the same progress; from the start, and after one process."""
+    errors = []
+    for seed in SCRIPTS:
+        alone = scripted(seed, tmp_path / f"{seed}")
+        for each in group.found:
+            assert each["scripted"][seed] == alone, seed
+            assert each["resumed"][seed] == alone, seed
+        errors.append(alone.error)
+        assert all(alone.files.values())  # a file without text would be an error of the data
+    for kind in ("is refused", "ends none of its answers"):
+        assert sum(kind in error for error in errors) > 4
+    assert errors.count("") > 4
+
+
+def test_one_process_goes_on_after_several(group: Group, tmp_path: Path) -> None:
+    """Whenever they are stopped: what lies there then are the first files of a single process."""
+    for seed in SCRIPTS:
+        alone, begun = scripted(seed, tmp_path / f"{seed}"), group.found[0]["begun"][seed]
+        assert begun.files == dict(sorted(alone.files.items())[: len(begun.files)])
+        assert scripted(seed, group.folder / f"begun-{seed}") == alone
+
+
+def test_the_models_own_words_are_the_same(group: Group, tmp_path: Path) -> None:
+    alone = written(tmp_path / "alone", tiny(20), TOKENIZER, SECTION)
+    assert len(alone.files) > 1
+    assert not alone.error
+    for each in group.found:
+        assert each["real"] == each["real-resumed"] == alone
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_what_a_model_cannot_is_the_same_line_in_all(name: str, group: Group, tmp_path: Path) -> None:
+    end, tokenizer = CANNOT[name]
+    alone = written(tmp_path / "alone", tiny(end), tokenizer, SECTION)
+    assert alone.error
+    assert all(each[name] == alone for each in group.found)
+
+
+def test_directories_of_their_own_are_noticed(group: Group) -> None:
+    for each in group.found:
+        assert "--out must lie on a file system that all machines share" in each["apart"].error
+        assert "\n" not in each["apart"].error

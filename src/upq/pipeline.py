@@ -89,7 +89,8 @@ def quantize(
 ) -> Manifest:
     """Quantise a Hugging Face causal LM (directory or hub id) into the directory `out`, or go on where a run stopped.
 
-    Under torchrun all processes share the block-wise stages and the training; the rest is the first one's.
+    Under torchrun all processes share the writing of conversations, the block-wise stages and the training; the rest is
+    the first one's.
     Raises UPQError, with nothing changed, where `out` holds something else: another model, recipe or data, or where
     another process is at work in it. `stop` ends the training after a step, its state saved, by raising Stopped.
     """
@@ -112,7 +113,8 @@ def _quantize(
     if target == "cuda":
         target = str(processes.device)  # a GPU for each process
     progress = (progress or Silent()) if processes.is_main_process else Silent()
-    with processes.main_process_first():  # the others then find the data on disk
+    shares = Processes(processes.process_index, processes.num_processes, target)
+    with processes.main_process_first():  # the others then find the directory as it has left it
         run = _Run.open(_local(model), recipe, out, target, progress, held, writes=processes.is_main_process)
         if run is None:
             if processes.is_main_process and (out / WORK).exists() and not keep_work:
@@ -123,12 +125,11 @@ def _quantize(
             if processes.is_main_process:
                 _export(recipe, out, progress)
             return read_manifest(out)
-        if (section := to_be_written(recipe)) is not None:
-            with run.timed("generate"):
-                run.generate(section)
-        with run.timed("data"):
-            data = run.data()
-    shares = Processes(processes.process_index, processes.num_processes, target)
+    if (section := to_be_written(recipe)) is not None:
+        with run.timed("generate"):
+            run.generate(section, shares)
+    with processes.main_process_first(), run.timed("data"):  # the others then find the data on disk
+        data = run.data()
     if recipe.int4 is not None:
         with run.timed("int4"):
             run.blockwise("int4", recipe.int4, data, shares)
@@ -334,14 +335,23 @@ class _Run:
             costs["export"] = (len(recipe.export), 0.0)
         return costs
 
-    def generate(self, section: Generated) -> None:
+    def generate(self, section: Generated, processes: Processes) -> None:
         self.progress.start("generate")
-        for source in sources_of(self.recipe.data):
-            identity(source)  # a file that is not there shows before the model has written for hours
-        model = load_model(self.model, dtype=torch.float32 if self.device == "cpu" else "auto", device=self.device)
-        check_finite(model, self.model)
-        tokenizer, seed = load_tokenizer(self.model), self.recipe.seed
-        write_conversations(self.generated(section), model, tokenizer, section, seed=seed, progress=self.progress)
+        with processes.alike():
+            for source in sources_of(self.recipe.data):
+                identity(source)  # a file that is not there shows before the model has written for hours
+            model = load_model(self.model, dtype=torch.float32 if self.device == "cpu" else "auto", device=self.device)
+            check_finite(model, self.model)
+            tokenizer = load_tokenizer(self.model)
+        write_conversations(
+            self.generated(section),
+            model,
+            tokenizer,
+            section,
+            seed=self.recipe.seed,
+            progress=self.progress,
+            processes=processes,
+        )
 
     def generated(self, section: Generated) -> Path:
         """By what it is made of: until run.json is written, another recipe may come to this directory."""

@@ -55,6 +55,13 @@ class Processes:
         self.sum(total)
         return total.item()
 
+    def each(self, value: int) -> list[int]:
+        """Every process's value, by rank."""
+        values = torch.zeros(self.world, dtype=torch.int64, device=self.device)
+        values[self.rank] = value
+        self.sum(values)
+        return [int(each) for each in values.tolist()]
+
     def copy(self, *tensors: Tensor) -> None:
         """Put the first process's values into each tensor."""
         if self.world > 1:

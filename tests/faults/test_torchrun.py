@@ -8,12 +8,42 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from upq.artifact import load_metadata
-from victim import BLOCKS, RECIPE, Command, Unharmed, Victim
+from victim import BLOCKS, RECIPE, Command, Unharmed, Victim, outcome
+
+ONE = [sys.executable, "-m", "upq"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "upq"]
+# Conversations in some ten batches, and stages after them that sum nothing up over processes.
+WRITES = (
+    "--set", "data.generated.tokens=2000", "--set", "data.generated.batch_size=4", "--set", "int4=null",
+    "--set", "int2.method={name: rtn, scale: max}", "--set", "distill.tokens=0", "--keep-work", "--device", "cpu",
+)  # fmt: skip
+
+
+@contextmanager
+def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """What is said goes to `log`. A launcher that still runs at the end is ended, and its workers with it."""
+    with log.open("w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(120)
+
+
+def wait_for(process: subprocess.Popen[bytes], arrived: Callable[[], object], log: Path) -> None:
+    limit = time.monotonic() + 300
+    while not arrived():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < limit, log.read_text()
+        time.sleep(0.001)
 
 
 def test_from_one_process_to_two_and_back(victim: Victim, unharmed: Unharmed, tmp_path: Path) -> None:
@@ -26,25 +56,11 @@ def test_from_one_process_to_two_and_back(victim: Victim, unharmed: Unharmed, tm
     alone = {path: path.read_bytes() for path in (work / "int4").iterdir()}
     assert not (work / "int2").exists()
 
-    log, launcher = tmp_path / "second", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    with log.open("w") as said:
-        torchrun = subprocess.Popen(
-            [sys.executable, *launcher, "-m", "upq", *victim.arguments(out, "--device", "cpu")],
-            stdout=said,
-            stderr=said,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    try:
-        limit = time.monotonic() + 300
-        while not (work / "distill.safetensors").is_file():
-            assert torchrun.poll() is None, log.read_text()
-            assert time.monotonic() < limit, log.read_text()
-            time.sleep(0.001)
+    log = tmp_path / "second"
+    with started([*TWO, *victim.arguments(out, "--device", "cpu")], log) as torchrun:
+        wait_for(torchrun, (work / "distill.safetensors").is_file, log)
         torchrun.send_signal(signal.SIGTERM)
         assert torchrun.wait(120) != 0
-    finally:
-        torchrun.terminate()  # which ends its workers too; nothing where it has ended
-        torchrun.wait(120)
     assert {path: path.read_bytes() for path in alone} == alone
     assert len(list((work / "int4").iterdir())) == len(list((work / "int2").iterdir())) == BLOCKS
     assert not (out / ".lock").exists()
@@ -60,3 +76,25 @@ def test_from_one_process_to_two_and_back(victim: Victim, unharmed: Unharmed, tm
     for row, figures in expected.items():
         numbers = {key: value for key, value in figures.items() if not isinstance(value, str)}
         assert {key: found[row][key] for key in numbers} == pytest.approx(numbers, rel=0.02), row
+
+
+def test_two_processes_write_the_conversations_of_one(victim: Victim, tmp_path: Path) -> None:
+    """One of them killed on the way and both begun again: the same files, and with them the same artefact."""
+    one, two, log = tmp_path / "one", tmp_path / "two", tmp_path / "log"
+    command = [*TWO, *victim.arguments(two, *WRITES)]
+    with started(command, log) as torchrun:
+        wait_for(torchrun, lambda: list(two.glob(".work/generated-*/000002.jsonl")), log)
+        os.kill(json.loads((two / ".lock").read_text())["pid"], signal.SIGKILL)
+        assert torchrun.wait(120) != 0
+    left = len(list(two.glob(".work/generated-*/*.jsonl")))
+    for to_the_end in (command, [*ONE, *victim.arguments(one, *WRITES)]):
+        with started(to_the_end, log) as process:
+            assert process.wait(300) == 0, log.read_text()
+    found, expected = outcome(two), outcome(one)
+    files = [name for name in expected if name.startswith(".work/generated-")]
+    assert 3 <= left < len(files)
+    assert [name for name in found if name.startswith(".work/generated-")] == files
+    # Clocks are in run.json; the paths of the sources, of the conversations too, in the packed tokens.
+    apart = {".work/run.json", ".work/tokens.safetensors"}
+    assert {name for name in expected if found.get(name) != expected[name]} <= apart
+    assert found.keys() == expected.keys()

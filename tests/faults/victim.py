@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ import torch
 import yaml
 
 from tiny import CHAT, byte_tokenizer, tiny_model
+from together import SERVER
 from upq.recipe import Recipe
 
 BLOCKS = 3
@@ -26,7 +26,7 @@ RECIPE: dict[str, Any] = {
     "data": {
         "seq_len": 32,
         "validation": 8,
-        "generated": {"tokens": 400, "weight": 0.25, "max_new_tokens": 40, "batch_size": 8},
+        "generated": {"tokens": 400, "weight": 0.25, "answer_temperature": 1, "max_new_tokens": 40, "batch_size": 8},
     },
     "int4": {"bits": 4, "samples": 8, "method": {"name": "flexround", "iterations": 6, "batch_size": 2}},
     "int2": {"bits": 2, "samples": 8, "method": {"name": "block_ap", "iterations": 6, "batch_size": 2}},
@@ -88,13 +88,8 @@ class Unharmed:
     operations: int
 
 
-# Importing torch and transformers costs seconds a process: this server has them, and each command is a fork of it.
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["upq.cli", "upq.pipeline"])
-
-
 class Command:
-    """`upq ARGUMENTS`, under way; what it prints goes to `log`.
+    """`upq ARGUMENTS`, under way, a fork of a server that has the imports; what it prints goes to `log`.
 
     With `dies_at`, it kills itself (SIGKILL) as it is about to do its so many-th operation on files. Between two of
     them nothing on the disk changes, so these are all the moments there are, but for those within a write.
@@ -102,7 +97,7 @@ class Command:
 
     def __init__(self, arguments: list[str], log: Path, *, dies_at: int | None = None) -> None:
         self.log = log
-        self._process = _SERVER.Process(target=_main, args=(arguments, str(log), dies_at))
+        self._process = SERVER.Process(target=_main, args=(arguments, str(log), dies_at))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid

@@ -1,7 +1,8 @@
 """Conversations that the original model writes itself, both sides: instruction text without any data set.
 
 The model is given the chat template up to where the user's words begin and goes on from there, then answers itself
-(Magpie, arXiv 2406.08464). Sampling is from the model's own distribution (LLM-QAT, arXiv 2305.17888).
+(Magpie, arXiv 2406.08464). What it asks is sampled from its own distribution (LLM-QAT, arXiv 2305.17888). It answers as
+it would answer a user, the likeliest token each time, unless the recipe says otherwise.
 
 Shape suffixes: B = samples of a batch, T = tokens.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from upq.artifact import atomic_write, explained
 from upq.data.conversations import refusals
 from upq.errors import UPQError
+from upq.processes import ALONE, Processes
 from upq.progress import Progress
 from upq.recipe import Generated
 
@@ -37,32 +40,88 @@ def write_conversations(
     *,
     seed: int,
     progress: Progress,
+    processes: Processes = ALONE,
 ) -> Path:
     """Conversations of one turn in `folder`, a file of JSON lines for each batch, of `section.tokens` tokens in all.
 
     Batches that are there already stay: each has a seed of its own, so an interrupted run ends in the same files.
     `progress` advances by tokens. Raises UPQError where the model has no chat template or ends no answer.
+
+    Several processes make a batch each at the same time, then write them one after the other, up to the one that
+    completes the tokens. So files, errors and progress are those of a single process, whenever a run ends.
     """
     assert section.tokens is not None
-    with explained(folder):
+    with processes.alike(), explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     done = number = empty = 0
+    files = []
     while done < section.tokens:
-        path = folder / f"{number:06}.jsonl"
-        if not path.is_file():
-            torch.manual_seed(seed * 1_000_003 + number)
-            talks = list(_conversations(model, tokenizer, section))
-            atomic_write(path, "".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
-        size = sum(len(_tokens(tokenizer, json.loads(line)["messages"])) for line in path.read_text().splitlines())
-        empty = 0 if size else empty + 1
-        if empty == _PATIENCE:
+        mine = number + processes.rank
+        batch = _batch(_file(folder, mine), model, tokenizer, section, seed=seed * 1_000_003 + mine)
+        for rank, size in enumerate(processes.each(batch.size)):
+            with processes.alike():
+                if rank == processes.rank:
+                    batch.keep()
+            if size:
+                files.append(_file(folder, number))
+            empty = 0 if size else empty + 1
+            if empty == _PATIENCE:
+                raise UPQError(
+                    "data.generated: the model ends none of its answers within"
+                    f" {section.max_new_tokens} tokens; raise data.generated.max_new_tokens or leave data.generated out"
+                )
+            progress.advance(min(size, section.tokens - done))
+            done, number = done + size, number + 1
+            if done >= section.tokens:
+                break  # what the processes after this one have made is too much
+    with processes.alike():
+        # Machines that see different files would train on different data.
+        if not all(file.is_file() for file in files):
             raise UPQError(
-                "data.generated: the model ends none of its answers within"
-                f" {section.max_new_tokens} tokens; raise data.generated.max_new_tokens or leave data.generated out"
+                f"{folder}: conversations that another process wrote are not to be seen here;"
+                " under torchrun, --out must lie on a file system that all machines share"
             )
-        progress.advance(min(size, section.tokens - done))
-        done, number = done + size, number + 1
     return folder
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A file of conversations that may have to be written yet, or why there is none.
+
+    Without a conversation there is no file: the data would not have an empty one.
+    """
+
+    path: Path
+    text: str = ""
+    size: int = 0  # in tokens
+    error: UPQError | None = None
+
+    def keep(self) -> None:
+        if self.error is not None:
+            raise self.error
+        if self.text and not self.path.is_file():
+            atomic_write(self.path, self.text)
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number:06}.jsonl"
+
+
+def _batch(
+    path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: Generated, *, seed: int
+) -> _Batch:
+    """From `path` where it is there. An error is kept for the batch's turn, which may not come."""
+    try:
+        if path.is_file():
+            text = path.read_text()
+        else:
+            torch.manual_seed(seed)
+            talks = _conversations(model, tokenizer, section)
+            text = "".join(json.dumps({"messages": talk}) + "\n" for talk in talks)
+        size = sum(len(_tokens(tokenizer, json.loads(line)["messages"])) for line in text.splitlines())
+    except UPQError as error:
+        return _Batch(path, error=error)
+    return _Batch(path, text, size)
 
 
 def _conversations(
@@ -73,9 +132,8 @@ def _conversations(
     asked = sample(model, tokenizer, [header_ids] * section.batch_size, section.max_new_tokens, section.temperature)
     turns = [[{"role": "user", "content": prompt}] for prompt in asked if prompt]
     prompts = [_tokens(tokenizer, turn, prompt=True) for turn in turns]
-    for turn, answer in zip(
-        turns, sample(model, tokenizer, prompts, section.max_new_tokens, section.temperature), strict=True
-    ):
+    answers = sample(model, tokenizer, prompts, section.max_new_tokens, section.answer_temperature)
+    for turn, answer in zip(turns, answers, strict=True):
         if answer:
             yield [*turn, {"role": "assistant", "content": answer}]
 
@@ -108,7 +166,10 @@ def sample(
     max_new_tokens: int,
     temperature: float = 1.0,
 ) -> list[str]:
-    """What the model writes after each prompt up to an end token; empty where none came within `max_new_tokens`."""
+    """What the model writes after each prompt up to an end token; empty where none came within `max_new_tokens`.
+
+    At temperature 0 the likeliest token each time.
+    """
     if not prompts:
         return []
     width = max(map(len, prompts))
@@ -116,14 +177,14 @@ def sample(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
     rows_BT = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    how: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature:
+        how |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     generate: Any = model.generate
     written_BT: Tensor = generate(
         rows_BT,
         attention_mask=mask_BT,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
+        **how,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),
         pad_token_id=pad,
