@@ -61,6 +61,7 @@ ROWS: dict[str, Row] = {
     "paper-generated-text": Row("paper", data=("generated-text",)),
     "paper-generated-conversations": Row("paper", data=("generated-conversations",)),
     "paper-mixed": Row("paper", data=("documents", "generated-conversations")),
+    "default-likeliest-answers": Row("default", ("data.generated.answer_temperature=0",)),
     "paper-g128": Row("paper", ("int2.group_size=128",)),
     "paper-g64": Row("paper", ("int2.group_size=64",)),
     "default-g128": Row("default", ("int2.group_size=128",)),
@@ -148,6 +149,8 @@ GROUPS: dict[str, Group] = {
             "text by the original model": "paper-generated-text",
             "conversations by the original model": "paper-generated-conversations",
             "documents, and conversations by the original": "paper-mixed",
+            "the same (`default`)": "default",
+            "the same, its likeliest answers (`default`)": "default-likeliest-answers",
         },
     ),
     "granularity": Group(

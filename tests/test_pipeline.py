@@ -184,6 +184,20 @@ def test_another_recipe_never_overwrites(model, text, finished, override, messag
     assert (finished / "model.safetensors").read_bytes() == before
 
 
+def test_a_key_that_came_later_is_at_its_default(model, text, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    manifest = json.loads((out / "upq.json").read_text())
+    del manifest["recipe"]["int2"]["precision"]
+    (out / "upq.json").write_text(json.dumps(manifest))
+    quantize(model, make_recipe(text), out)  # finished already
+    with pytest.raises(UPQError, match=r"int2\.precision was 'auto' and is now 'fp32'"):
+        quantize(model, make_recipe(text, "int2.precision=fp32"), out)
+    manifest["recipe"]["int2"]["colour"] = "red"  # and one that has gone since
+    (out / "upq.json").write_text(json.dumps(manifest))
+    with pytest.raises(UPQError, match=r"int2\.colour was 'red' and is now None"):
+        quantize(model, make_recipe(text), out)
+
+
 def test_another_model_never_overwrites(model, text, finished, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

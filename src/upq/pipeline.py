@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -257,7 +257,7 @@ class _Run:
                 sha256 = [of.get(changed[0], "that of no file") for of in (files, self.files)]
                 where = f": sha256 of {changed[0]} was {sha256[0]} and is now {sha256[1]}"
             raise UPQError(f"{self.out}: belongs to another model than {self.name}{where}; {remedy}")
-        found, given = _flat(recipe), _flat(self.recipe.model_dump(mode="json"))
+        found, given = _flat(_as_of_now(recipe)), _flat(self.recipe.model_dump(mode="json"))
         for key in sorted(found.keys() | given.keys()):
             if f"{key}.".startswith(tuple(f"{free}." for free in _FREE)):
                 continue
@@ -657,6 +657,14 @@ def _sweep(out: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)  # it may have gone with its directory
+
+
+def _as_of_now(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that an earlier version wrote, with the defaults of keys that have come since: they change no result."""
+    try:
+        return Recipe.model_validate(recipe).model_dump(mode="json")
+    except ValidationError:  # of a key that has gone since
+        return recipe
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

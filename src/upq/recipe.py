@@ -60,7 +60,7 @@ class Generated(Strict):
     tokens: int | None = Field(default=None, gt=0)
     weight: float = Field(default=1.0, gt=0)  # share of the training tokens, relative to the sources
     temperature: float = Field(default=1.0, gt=0)  # of prompts
-    answer_temperature: float = Field(default=0.0, ge=0)  # of answers; 0: the likeliest token each time
+    answer_temperature: float = Field(default=1.0, ge=0)  # of answers; 0: the likeliest token each time
     max_new_tokens: int = Field(default=512, ge=1)  # of a prompt, and of an answer
     batch_size: int = Field(default=128, ge=1)  # conversations written at a time
 
