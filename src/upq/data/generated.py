@@ -1,8 +1,8 @@
 """Conversations that the original model writes itself, both sides: instruction text without any data set.
 
 The model is given the chat template up to where the user's words begin and goes on from there, then answers itself
-(Magpie, arXiv 2406.08464). Sampling is from the model's own distribution (LLM-QAT, arXiv 2305.17888), of answers too unless
-the recipe asks for the likeliest ones.
+(Magpie, arXiv 2406.08464). Sampling is from the model's own distribution (LLM-QAT, arXiv 2305.17888), of answers too
+unless the recipe asks for the likeliest ones.
 
 Shape suffixes: B = samples of a batch, T = tokens.
 """
