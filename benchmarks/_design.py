@@ -91,6 +91,7 @@ GROUPS: dict[str, Group] = {
             "`paper` (JSD-QAT from INT4)": "paper",
             "`default`": "default",
             "`default` through INT4": "default-through-int4",
+            "`default`, the likeliest answers": "default-likeliest-answers",
         },
         every_seed=True,
     ),
