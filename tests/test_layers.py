@@ -27,6 +27,7 @@ LAYERS = (
         "artifact",
         "lock",
         "memory",
+        "answers",
         "imagined",
     ),
     ("grids", "losses", "kernels"),

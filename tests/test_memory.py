@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tiny import tiny_model
 from upq.kernels import Weight
-from upq.memory import on_huge_pages, page_out, resident_bytes
+from upq.loading import load_model
+from upq.memory import on_huge_pages, page_out, resident_bytes, trim
 
 SIZE = 2**26
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the system gives nothing back when asked")
@@ -64,6 +67,25 @@ def test_small_weights_share_pages_and_give_them_back() -> None:
     assert resident_bytes() - before < len(unpacked) * 2**23 + 2**22
     del unpacked
     assert resident_bytes() - before < 2**22
+
+
+@linux
+def test_room_between_what_is_still_there_goes_back() -> None:
+    torch.ones(2**22)  # once a block of 16 MB has gone, blocks of up to that size come from the heap
+    before = resident_bytes()
+    blocks = [torch.ones(2**17) for _ in range(256)]
+    held = resident_bytes() - before
+    del blocks[:-1]
+    trim()
+    assert held > 0.9 * 2**27
+    assert resident_bytes() - before < 0.1 * held
+
+
+def test_a_model_is_read_by_the_thread_that_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr("transformers.core_model_loading.ThreadPoolExecutor", None)
+    load_model(tmp_path)
+    assert "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
 
 
 @pytest.mark.parametrize("size", [1, 8, 9, 5_000_000])

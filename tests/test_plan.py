@@ -16,6 +16,7 @@ from tiny import byte_tokenizer, tiny_model
 from upq import pipeline
 from upq import plan as planning
 from upq.activations import allocator
+from upq.answers import Answers
 from upq.blockwise import METHODS, BlockStore, walk
 from upq.distill.student import make_student
 from upq.distill.trainer import Training
@@ -76,6 +77,62 @@ def test_what_has_no_value_is_one_and_a_mask_picks_everything() -> None:
         assert mask.all()
         assert torch.zeros(3, 4, 5)[mask].shape == (12, 5)
         assert [len(index) for index in mask.nonzero(as_tuple=True)] == [12, 12]
+
+
+class Forgetful(Answers):
+    """Nothing is told; all is found out."""
+
+    def known(self, question: object) -> None: ...
+
+
+def seen(outs: list[Any], *arguments: torch.Tensor) -> list[Any]:
+    """All that is there to see of tensors without values, and of which arguments they are views."""
+    found = []
+    for out in outs:
+        shared = [out.untyped_storage()._cdata == x.untyped_storage()._cdata for x in arguments]
+        kept = out.untyped_storage().nbytes(), out.storage_offset(), out.stride(), out.is_contiguous()
+        found.append((out.shape, out.dtype, out.device, out.requires_grad, out.is_inference(), shared, *kept))
+    return found
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_what_is_told_is_what_would_be_found_out(mode: Any) -> None:
+    def operations() -> list[Any]:
+        leaf = torch.nn.Parameter(torch.zeros(5, 6))
+        with mode():
+            a, c, d = (torch.zeros(6, 8)[1:, 2:] for _ in range(3))  # views with an offset
+            b = torch.zeros(5, 6, dtype=torch.bfloat16)
+            outs = [
+                a @ b.float().T, a[1:, ::2], a.T, a.add_(1), a * 1.0, (a > 0) * 1, a.view(torch.int32), leaf * a,
+                leaf.detach(), leaf[1:], *a.split(2), *a.max(-1), torch.cat([a, b]), torch.empty_like(b.T),
+                torch.mul(a, a, out=torch.empty(5, 6)), a.as_strided((2, 2), (1, 1), 3), a[a > 0], a.expand(3, 5, 6),
+                torch.zeros(3, device="meta") + 1, a.add_(a), a.add_(c), c.add_(d),
+                *(torch.ops.aten.mul.out(a, x, out=out) for x, out in ((a, a), (c, a), (a, c), (c, c), (c, d))),
+            ]  # fmt: skip
+        found = seen(outs, a, b, c, d, leaf)
+        if mode is torch.enable_grad:
+            (leaf * outs[0].sum() * a).square().sum().backward()
+            assert leaf.grad is not None
+            found += seen([leaf.grad], a, b, c, d, leaf)
+        return found
+
+    with imagined(Forgetful()) as tally:
+        expected, work_done = operations(), (tally.live, tally.peak, tally.flops, tally.moved)
+    answers = Answers()
+    for _ in range(2):  # learning, and told
+        with imagined(answers) as tally:
+            assert operations() == expected
+            assert (tally.live, tally.peak, tally.flops, tally.moved) == work_done
+
+
+@pytest.mark.parametrize("settings", [(), ("distill.optimizer=adamw8bit", "distill.teacher=offloaded")])
+def test_a_training_that_is_told_is_the_one_that_is_found_out(settings: tuple[str, ...]) -> None:
+    answers = Answers()
+    found, learnt, told = (
+        planning._training(config(2), recipe(*settings), 2, known, train=True, many=True, gpu=False)
+        for known in (Forgetful(), answers, answers)
+    )
+    assert found == learnt == told
 
 
 # ---- stages
@@ -191,6 +248,15 @@ def test_shards_and_shares_of_a_batch_need_less() -> None:
     alone, shared = (needs(one, chosen, processes=n, only=frozenset({"distill"}))["distill"] for n in (1, 4))
     assert shared.memory < alone.memory
     assert shared.flops == pytest.approx(alone.flops / 4, rel=0.01)
+
+
+def test_conversations_are_shared_out_by_whole_batches() -> None:
+    settings = "data.generated={tokens: 640, batch_size: 4, max_new_tokens: 16}"  # in ten batches
+    alone, two, four = (needs(config(2), recipe(settings), processes=n)["generate"] for n in (1, 2, 4))
+    for need, rounds in ((two, 5), (four, 3)):
+        assert need.flops == pytest.approx(alone.flops * rounds / 10)
+        assert need.moved == pytest.approx(alone.moved * rounds / 10)
+        assert (need.memory, need.disk, need.tokens) == (alone.memory, alone.disk, alone.tokens)
 
 
 # ---- what fits

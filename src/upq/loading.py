@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,10 +67,30 @@ def load_model(model: str | Path, *, dtype: torch.dtype | str = "auto", device: 
     path = _downloaded(model)
     _check_weights(path, config)
     _check_settings(path)
-    loaded: PreTrainedModel = _read(AutoModelForCausalLM, path, dtype=dtype, use_safetensors=True)
+    with _one_thread():
+        loaded: PreTrainedModel = _read(AutoModelForCausalLM, path, dtype=dtype, use_safetensors=True)
     loaded.eval()  # type: ignore[no-untyped-call]
     loaded.to(device)  # type: ignore[arg-type]
     return loaded
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors are read one after the other, and not in up to four threads.
+
+    What a thread allocates comes from a heap of its own, of which glibc keeps up to 64 MB when all has been freed:
+    after the training of a model of width 1024, 117 MB. A 1B loads in 6.5 s of one core for 9.5.
+    """
+    key = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers has no argument for it
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
 
 
 def generation_config(path: Path) -> GenerationConfig:

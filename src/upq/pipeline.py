@@ -53,14 +53,14 @@ from upq.distill.teacher import check as check_teacher
 from upq.distill.trainer import distill, settled, skipped_steps, steps
 from upq.errors import UPQError
 from upq.evals.size import model_size, weights_bytes
-from upq.evals.text import Streamed, evaluate_text, streamed
+from upq.evals.text import Streamed, TextMetrics, evaluate_text, streamed
 from upq.exports import beside, exporter
 from upq.hf import load, write_artifact
 from upq.kernels import computing
 from upq.loading import check_finite, family, generation_config, load_config, load_model, load_tokenizer
 from upq.lock import lock
 from upq.losses import LOSSES
-from upq.memory import give_back, peak_memory_bytes
+from upq.memory import give_back, peak_memory_bytes, trim
 from upq.nn.fake_quant import whole
 from upq.processes import Processes
 from upq.progress import Progress, Silent
@@ -144,6 +144,7 @@ def _quantize(
         with run.timed("check"):
             run.write(data, trained)
             del trained  # the codes, a byte a weight
+            trim()  # after packing, 270 MB at width 1024
             manifest = run.finish(data)
         run.publish(manifest)
         if not keep_work:
@@ -512,8 +513,7 @@ class _Run:
             int4 = self.int4_metrics(model, original, data, allocate)
             self.progress.advance(1)
             packed = load(self.made, device=self.device)
-            with computing("reference"):  # the figures are of the weights, and the same on every machine
-                text = evaluate_text(packed, rows_NT, teacher=original, mask_NT=data.validation_mask_NT)
+            text = self.measured(packed, original, data)
         self.progress.advance(1)
         before = {"ppl": text.teacher_ppl, **_size(model.empty(), self.model)}
         after = {"ppl": text.ppl, "kld": text.kld, "top1": text.top1, **_size(packed, self.made)}
@@ -549,9 +549,14 @@ class _Run:
             return with_weights(model.block(index), qtensors)
 
         states = streamed(model, data.validation_tokens_NT, block=block, allocate=allocate)
-        text = evaluate_text(states, data.validation_tokens_NT, teacher=original, mask_NT=data.validation_mask_NT)
+        text = self.measured(states, original, data)
         weights, bits = (sum(each) for each in zip(*sizes, strict=True))
         return {"int4": {"ppl": text.ppl, "kld": text.kld, "top1": text.top1, "bits_per_weight": bits / weights}}
+
+    def measured(self, model: PreTrainedModel | Streamed, original: Streamed, data: TokenSet) -> TextMetrics:
+        trim()  # its logits are the check's peak; what came before has left 350 MB at width 1024
+        with computing("reference"):  # the figures are of the weights, and the same on every machine
+            return evaluate_text(model, data.validation_tokens_NT, teacher=original, mask_NT=data.validation_mask_NT)
 
     def errors(self) -> dict[str, float]:
         """Module path to the relative error of its weights as the INT2 stage left them."""
