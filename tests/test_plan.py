@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import upq.cli
@@ -361,6 +362,12 @@ def test_a_stage_in_bf16_has_the_time_of_bf16() -> None:
     slow, fast = Speed(1e9, 1e9), Speed(1e9, 1e9, flops_bf16=4e9)
     assert fast.seconds(found["distill"]) < slow.seconds(found["distill"])
     assert fast.seconds(found["int2"]) == slow.seconds(found["int2"])
+
+
+def test_a_plan_leaves_no_precision_behind() -> None:
+    for precision in ("bf16", "fp32"):
+        needs(config(2), recipe(f"distill.precision={precision}"), only=frozenset({"distill"}))
+        Accelerator(mixed_precision="no", cpu=True)
 
 
 def test_nearest_rounding_that_weighs_its_inputs_is_planned_with_them() -> None:

@@ -95,7 +95,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # its guard takes 10 µs of each operation, and nothing is compiled here
+        return False  # nothing is compiled here, and its guard took 0.2 s of a plan
 
     def __torch_dispatch__(
         self,
@@ -154,7 +154,7 @@ class _Imagining(_Counting):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is _DEVICE:  # torch asks by itself, once an operation and more
+        if func is _DEVICE:  # torch asks by itself, more than once an operation
             return args[0].fake_device if type(args[0]) is FakeTensor else func(*args)
         if func is _aten.equal.default:
             return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,7 +67,7 @@ def load_model(model: str | Path, *, dtype: torch.dtype | str = "auto", device: 
     path = _downloaded(model)
     _check_weights(path, config)
     _check_settings(path)
-    with _one_thread():
+    with _one_thread() if torch.device(device).type == "cpu" else nullcontext():  # a GPU's memory is another
         loaded: PreTrainedModel = _read(AutoModelForCausalLM, path, dtype=dtype, use_safetensors=True)
     loaded.eval()  # type: ignore[no-untyped-call]
     loaded.to(device)  # type: ignore[arg-type]

@@ -144,7 +144,7 @@ def _quantize(
         with run.timed("check"):
             run.write(data, trained)
             del trained  # the codes, a byte a weight
-            trim()  # after packing, 270 MB at width 1024
+            trim()  # after packing, 240 MB at width 1024
             manifest = run.finish(data)
         run.publish(manifest)
         if not keep_work:

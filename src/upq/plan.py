@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ GPU_CONTEXT = 10**9
 # fitted to runs of width 256 and 512, where it was 0.3 to 1.2 (docs/scale.md).
 _SPARE = 0.6
 # Of the tensors of a check that follows a training, what counts as such blocks: where those of the training have been,
-# glibc puts tensors of any size, and keeps what is freed. At width 1024, 0.1 to 0.4 of them came to it in five runs.
+# glibc puts tensors of any size, and keeps what is freed. At width 1024, 0.1 to 0.4 of them came to it in six runs.
 _REUSED = 0.4
 _ROWS = 8  # calibration rows that pass through a block at a time, and rows of weights that stand for all
 _CACHED = 0.26  # seconds of a search in the processor's caches over those of one that goes through memory (upq.grids)
@@ -436,8 +436,7 @@ def _training(
     scheme, data = recipe.int2.scheme(), _Rows(recipe.data.seq_len)
     chosen = recipe.distill.model_copy(update={"micro_batch_size": micro, "batch_size": micro})
     layout = _Layout(config) if chosen.teacher == "offloaded" else None
-    AcceleratorState._reset_state()  # another plan of this process may have been in another precision
-    with imagined(answers) as tally:
+    with _own_accelerator(), imagined(answers) as tally:
         teacher = _loaded(config, torch.float32, gpu=gpu)
         student = make_student(teacher, _solutions(teacher, scheme, gpu=gpu), train_norms=chosen.train_norms)
         if not train:
@@ -472,6 +471,16 @@ def _training(
         again = [end - begin for begin, end in zip(marks[0], marks[-1], strict=True)] if many else [0.0, 0.0]
         work = [figure for w, more in zip(one, again, strict=True) for figure in (w, w + more)]
         return built, kept, tally.peak, tally.loose, learned, kept - before, *work
+
+
+@contextmanager
+def _own_accelerator() -> Iterator[None]:
+    """accelerate keeps the precision of a process's first training; another plan, or a run, may want another."""
+    AcceleratorState._reset_state()
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state()
 
 
 def _give_gradients(training: Training) -> None:
