@@ -125,7 +125,7 @@ int main(int count, char** words) {
         read.push_back(between - start);
         ours.push_back(end - between);
     }
-    std::printf("{\"isa\": \"%s\", \"held\": %zu, ", available().front()->name, held);
+    std::printf("{\"held\": %zu, ", held);
     show("read", read);
     std::printf(", ");
     show("upq", ours);

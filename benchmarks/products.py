@@ -15,8 +15,10 @@ the path for its own kernels package, and fails.)
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -64,11 +66,11 @@ def main(
 ) -> None:
     """Medians over the repeats, ratios within a repeat. UPQ_CPU_ISA chooses the instruction set."""
     if compiled:
-        if threads > 1 or compute != "w2a8" or against:
-            raise typer.BadParameter("--compiled is one thread of w2a8, against a plain read")
-        title = f"products.cpp, {bits} bits, groups of {group_size}" if group_size > 0 else f"products.cpp, {bits} bits"
-        runs = {m: without_python(build(), m, repeats, bits, group_size) for m in map(int, tokens.split(","))}
-        show(title, group_size, runs, json_file)
+        if threads > 1 or compute != "w2a8" or against or os.environ.get("UPQ_CPU_ISA"):
+            raise typer.BadParameter("--compiled is one thread of w2a8 on the fastest instruction set, alone")
+        program = build()
+        runs = {m: without_python(program, m, repeats, bits, group_size) for m in map(int, tokens.split(","))}
+        show(f"without Python: {title(bits, group_size, threads, compute, repeats)}", group_size, runs, json_file)
         return
     torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter
@@ -83,17 +85,20 @@ def main(
         for m in map(int, tokens.split(",")):
             x = {columns: torch.randn(m, columns).bfloat16() for _, columns in BLOCK}
             runs[m] = Run(held, in_turns({"read": lambda _: ruler.sum(), **engines}, x, repeats, clock))
+    show(title(bits, group_size, threads, compute, repeats), group_size, runs, json_file)
+
+
+def title(bits: int, group_size: int, threads: int, compute: str, repeats: int) -> str:
     scales = "one scale a row" if group_size == -1 else f"groups of {group_size}"
-    title = f"{compute} on {cpu.instruction_set()}, {threads} threads, {bits} bits, {scales}; medians of {repeats}"
-    show(title, group_size, runs, json_file)
+    return f"{compute} on {cpu.instruction_set()}, {threads} threads, {bits} bits, {scales}; medians of {repeats}"
 
 
-def show(title: str, group_size: int, runs: Mapping[int, Run], json_file: Path | None) -> None:
+def show(headline: str, group_size: int, runs: Mapping[int, Run], json_file: Path | None) -> None:
     """A row for each number of tokens and engine, and the figures with their targets."""
     console = make_console()
     head = ("", "tokens", "ms", "tokens/s", "GMAC/s", "GB/s", "of a read", "upq is")
     rows = [row(name, m, run) for m, run in runs.items() for name in run.seconds if name != "read"]
-    Table(title, head, tuple(rows)).show(console)
+    Table(headline, head, tuple(rows)).show(console)
     figures = [figure for m, run in runs.items() for figure in targets(m, group_size, run.seconds)]
     show_figures(figures, console)
     if json_file is not None:
@@ -151,7 +156,7 @@ def build() -> Path:
     folder = ROOT / "build" / "products"
     settings = ["-S", str(ROOT), "-B", str(folder), "-DUPQ_TEST=ON"]
     for step in (settings, ["--build", str(folder), "--target", "products", "--parallel"]):
-        subprocess.run(["cmake", *step], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([Path(sys.executable).with_name("cmake"), *step], check=True, stdout=subprocess.DEVNULL)
     return folder / "products"
 
 
