@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from upq.artifact import load_tensors, save_tensors
 from upq.distill.objective import Objective
-from upq.distill.student import fake_quant_layers, freeze, make_student, norms
+from upq.distill.student import freeze, make_student, norms, trained_linears
 from upq.distill.trainer import confidence, distill, learning_rate_factor, make_loss, skipped_steps
 from upq.errors import UPQError
 from upq.grids import search_scale
@@ -181,7 +181,7 @@ def test_freeze_is_what_the_forward_pass_computes_with(tmp_path, grid):
     train(student, teacher, make_config(), tmp_path / "c.safetensors")
     codes = freeze(student)
     assert codes.keys() == set(block_linears(teacher))
-    for path, layer in fake_quant_layers(student).items():
+    for path, layer in trained_linears(student).items():
         assert torch.equal(codes[path].dequantize(), layer.fake())
 
 

@@ -18,20 +18,27 @@ from upq.distill.sharding import load_sharded
 from upq.distill.student import make_student
 from upq.grids import search_scale
 from upq.loading import load_model
-from upq.nn.fake_quant import Solution, whole
+from upq.nn.fake_quant import Solution
+from upq.nn.fixed_codes import Coded, Start
+from upq.nn.trained import whole
 from upq.scheme import QuantScheme
 from upq.streaming import StreamedModel
 
 BLOCKS = 3
-# Model to family, whether the head is the embedding, and whether the norms are trained.
-MODELS: dict[str, tuple[str, bool, bool]] = {"tied": ("llama", True, True), "biases": ("qwen2", False, False)}
+# Model to family, whether the head is the embedding, and whether norms and weights are trained.
+MODELS: dict[str, tuple[str, bool, bool, bool]] = {
+    "tied": ("llama", True, True, True),
+    "biases": ("qwen2", False, False, True),
+    "codes": ("qwen2", False, True, False),
+}
 
 
 class OneAtATime(StreamedModel):
     """The memory of a block's whole matrices is free before the next block is read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, latents: bool) -> None:
         super().__init__(path)
+        self._latents = latents
         self.whole: list[StorageWeakRef] = []
 
     def hold(self, *tensors: Tensor) -> None:
@@ -43,31 +50,31 @@ class OneAtATime(StreamedModel):
         self.hold(*block.parameters())
         return block
 
-    def solutions(self, index: int) -> dict[str, Solution]:
+    def solutions(self, index: int) -> dict[str, Start]:
         """Of nearest rounding, as a store has them."""
-        scheme, block = QuantScheme(bits=2), super().block(index)
-        found = {}
+        scheme, block, found = QuantScheme(bits=2), super().block(index), dict[str, Start]()
         for name in self.spec.linears:
             w_OI = block.get_submodule(name).weight.clone()
-            found[name] = Solution(w_OI, search_scale(w_OI, scheme), scheme)
+            solution = Solution(w_OI, search_scale(w_OI, scheme), scheme)
+            found[name] = solution if self._latents else Coded.of(solution.qtensor(), solution.params)
             self.hold(w_OI)
         return found
 
 
 def prepare(folder: Path) -> None:
-    for name, (family, tied, _) in MODELS.items():
+    for name, (family, tied, _, _) in MODELS.items():
         tiny_model(family, num_hidden_layers=BLOCKS, tie_word_embeddings=tied).save_pretrained(folder / name)
 
 
 def ranked(folder: Path) -> None:
-    said = {name: trained_both_ways(folder / name, train_norms=norms) for name, (_, _, norms) in MODELS.items()}
+    said = {name: trained_both_ways(folder / name, norms, latents) for name, (_, _, norms, latents) in MODELS.items()}
     if torch.distributed.get_rank() == 0:
         (folder / "said.json").write_text(json.dumps(said))
 
 
-def trained_both_ways(folder: Path, *, train_norms: bool) -> dict[str, Any]:
+def trained_both_ways(folder: Path, train_norms: bool, latents: bool) -> dict[str, Any]:
     """Losses of trainings that begin whole and in shards, and what was different or whole where it should not be."""
-    model = OneAtATime(folder)
+    model = OneAtATime(folder, latents=latents)
     prefix = model.spec.blocks
     solutions = {f"{prefix}.{i}.{k}": s for i in range(BLOCKS) for k, s in model.solutions(i).items()}
     model.whole.clear()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -15,13 +16,23 @@ from upq.artifact import load_tensors
 from upq.data.tokens import TokenSet
 from upq.distill import teacher as teacher_module
 from upq.distill.objective import Objective
-from upq.distill.student import checkpoint_blocks, fake_quant_layers
+from upq.distill.student import (
+    checkpoint_blocks,
+    decoder_blocks,
+    load_student,
+    make_student,
+    trained_linears,
+)
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, check, write_cache
 from upq.distill.trainer import make_loss, settled
 from upq.errors import UPQError
+from upq.grids import search_scale
 from upq.losses import LOSSES, Divergence, Loss, TopK
 from upq.models import FAMILIES
+from upq.nn.fake_quant import Solution
+from upq.nn.fixed_codes import Coded
 from upq.progress import Silent
+from upq.scheme import QuantScheme
 from upq.streaming import StreamedModel
 
 ROWS, T, VOCAB = 20, 12, 50
@@ -50,7 +61,9 @@ class StopsAfter(Silent):
 def make_cache(folder, teacher, data, config, steps=6, progress=None):
     rows = data.rows(0, steps * config.batch_size).tolist()
     cache = CachedTeacher(folder, tuple(dict.fromkeys(rows)))
-    write_cache(cache, teacher, data.tokens_NT, config, progress=progress or Silent())
+    teacher.save_pretrained(folder.parent / "original")
+    streamed = StreamedTeacher.of(StreamedModel(folder.parent / "original"), teacher)
+    write_cache(cache, streamed, data.tokens_NT, config, progress=progress or Silent())
     return cache
 
 
@@ -198,8 +211,7 @@ def test_streamed_teacher_trains_as_the_one_in_memory(tmp_path, family):
     """Hidden states of every block in the loss, a norm that the student trains; bit for bit."""
     model = tiny_model(family).requires_grad_(False)
     model.save_pretrained(tmp_path / "model")
-    norm = model.get_submodule("model.norm")
-    streamed = StreamedTeacher(StreamedModel(tmp_path / "model"), norm)
+    streamed = StreamedTeacher.of(StreamedModel(tmp_path / "model"), model)
     config = make_config(hidden=0.3, train_norms=True, micro_batch_size=4)
     students = [make(model, train_norms=True) for _ in range(2)]
     losses = [
@@ -208,6 +220,39 @@ def test_streamed_teacher_trains_as_the_one_in_memory(tmp_path, family):
     ]
     assert losses[0] == losses[1]
     assert same(*students)
+
+
+@pytest.mark.parametrize("latents", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES.names())
+def test_a_student_that_is_read_block_by_block_is_the_same(tmp_path, family, tied, latents):
+    teacher = tiny_model(family, tie_word_embeddings=tied).requires_grad_(False)
+    teacher.save_pretrained(tmp_path)
+    model, scheme, let_go = StreamedModel(tmp_path), QuantScheme(bits=2), []
+
+    def starts(index):
+        found = {}
+        for name in model.spec.linears:
+            w = model.weight(index, name)
+            solution = Solution(w, search_scale(w, scheme), scheme)
+            found[name] = solution if latents else Coded.of(solution.qtensor(), solution.params)
+        return found
+
+    whole = {f"{model.spec.blocks}.{i}.{name}": s for i in range(len(model)) for name, s in starts(i).items()}
+    expected = make_student(teacher, whole, train_norms=True)
+    found, frame = load_student(
+        model, starts, train_norms=True, after=lambda _, original: let_go.append(weakref.ref(original))
+    )
+    assert len(let_go) == len(model)
+    assert all(block() is None for block in let_go)
+    assert all(p.is_meta for p in decoder_blocks(frame).parameters())
+    a, b = (dict(student.named_parameters(remove_duplicate=False)) for student in (expected, found))
+    assert a.keys() == b.keys()
+    for name, parameter in a.items():
+        assert torch.equal(parameter, b[name]), name
+        assert parameter.requires_grad == b[name].requires_grad
+    ids = torch.arange(12)[None]
+    assert torch.equal(expected(ids).logits, found(ids).logits)
 
 
 @pytest.mark.parametrize("hidden", [0.0, 0.3])
@@ -272,6 +317,6 @@ def test_blocks_that_run_again_keep_their_inputs_alone():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             objective(tokens, mask)
         kept.append(sum(size for size, _ in storages.values()))
-        assert len(fake_quant_layers(student)) == 28
+        assert len(trained_linears(student)) == 28
     assert kept[0] == kept[1]
     assert kept[0] < 10 * tokens.numel() * 32 * 4

@@ -99,19 +99,24 @@ def test_the_training(kind: str, loss: str, model: Path, tmp_path: Path) -> None
         loss=loss, hidden=hidden, tokens=1, batch_size=6, micro_batch_size=4, lr=1e-2, scale_lr=1e-3, precision="fp32",
         train_norms=True, checkpoint_every=2, gradient_checkpointing=kind == "offloaded",
     )  # fmt: skip
-    scheme, original = QuantScheme(bits=2), tiny_model("llama", attention_bias=True).requires_grad_(False)
+    # A zero point of 1, which is what is read of a tensor that is far, is one of this grid's.
+    scheme, original = (
+        QuantScheme(bits=2, grid="affine"),
+        tiny_model("llama", attention_bias=True).requires_grad_(False),
+    )
     weights = {path: original.get_submodule(path).weight for path in block_linears(original)}
     solutions = {path: Solution(w, search_scale(w, scheme), scheme) for path, w in weights.items()}
     with far_away() as device:
         teacher = original.to(device)
         student = make_student(teacher, solutions, train_norms=True)
         config = trainer.settled(config, teacher, Rows())
+        streamed = StreamedTeacher.of(StreamedModel(model, device=device), teacher)
         taught: Teacher = teacher
         if kind == "offloaded":
-            taught = StreamedTeacher(StreamedModel(model, device=device), teacher.get_submodule("model.norm"))
+            taught = streamed
         elif kind == "cached":
             taught = CachedTeacher(tmp_path / "cache", tuple(range(len(IDS))))
-            write_cache(taught, teacher, IDS, config, progress=Silent())
+            write_cache(taught, streamed, IDS, config, progress=Silent())
         with pytest.raises(Stopped):  # whether to stop is read as well
             trainer.distill(
                 student, taught, Rows(), config, total_steps=3, checkpoint=tmp_path / "state", progress=Silent()

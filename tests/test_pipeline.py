@@ -356,11 +356,32 @@ def test_a_cached_teacher_killed_and_resumed_is_never_killed(model, text, tmp_pa
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
-def test_an_offloaded_teacher_gives_the_same_bytes(model, text, tmp_path):
+@pytest.mark.parametrize("train_weights", ["true", "false"])
+def test_an_offloaded_teacher_gives_the_same_bytes(model, text, tmp_path, train_weights):
     for teacher in ("resident", "offloaded"):
-        quantize(model, make_recipe(text, *FITS, f"distill.teacher={teacher}"), tmp_path / teacher)
+        settings = (*FITS, f"distill.teacher={teacher}", f"distill.train_weights={train_weights}")
+        quantize(model, make_recipe(text, *settings), tmp_path / teacher)
     files = [(tmp_path / teacher / "model.safetensors").read_bytes() for teacher in ("resident", "offloaded")]
     assert files[0] == files[1]
+
+
+def test_without_weights_to_train_codes_are_the_block_wise_stages(model, text, tmp_path):
+    """And scales are not: they have learned. Killed in its training and run again, it ends in the same bytes."""
+    recipe, files = make_recipe(text, *FITS, "distill.train_weights=false", "distill.scale_lr=1e-2"), {}
+    quantize(model, recipe, tmp_path / "whole", keep_work=True)
+    killed = run_child(model, tmp_path / "killed", recipe, "distill.safetensors", 2)
+    assert killed.returncode == -signal.SIGKILL
+    quantize(model, recipe, tmp_path / "killed")
+    start = upq.pipeline.BlockStore(tmp_path / "whole" / ".work" / "int2", recipe.int2.scheme(), latents=False)
+    for name in ("whole", "killed"):
+        loaded = upq.load(tmp_path / name)
+        files[name] = (tmp_path / name / "model.safetensors").read_bytes()
+        for index in range(BLOCKS):
+            for linear, q in start.qtensors(index).items():
+                found = loaded.get_submodule(f"model.layers.{index}.{linear}").qtensor()
+                assert torch.equal(found.codes_OI, q.codes_OI)
+                assert not torch.equal(found.scale_OG, q.scale_OG)
+    assert files["whole"] == files["killed"]
 
 
 @pytest.mark.parametrize("teacher", ["resident", "offloaded", "cached"])
@@ -373,7 +394,7 @@ def test_only_a_resident_teacher_is_in_memory_during_the_training(model, text, t
         return loaded
 
     def training(*args, **options):
-        alive.append(weights[-1]() is not None)
+        alive.append(any(weight() is not None for weight in weights))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(upq.pipeline, "load_model", load)

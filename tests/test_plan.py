@@ -26,6 +26,7 @@ from upq.hf import block_linears
 from upq.imagined import counted, imagined
 from upq.loading import load_config
 from upq.nn.fake_quant import Solution
+from upq.nn.fixed_codes import Coded, Start
 from upq.plan import Machine, Need, Speed, needs, plan, with_setting
 from upq.progress import Silent
 from upq.recipe import Recipe
@@ -139,7 +140,14 @@ def test_a_training_that_is_told_is_the_one_that_is_found_out(settings: tuple[st
 # ---- stages
 
 
-@pytest.mark.parametrize("settings", [(), ("distill.gradient_checkpointing=true", "distill.teacher=offloaded")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("distill.gradient_checkpointing=true", "distill.teacher=offloaded"),
+        ("distill.train_weights=false", "distill.teacher=offloaded"),
+    ],
+)
 def test_training_at_any_depth_is_the_training_at_that_depth(settings: tuple[str, ...]) -> None:
     def run(shallow: Any) -> planning.Figures:
         return planning._training(shallow, recipe(*settings), 2, train=True, many=True, gpu=False)
@@ -147,25 +155,29 @@ def test_training_at_any_depth_is_the_training_at_that_depth(settings: tuple[str
     assert planning._at_depth(config(5), run) == pytest.approx(run(config(5)), rel=1e-6)
 
 
-def test_a_training_step_needs_what_it_was_planned_to() -> None:
+@pytest.mark.parametrize("latents", [True, False])
+def test_a_training_step_needs_what_it_was_planned_to(latents: bool) -> None:
     """Real tensors, real values, the same counting."""
-    small, chosen = config(2), recipe("distill.micro_batch_size=2", "distill.batch_size=4")
+    small = config(2)
+    chosen = recipe("distill.micro_batch_size=2", "distill.batch_size=4", f"distill.train_weights={latents}")
     planned = planning._training(small, chosen, 2, train=True, many=True, gpu=False)
     data = planning._Rows(T)
     with counted() as tally:
         teacher = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval().requires_grad_(False)
-        scheme = chosen.int2.scheme()
-        weights = {path: teacher.get_submodule(path).weight for path in block_linears(teacher)}
-        solutions = {path: Solution(w, GRIDS.get("seq").init(w, scheme), scheme) for path, w in weights.items()}
-        student = make_student(teacher, solutions, train_norms=True)
-        del solutions, weights
+        scheme, starts = chosen.int2.scheme(), dict[str, Start]()
+        for path in block_linears(teacher):
+            weight = teacher.get_submodule(path).weight
+            solution = Solution(weight, GRIDS.get("seq").init(weight, scheme), scheme)
+            starts[path] = solution if latents else Coded.of(solution.qtensor(), solution.params)
+        student = make_student(teacher, starts, train_norms=True)
+        del starts, solution, weight
         training = Training(student, teacher, data, chosen.distill)
         training.step(0, 1.0, Stop())
         kept, before = tally.live, (tally.flops, tally.moved)
         tally.restart()
         training.step(1, 1.0, Stop())
     assert kept == pytest.approx(planned[1], rel=0.03)
-    assert tally.peak == pytest.approx(planned[2], rel=0.03)
+    assert tally.peak == pytest.approx(planned[2], rel=0.04)
     assert tally.flops - before[0] == pytest.approx(planned[7], rel=0.01)
     assert tally.moved - before[1] == pytest.approx(planned[9], rel=0.05)
 
@@ -200,7 +212,7 @@ def test_a_block_wise_stage_needs_what_it_was_planned_to(activations: str, tmp_p
 def test_the_check_needs_what_it_was_planned_to(
     sizes: dict[str, int], settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logits are most of one, packing of the other, which no GPU sees."""
+    """Logits are most of one, weights of the other."""
     shape = config(8, **sizes)
     AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(tmp_path / "m")
     # In another type than the file's, so that what is read is counted too.
@@ -218,8 +230,7 @@ def test_the_check_needs_what_it_was_planned_to(
         def run(self: Any, data: Any, *trained: Any) -> Any:
             with counted() as tally:
                 found = original(self, data, *trained)
-            codes = [q for given in trained for q in given.qtensors.values()]  # made before
-            peaks[name] = tally.peak + sum(t.nbytes for q in codes for t in (q.codes_OI, q.scale_OG, q.zero_OG))
+            peaks[name] = tally.peak  # with the codes, which were made before: a view of what is not known counts it
             return found
 
         monkeypatch.setattr(pipeline._Run, name, run)
@@ -266,17 +277,23 @@ def test_conversations_are_shared_out_by_whole_batches() -> None:
 def test_settings_are_tried_in_order_and_only_those_that_help_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(_config: Any, chosen: Recipe, *, only: Any = None, **_: Any) -> dict[str, Need]:
         saved = 10 * (chosen.distill.chunk_tokens == 256) + 20 * chosen.distill.gradient_checkpointing
+        saved = saved if chosen.distill.train_weights else saved + 45
         made = {"int2": Need("int2", 1, 10, 0), "distill": Need("distill", 1, 100 - saved, 0)}
         return {name: need for name, need in made.items() if only is None or name in only}
 
     monkeypatch.setattr(planning, "needs", found)
     monkeypatch.setattr(planning, "resident_bytes", lambda: 0)
     chunk, checkpointing = "distill.chunk_tokens=256", "distill.gradient_checkpointing=true"
+    scales = ("distill.train_weights=false", "distill.scale_lr=5e-3")
     for memory, settings, fits in (
         (100, (), True),
         (90, (chunk,), True),
         (70, (chunk, checkpointing), True),
-        (69, (chunk, checkpointing), False),
+        (69, scales, True),  # and what was tried before is not needed
+        (54, (chunk, *scales), True),
+        (35, (checkpointing, *scales), True),
+        (25, (chunk, checkpointing, *scales), True),
+        (24, (chunk, checkpointing, *scales), False),
     ):
         made = plan(config(1), recipe(), Machine(memory))
         assert (made.settings, made.fits) == (settings, fits)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -202,13 +202,13 @@ class UpqHfQuantizer(HfQuantizer):
         return False
 
 
-def _swap(model: PreTrainedModel, config: UpqConfig, qtensors: Mapping[str, QTensor] | None = None) -> None:
-    """Put packed modules, empty or holding `qtensors`, in the place of dense ones."""
+def _swap(model: PreTrainedModel, config: UpqConfig, given: Callable[[str], QTensor] | None = None) -> None:
+    """Put packed modules, empty or holding what is `given` for their path, in the place of dense ones."""
     spec = family(model.config)
     tied = f"{spec.head}.weight" in model.all_tied_weights_keys
     for path, scheme in config.schemes(model).items():
         dense = model.get_submodule(path)
-        model.set_submodule(path, pack_like(dense, scheme, qtensors[path] if qtensors else None).train(dense.training))
+        model.set_submodule(path, pack_like(dense, scheme, given(path) if given else None).train(dense.training))
     if config.embeddings is not None and tied:
         embedding = model.get_submodule(spec.embedding)
         assert isinstance(embedding, PackedEmbedding)
@@ -329,7 +329,7 @@ def pack_model(
     )
     tables = embedding_tables(model) if config.embeddings else []
     rows = {path: quantize_rows(_weight(model, path), cast(QuantScheme, config.embeddings)) for path in tables}
-    _swap(model, config, {**qtensors, **rows})
+    _swap(model, config, lambda path: rows[path] if path in rows else qtensors[path])
     model.config.quantization_config = config
     model.hf_quantizer = UpqHfQuantizer(config)  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]

@@ -11,13 +11,13 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -47,7 +47,7 @@ from upq.data.sources import identity, sources_of
 from upq.data.tokens import TokenSet
 from upq.distill.optimizer import check as check_optimizer
 from upq.distill.sharding import load_sharded
-from upq.distill.student import freeze, make_student, norm_weight, norms
+from upq.distill.student import freeze, load_student, make_student, norm_weight, norms
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher, write_cache
 from upq.distill.teacher import check as check_teacher
 from upq.distill.trainer import distill, settled, skipped_steps, steps
@@ -61,13 +61,16 @@ from upq.loading import check_finite, family, generation_config, load_config, lo
 from upq.lock import lock
 from upq.losses import LOSSES
 from upq.memory import give_back, peak_memory_bytes, trim
-from upq.nn.fake_quant import whole
+from upq.nn.packed import Codes
+from upq.nn.trained import whole
 from upq.processes import Processes
 from upq.progress import Progress, Silent
 from upq.recipe import Blockwise, Data, Generated, Recipe, Source, Strict, decode, digest
 from upq.scheme import QTensor
 from upq.signals import Stop
 from upq.streaming import StreamedModel
+
+T = TypeVar("T")
 
 WORK = ".work"
 LOCK = ".lock"
@@ -172,7 +175,7 @@ def _export(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 @dataclass(frozen=True)
 class _Trained:
-    qtensors: dict[str, QTensor]
+    qtensors: Codes
     norms: dict[str, torch.Tensor]
 
 
@@ -406,7 +409,7 @@ class _Run:
     def store(self, name: str) -> BlockStore:
         stage = self.recipe.int4 if name == "int4" else self.recipe.int2
         assert stage is not None
-        return BlockStore(self.work / name, stage.scheme(), latents=name == "int2")
+        return BlockStore(self.work / name, stage.scheme(), latents=name == "int2" and trains_weights(self.recipe))
 
     def cache(self, data: TokenSet) -> CachedTeacher:
         """Where the teacher's targets are or will be: every row that the training reads, in its order."""
@@ -423,56 +426,66 @@ class _Run:
         size = cache.bytes(config.teacher_top_k, vocabulary, self.recipe.data.seq_len)
         kept = f"the {min(config.teacher_top_k, vocabulary)} likeliest of {vocabulary} tokens"
         self.progress.note(f"teacher: {kept} at each position of {len(cache.rows)} rows, {size / 1e6:,.2f} MB on disk")
-        teacher = load_model(self.model, dtype=torch.float32, device=self.device).requires_grad_(False)
+        model = StreamedModel(self.model, device=self.device)
+        teacher = StreamedTeacher.of(model, model.frame())
         write_cache(cache, teacher, data.tokens_NT, config, progress=self.progress)
 
-    def models(self) -> tuple[PreTrainedModel, PreTrainedModel]:
-        """Student and teacher before the training."""
-        teacher, store = load_model(self.model, dtype=torch.float32, device=self.device), self.store("int2")
-        teacher.requires_grad_(False)
-        check_finite(teacher, self.model)
-        prefix = family(teacher.config).blocks
-        solutions = {
-            f"{prefix}.{index}.{name}": solution
-            for index in range(self.blocks)
-            for name, solution in store.solutions(index).items()
-        }
-        return make_student(teacher, solutions, train_norms=self.recipe.distill.train_norms), teacher
+    def models(self, *, sharded: bool) -> tuple[PreTrainedModel, PreTrainedModel | StreamedTeacher]:
+        """Student and teacher before the training: whole, or with no more in memory than stays there."""
+        store, config = self.store("int2"), self.recipe.distill
+        resident, norms = config.teacher == "resident", config.train_norms
+        if resident and not sharded:
+            original = load_model(self.model, dtype=torch.float32, device=self.device)
+            original.requires_grad_(False)
+            check_finite(original, self.model)
+            student = make_student(original, self.by_path(store.solutions), train_norms=norms)
+            return student, original
+        model = StreamedModel(self.model, device=self.device)
+        if sharded:
+            student, original = load_sharded(model, store.solutions, train_norms=norms, keep=resident)
+        else:
+            student, original = load_student(model, store.solutions, train_norms=norms)
+        if resident:
+            return student, original
+        return student, StreamedTeacher.of(model, original)
 
-    def sharded_models(self) -> tuple[PreTrainedModel, PreTrainedModel]:
-        model, norms = StreamedModel(self.model, device=self.device), self.recipe.distill.train_norms
-        return load_sharded(model, self.store("int2").solutions, train_norms=norms)
+    def by_path(self, of_block: Callable[[int], Mapping[str, T]]) -> dict[str, T]:
+        """By module path what `of_block` gives by the names of a block's linears."""
+        prefix = family(load_config(self.model)).blocks
+        found = ((index, of_block(index)) for index in range(self.blocks))
+        return {f"{prefix}.{index}.{name}": value for index, block in found for name, value in block.items()}
 
     def distill(self, data: TokenSet, stop: Stop, processes: Processes) -> _Trained:
         config = self.recipe.distill
-        sharded = self.recipe.memory.weights == "sharded" and processes.world > 1
-        student, teacher = self.sharded_models() if sharded else self.models()
         total = steps(config, self.recipe.data.seq_len)
-        taught: Teacher = teacher
-        if caches_teacher(self.recipe):
-            config, taught = settled(config, teacher, data), self.cache(data)
-        elif config.teacher == "offloaded":
-            norm = teacher.get_submodule(family(teacher.config).final_norm)
-            config = settled(config, teacher, data)
-            taught = StreamedTeacher(StreamedModel(self.model, device=self.device), norm)
+        if not total:
+            return _Trained(self.untrained(), {})
+        sharded = self.recipe.memory.weights == "sharded" and processes.world > 1
+        student, teacher = self.models(sharded=sharded)
+        config = settled(config, teacher, data)
+        taught: Teacher = self.cache(data) if caches_teacher(self.recipe) else teacher
         del teacher  # what the student does not share of it goes, unless it is still `taught`
-        if total:
-            with stop.held():
-                distill(
-                    student,
-                    taught,
-                    data,
-                    config,
-                    total_steps=total,
-                    checkpoint=self.checkpoint,
-                    progress=self.progress,
-                    sharded=sharded,
-                    stop=stop,
-                )
+        with stop.held():
+            distill(
+                student,
+                taught,
+                data,
+                config,
+                total_steps=total,
+                checkpoint=self.checkpoint,
+                progress=self.progress,
+                sharded=sharded,
+                stop=stop,
+            )
         trained = norms(student) if config.train_norms else {}
         extra = {f"{name}.weight": whole(norm_weight(norm).detach()) for name, norm in trained.items()}
-        qtensors = freeze(student, keep=self.writes)
-        return _Trained(qtensors, extra)
+        return _Trained(freeze(student, keep=self.writes), extra)
+
+    def untrained(self) -> Codes:
+        """As the INT2 stage has left them, read one block at a time."""
+        store, prefix = self.store("int2"), family(load_config(self.model)).blocks
+        blocks = range(self.blocks if self.writes else 0)
+        return Codes((f"{prefix}.{i}.{name}", q) for i in blocks for name, q in store.qtensors(i).items())
 
     @property
     def made(self) -> Path:
@@ -560,12 +573,7 @@ class _Run:
 
     def errors(self) -> dict[str, float]:
         """Module path to the relative error of its weights as the INT2 stage left them."""
-        store, prefix = self.store("int2"), family(load_config(self.model)).blocks
-        return {
-            f"{prefix}.{index}.{name}": figures["weight"]
-            for index in range(self.blocks)
-            for name, figures in store.report(index).items()
-        }
+        return {path: figures["weight"] for path, figures in self.by_path(self.store("int2").report).items()}
 
 
 def sequences(recipe: Recipe) -> int:
@@ -589,6 +597,11 @@ def caches_teacher(recipe: Recipe) -> bool:
     config = recipe.distill
     trains = steps(config, recipe.data.seq_len) > 0
     return trains and config.teacher == "cached" and LOSSES.get(config.loss.name).uses_teacher
+
+
+def trains_weights(recipe: Recipe) -> bool:
+    """Whether latents are learned after the block-wise stage; else its codes are all that is needed of it."""
+    return recipe.distill.train_weights and steps(recipe.distill, recipe.data.seq_len) > 0
 
 
 def with_weights(block: nn.Module, qtensors: dict[str, QTensor]) -> nn.Module:

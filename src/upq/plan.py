@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,21 @@ from upq.activations import Activations, in_memory
 from upq.answers import Answers
 from upq.blockwise import METHODS, BlockStore, Solution, walk
 from upq.distill.optimizer import check as check_optimizer
-from upq.distill.student import make_student
-from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher, likeliest
+from upq.distill.student import load_student, make_student
+from upq.distill.teacher import ROWS_A_SHARD, CachedTeacher, StreamedTeacher, Teacher, likeliest
 from upq.distill.trainer import Training, settled, steps
 from upq.errors import UPQError
 from upq.evals.text import evaluate_text, streamed
-from upq.grids import GRIDS, Params, search_scale
+from upq.grids import GRIDS, search_scale
 from upq.hf import block_linears, pack_model
 from upq.imagined import Tally, imagined
 from upq.kernels import computing
+from upq.kernels.reference import row_bytes
 from upq.loading import family
 from upq.losses import TopK
 from upq.memory import resident_bytes
+from upq.nn.fixed_codes import Coded, Start
+from upq.nn.packed import Codes
 from upq.pipeline import (
     caches_teacher,
     check_lengths,
@@ -44,6 +48,7 @@ from upq.pipeline import (
     check_plugins,
     sequences,
     to_be_written,
+    trains_weights,
     with_weights,
 )
 from upq.precision import Precision, computes_in_bf16
@@ -64,6 +69,8 @@ _REUSED = 0.4
 _ROWS = 8  # calibration rows that pass through a block at a time, and rows of weights that stand for all
 _CACHED = 0.26  # seconds of a search in the processor's caches over those of one that goes through memory (upq.grids)
 _DEPTHS = (2, 3)  # blocks
+# Of the savings the one that is another training: codes stay as the block-wise stage has left them.
+SCALES_ALONE = "distill.train_weights=false"
 
 Figures = tuple[float, ...]
 
@@ -334,7 +341,8 @@ def _blockwise(
     row = seq_len * config.hidden_size * torch.float32.itemsize
     streams = 2 * row * (samples - few) if cls(options).needs_inputs else 0
     blocks = config.num_hidden_layers
-    solved = sum(_stored(shape, scheme, latents=name == "int2") for shape in model.shapes().values()) * blocks
+    latents = name == "int2" and trains_weights(recipe)
+    solved = sum(_stored(shape, scheme, latents=latents) for shape in model.shapes().values()) * blocks
     return Need(
         name,
         stage.samples * seq_len,
@@ -354,9 +362,9 @@ def _searched(columns: int, scheme: QuantScheme, answers: Answers | None) -> flo
 
 
 def _stored(shape: torch.Size, scheme: QuantScheme, *, latents: bool) -> float:
-    """Bytes of a solved linear: packed codes with scale and zero of each group, or latents and grid parameters."""
+    """Bytes of a solved linear: latents or packed codes, and grid parameters."""
     groups = shape[0] * scheme.groups(shape[1])
-    return 4 * (shape.numel() + groups) if latents else shape.numel() * scheme.bits / 8 + 6 * groups
+    return shape.numel() * (4 if latents else scheme.bits / 8) + 4 * groups
 
 
 # ---- training
@@ -396,14 +404,17 @@ def _distill(config: PretrainedConfig, recipe: Recipe, processes: int, answers: 
     built, kept, peak, loose, learned, moments, *work = _at_depth(
         config, lambda shallow: _training(shallow, recipe, micro, answers, train=number > 0, many=own > micro, gpu=gpu)
     )
-    if recipe.memory.weights == "sharded" and processes > 1:
-        size = size_of(config, answers)
+    if number and recipe.memory.weights == "sharded" and processes > 1:
+        size, latents = size_of(config, answers), trains_weights(recipe)
         # In turn whole: a block of student and teacher, the next one, and its gradients; always: what is not in blocks.
-        whole = 4 * (4 * size.block + size.rest)
+        # Of codes and their gradients no more than the teacher's block counts.
+        whole = 4 * ((4 if latents else 1) * size.block + size.rest)
         cut = kept + 4 * learned - 4 * size.rest
         peak += whole - cut * (1 - 1 / processes)
         # A block is read, gets its solutions and becomes the student's, and is cut before the next one.
-        built = 4 * (size.rest + 3 * size.block + (size.block * size.blocks + learned) / processes)
+        coded = 4 * learned if latents else size.coded * recipe.int2.bits / 8
+        taught = 4 * size.block * size.blocks if chosen.teacher == "resident" else 0
+        built = 4 * (size.rest + 3 * size.block) + (taught + coded) / processes
     flops, moved = (first + (both - first) * (own / micro - 1) for first, both in (work[:2], work[2:]))
     checkpoint = 4 * learned + moments
     return Need(
@@ -433,22 +444,25 @@ def _training(
 
     Then the work of a step of one micro-batch and that of one of two, as (flops, flops), (moved, moved).
     """
-    scheme, data = recipe.int2.scheme(), _Rows(recipe.data.seq_len)
+    data, norms = _Rows(recipe.data.seq_len), recipe.distill.train_norms
     chosen = recipe.distill.model_copy(update={"micro_batch_size": micro, "batch_size": micro})
-    layout = _Layout(config) if chosen.teacher == "offloaded" else None
+    layout = _Layout(config)
     with _own_accelerator(), imagined(answers) as tally:
-        teacher = _loaded(config, torch.float32, gpu=gpu)
-        student = make_student(teacher, _solutions(teacher, scheme, gpu=gpu), train_norms=chosen.train_norms)
-        if not train:
-            return (float(tally.peak), *[0.0] * 9)
+        if not train:  # the processor's
+            _frozen(layout, recipe)
+            return (0.0 if gpu else float(tally.peak), *[0.0] * 9)
+        teacher: PreTrainedModel | StreamedTeacher
+        if chosen.teacher == "resident":
+            teacher = _loaded(config, torch.float32, gpu=gpu)
+            student = make_student(teacher, dict(_by_path(layout, recipe, gpu=gpu)), train_norms=norms)
+        else:
+            student, frame = load_student(layout, partial(_starts, layout, recipe, gpu=gpu), train_norms=norms)
+            teacher = StreamedTeacher.of(layout, frame)
+            del frame
+        chosen = settled(chosen, teacher, data)
         taught: Teacher = teacher
-        if chosen.teacher != "resident":
-            chosen = settled(chosen, teacher, data)
         if caches_teacher(recipe):
-            k = min(chosen.teacher_top_k, config.vocab_size)
-            taught = _Likeliest(Path(), (), data.seq_len, k)
-        elif layout is not None:
-            taught = StreamedTeacher(layout, teacher.get_submodule(family(config).final_norm))
+            taught = _Likeliest(Path(), (), data.seq_len, min(chosen.teacher_top_k, config.vocab_size))
         del teacher
         training, before = Training(student, taught, data, chosen), tally.live
         built = tally.peak
@@ -494,15 +508,30 @@ def _work(tally: Tally, run: Callable[[], object]) -> Figures:
     return tally.flops - flops, tally.moved - moved
 
 
-def _solutions(model: PreTrainedModel, scheme: QuantScheme, *, gpu: bool = False) -> dict[str, Solution]:
-    """As read from what the block-wise stage has left: beside the model, or for a GPU not in its memory."""
-    solutions = {}
-    for path in block_linears(model):
-        shape = _weight(model, path).shape
-        latent_OI = torch.empty(()).expand(shape) if gpu else torch.empty(shape)
-        params: Params = GRIDS.get(scheme.grid).init(latent_OI, scheme)
-        solutions[path] = Solution(latent_OI, params, scheme)
-    return solutions
+def _starts(layout: _Layout, recipe: Recipe, _index: int, *, gpu: bool = False) -> dict[str, Start]:
+    """Of a block, as read from what the block-wise stage has left: latents that are for a GPU are not in its memory."""
+    scheme, latents, starts = recipe.int2.scheme(), trains_weights(recipe), dict[str, Start]()
+    for name, (rows, columns) in layout.shapes().items():
+        groups = (rows, scheme.groups(columns))
+        params = {key: torch.empty(groups) for key in GRIDS.get(scheme.grid).init(torch.empty(1, columns), scheme)}
+        if latents:
+            latent_OI = torch.empty(()).expand(rows, columns) if gpu else torch.empty(rows, columns)
+            starts[name] = Solution(latent_OI, params, scheme)
+        else:
+            packed_OB = torch.empty(rows, row_bytes(columns, scheme.bits), dtype=torch.uint8)
+            starts[name] = Coded(packed_OB, columns, params, scheme)
+    return starts
+
+
+def _by_path(layout: _Layout, recipe: Recipe, *, gpu: bool = False) -> Iterator[tuple[str, Start]]:
+    """Of all blocks, by module path."""
+    for index in range(len(layout)):
+        for name, start in _starts(layout, recipe, index, gpu=gpu).items():
+            yield f"{layout.spec.blocks}.{index}.{name}", start
+
+
+def _frozen(layout: _Layout, recipe: Recipe) -> Codes:
+    return Codes((path, start.qtensor()) for path, start in _by_path(layout, recipe))
 
 
 def _codes(layout: _Layout, scheme: QuantScheme) -> dict[str, QTensor]:
@@ -568,13 +597,17 @@ def _teacher(config: PretrainedConfig, recipe: Recipe, answers: Answers | None =
     rows = steps(chosen, seq_len) * chosen.batch_size
 
     def run(shallow: PretrainedConfig) -> Figures:
+        layout = _Layout(shallow)
         with imagined(answers) as tally, torch.no_grad():
-            teacher = _loaded(shallow, torch.float32, gpu=gpu)
+            teacher = StreamedTeacher(layout, *layout.ending())
             with torch.autocast("cpu", torch.bfloat16, enabled=chosen.precision == "bf16"):
-                likeliest(teacher, torch.zeros(micro, seq_len, dtype=torch.long), k, chosen.chunk_tokens)
+                (states_BTH,) = teacher.states(torch.zeros(micro, seq_len, dtype=torch.long), every_block=False)
+                likeliest(states_BTH, teacher.head, k, chosen.chunk_tokens)
             return tally.peak, tally.loose, tally.flops, tally.moved
 
     peak, loose, flops, moved = _at_depth(config, run)
+    # What the last block has written, of all rows of a shard, and the final norm of it.
+    peak += 2 * 4 * seq_len * config.hidden_size * max(0, min(rows, ROWS_A_SHARD) - micro)
     disk = CachedTeacher(Path(), range(rows)).bytes(k, config.vocab_size, seq_len)
     return Need("teacher", rows * seq_len, int(peak), disk, int(loose), flops * rows / micro, moved * rows / micro)
 
@@ -592,7 +625,7 @@ def _check(config: PretrainedConfig, recipe: Recipe, answers: Answers | None = N
         with imagined(answers) as tally, torch.no_grad():
             tokens_NT = torch.zeros(few, seq_len, dtype=torch.long)
             model = layout.without_linears()
-            codes = {path: s.qtensor() for path, s in _solutions(model, recipe.int2.scheme()).items()}
+            codes = _frozen(layout, recipe)
             tally.restart()
             before = tally.flops, tally.moved
             pack_model(model, codes, embeddings_bits=recipe.embeddings.bits)
@@ -678,18 +711,36 @@ class Plan:
     stages: tuple[Stage, ...]
 
 
-# In the order in which they are tried: what costs least first. By the stages they are for.
+@dataclass(frozen=True, slots=True)
+class _Saving:
+    """Settings that may save memory, and the stages that they are for."""
+
+    stages: frozenset[str]
+    settings: tuple[str, ...]
+
+    def of(self, recipe: Recipe) -> Recipe:
+        for setting in self.settings:
+            recipe = with_setting(recipe, setting)
+        return recipe
+
+    @property
+    def keys(self) -> set[str]:
+        return {setting.partition("=")[0] for setting in self.settings}
+
+
 _BLOCKWISE, _TRAINING = frozenset({"int4", "int2"}), frozenset({"teacher", "distill"})
+# In the order in which they are tried: what costs least first. The last one makes another artefact.
 _SAVINGS = (
-    (_BLOCKWISE, "memory.activations=disk"),
-    (frozenset({"generate"}), "data.generated.batch_size=32"),
-    (frozenset({"generate"}), "data.generated.batch_size=8"),
-    (_TRAINING, "distill.chunk_tokens=256"),
-    (_TRAINING, "distill.micro_batch_size=1"),
-    (_TRAINING, "memory.weights=sharded"),
-    (_TRAINING, "distill.gradient_checkpointing=true"),
-    (_TRAINING, "distill.teacher=offloaded"),
-    (_TRAINING, "distill.optimizer=adamw8bit"),
+    _Saving(_BLOCKWISE, ("memory.activations=disk",)),
+    _Saving(frozenset({"generate"}), ("data.generated.batch_size=32",)),
+    _Saving(frozenset({"generate"}), ("data.generated.batch_size=8",)),
+    _Saving(_TRAINING, ("distill.chunk_tokens=256",)),
+    _Saving(_TRAINING, ("distill.micro_batch_size=1",)),
+    _Saving(_TRAINING, ("memory.weights=sharded",)),
+    _Saving(_TRAINING, ("distill.gradient_checkpointing=true",)),
+    _Saving(_TRAINING, ("distill.teacher=offloaded",)),
+    _Saving(_TRAINING, ("distill.optimizer=adamw8bit",)),
+    _Saving(_TRAINING | {"int2"}, (SCALES_ALONE, "distill.scale_lr=5e-3")),
 )
 
 
@@ -697,22 +748,34 @@ def plan(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> Plan:
     """What `recipe` needs on `machine`, with as few savings as its stages ask for."""
     processes, gpu = max(1, machine.gpus), machine.gpus > 0
     program = GPU_CONTEXT if gpu else resident_bytes()
-    room, settings = machine.memory - program, dict[str, str]()
-    answers = Answers()
-    found = needs(config, recipe, processes=processes, gpu=gpu, answers=answers)
-    for stages, setting in _SAVINGS:
-        tight = frozenset(name for name in stages & found.keys() if found[name].memory > room)
-        if not tight or (setting == "memory.weights=sharded" and processes == 1):
+    room, answers = machine.memory - program, Answers()
+    given, kept = recipe, list[_Saving]()
+
+    def needed(recipe: Recipe, only: frozenset[str] | None = None) -> dict[str, Need]:
+        return needs(config, recipe, processes=processes, gpu=gpu, only=only, answers=answers)
+
+    found = needed(recipe)
+    for saving in _SAVINGS:
+        tight = frozenset(name for name in saving.stages & found.keys() if found[name].memory > room)
+        if not tight or (saving.keys == {"memory.weights"} and processes == 1):
             continue
-        changed = with_setting(recipe, setting)
+        changed = saving.of(recipe)
         try:
             check_optimizer(changed.distill)
         except UPQError:  # an optimiser that is not installed here
             continue
-        fresh = needs(config, changed, processes=processes, gpu=gpu, only=stages, answers=answers)
+        fresh = needed(changed, saving.stages)
         if any(fresh[name].memory < found[name].memory for name in tight):
             recipe, found = changed, found | fresh
-            settings[setting.partition("=")[0]] = setting  # a later value of a key replaces the one before
+            kept = [*(one for one in kept if not one.keys <= saving.keys), saving]
+    # The last one saves so much that some tried before may not be needed, the costliest of them first.
+    for saving in kept[-2::-1] if _SAVINGS[-1] in kept else ():
+        if all(found[name].memory <= room for name in saving.stages & found.keys()):
+            fewer = [one for one in kept if one is not saving]
+            changed = reduce(lambda recipe, one: one.of(recipe), fewer, given)
+            fresh = needed(changed, saving.stages)
+            if all(need.memory <= room for need in fresh.values()):
+                recipe, found, kept = changed, found | fresh, fewer
     size = size_of(config, answers)
     shown = tuple(
         Stage(
@@ -725,7 +788,8 @@ def plan(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> Plan:
         for need in found.values()
     )
     fits = all(stage.memory <= machine.memory for stage in shown)
-    return Plan(size.all, size.coded, machine, tuple(settings.values()), fits, shown)
+    settings = tuple(setting for saving in kept for setting in saving.settings)
+    return Plan(size.all, size.coded, machine, settings, fits, shown)
 
 
 def with_setting(recipe: Recipe, setting: str) -> Recipe:

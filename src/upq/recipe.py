@@ -102,6 +102,7 @@ class Distill(Strict):
     weight_decay: float = Field(0.0, ge=0)
     beta2: float = Field(0.95, gt=0, lt=1)
     clip: float = Field(1.0, gt=0)  # gradient norm
+    train_weights: bool = True  # False: codes stay as the block-wise stage has left them, and scales alone learn
     train_norms: bool = False
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments in float32, or in 8 bits (torchao)
     gradient_checkpointing: bool = False  # keep the blocks' inputs for the backward pass and run each block again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,16 +10,22 @@ import torch
 from torch import Tensor
 
 from upq.artifact import complete, explained, load_metadata, load_tensors, save_tensors
-from upq.kernels.reference import pack, unpack
+from upq.grids import Params
 from upq.nn.fake_quant import Solution
+from upq.nn.fixed_codes import Coded, Start
 from upq.scheme import QTensor, QuantScheme
+
+_PARAM = "param:"  # and the grid's name of it
 
 Report = dict[str, dict[str, float]]  # linear name to its figures
 
 
 @dataclass(frozen=True)
 class BlockStore:
-    """The blocks of one stage. Without `latents` a block comes back as its codes say: enough to build upon."""
+    """The blocks of one stage. Without `latents` a block comes back as its codes say: enough to build upon.
+
+    Or to train scales of, which is why the grid's parameters are kept either way.
+    """
 
     folder: Path
     scheme: QuantScheme
@@ -34,44 +41,31 @@ class BlockStore:
     def save(self, index: int, solutions: dict[str, Solution], report: Report) -> None:
         tensors: dict[str, Tensor] = {}
         for name, solution in solutions.items():
+            tensors |= {f"{name}:{_PARAM}{key}": value for key, value in solution.params.items()}
             if self.latents:
                 tensors[f"{name}:latent"] = solution.latent_OI
-                tensors |= {f"{name}:param:{key}": value for key, value in solution.params.items()}
             else:
-                q = solution.qtensor()
-                packed = pack(q.codes_OI, self.scheme.bits)
-                columns = torch.tensor(q.codes_OI.shape[1])
-                tensors |= {f"{name}:packed": packed, f"{name}:columns": columns}
-                tensors |= {f"{name}:scale": q.scale_OG, f"{name}:zero": q.zero_OG}
+                coded = Coded.of(solution.qtensor(), solution.params)
+                tensors |= {f"{name}:packed": coded.packed_OB, f"{name}:columns": torch.tensor(coded.in_features)}
         with explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         save_tensors(self.path(index), tensors, {"report": report})
 
-    def solutions(self, index: int) -> dict[str, Solution]:
-        assert self.latents
+    def solutions(self, index: int) -> Mapping[str, Start]:
+        """What each linear of a block trains from, by name."""
         parts = _by_linear(load_tensors(self.path(index))[0])
         with complete(self.path(index)):
+            if self.latents:
+                return {name: Solution(part["latent"], _params(part), self.scheme) for name, part in parts.items()}
             return {
-                name: Solution(
-                    part["latent"],
-                    {key.removeprefix("param:"): value for key, value in part.items() if key.startswith("param:")},
-                    self.scheme,
-                )
+                name: Coded(part["packed"], int(part["columns"]), _params(part), self.scheme)
                 for name, part in parts.items()
             }
 
     def qtensors(self, index: int) -> dict[str, QTensor]:
-        if self.latents:
-            return {name: solution.qtensor() for name, solution in self.solutions(index).items()}
-        parts = _by_linear(load_tensors(self.path(index))[0])
-        bits = self.scheme.bits
+        solutions = self.solutions(index)
         with complete(self.path(index)):
-            return {
-                name: QTensor(
-                    unpack(part["packed"], bits, int(part["columns"])), part["scale"], part["zero"], self.scheme
-                )
-                for name, part in parts.items()
-            }
+            return {name: solution.qtensor() for name, solution in solutions.items()}
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """Dequantised weights (O, I) of a block's linears, float32."""
@@ -82,6 +76,10 @@ class BlockStore:
         with complete(self.path(index)):
             report: Report = load_metadata(self.path(index))["report"]
         return report
+
+
+def _params(part: dict[str, Tensor]) -> Params:
+    return {key.removeprefix(_PARAM): value for key, value in part.items() if key.startswith(_PARAM)}
 
 
 def _by_linear(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -96,6 +96,7 @@ def table_of(made: Plan) -> Table:
 def notes(made: Plan, model: str, recipe: str, overrides: list[str]) -> Iterator[str]:
     """What the figures come to, and the command to paste."""
     from upq.console import size
+    from upq.plan import SCALES_ALONE
 
     gpus = made.machine.gpus
     limit = size(made.machine.memory) + (" of a GPU" if gpus else "")
@@ -109,6 +110,8 @@ def notes(made: Plan, model: str, recipe: str, overrides: list[str]) -> Iterator
         yield f"[bold red]does not fit[/bold red] in {limit}{tried}: {peak.name} needs {size(peak.memory)}"
         return
     yield f"[bold green]fits[/bold green] in {limit}" + (f" with {settings}" if settings else "")
+    if SCALES_ALONE in made.settings:
+        yield f"{SCALES_ALONE} is another training: codes stay as the block-wise stage leaves them (docs/scale.md)"
     start = f"torchrun --nproc-per-node {gpus} -m upq" if gpus > 1 else "upq"
     given = "".join(f" --set {shlex.quote(override)}" for override in overrides)
     chosen = "" if recipe == "default" else f" --recipe {shlex.quote(recipe)}"

@@ -102,8 +102,7 @@ class Objective(nn.Module):
                 return cached[at]
             if teacher is None or not self.loss.uses_teacher:
                 return None
-            # The head is frozen: the student's is that of a teacher on disk.
-            own = head if isinstance(teacher, StreamedTeacher) else teacher.get_submodule(self._head)
+            own = teacher.head if isinstance(teacher, StreamedTeacher) else teacher.get_submodule(self._head)
             logits_TV: Tensor = own(teachers[-1][at])
             return logits_TV
 

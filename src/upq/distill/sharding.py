@@ -11,29 +11,28 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
 from upq.distill.objective import Objective
-from upq.distill.student import make_student, make_student_block
-from upq.loading import family
-from upq.nn.fake_quant import Solution
+from upq.distill.student import Starts, decoder_blocks, load_student
 from upq.streaming import StreamedModel
 
 
 def load_sharded(
-    model: StreamedModel, solutions: Callable[[int], dict[str, Solution]], *, train_norms: bool
+    model: StreamedModel, solutions: Callable[[int], Starts], *, train_norms: bool, keep: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Student and teacher as `make_student` and `shard` leave them, read from the disk one decoder block at a time.
+    """Student and teacher as `load_student` and `shard` leave them; without `keep`, the teacher has no blocks.
 
-    `solutions` gives those of a block, by the names of its linears. Beside its shards, a process has embedding, final
-    norm, head and one block whole.
+    Beside its shards, a process has embedding, final norm, head and one block whole.
     """
-    mesh, teacher = _mesh(model.device.type), model.frame()
-    student = make_student(teacher, {}, train_norms=train_norms)
-    students, teachers = _blocks(student), _blocks(teacher)
-    for index in range(len(model)):
-        original = model.block(index)
-        students[index] = make_student_block(original, solutions(index), train_norms=train_norms)
-        teachers[index] = original
-        fully_shard(students[index], mesh=mesh)
-        _shard_teacher(original, mesh)
+    mesh, originals = _mesh(model.device.type), list[nn.Module]()
+
+    def cut(block: nn.Module, original: nn.Module) -> None:
+        fully_shard(block, mesh=mesh)
+        if keep:
+            _shard_teacher(original, mesh)
+            originals.append(original)
+
+    student, teacher = load_student(model, solutions, train_norms=train_norms, after=cut)
+    for index, original in enumerate(originals):
+        decoder_blocks(teacher)[index] = original
     return student, teacher
 
 
@@ -46,12 +45,12 @@ def shard(objective: Objective, device_type: str) -> None:
     process's memory and stays as it is, and so do blocks that are cut already.
     """
     mesh = _mesh(device_type)
-    for block in _blocks(objective.student):
+    for block in decoder_blocks(objective.student):
         if not isinstance(block, FSDPModule):
             fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh)
     if isinstance(objective.teacher, PreTrainedModel):
-        for block in _blocks(objective.teacher):
+        for block in decoder_blocks(objective.teacher):
             if not isinstance(block, FSDPModule):
                 _shard_teacher(block, mesh)
 
@@ -63,9 +62,3 @@ def _shard_teacher(block: nn.Module, mesh: DeviceMesh) -> None:
 
 def _mesh(device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, (dist.get_world_size(),))
-
-
-def _blocks(model: PreTrainedModel) -> nn.ModuleList:
-    blocks = model.get_submodule(family(model.config).blocks)
-    assert isinstance(blocks, nn.ModuleList)
-    return blocks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -11,12 +12,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from upq.loading import family
-from upq.nn.fake_quant import FakeQuantLinear, Solution
-from upq.scheme import QTensor
+from upq.nn.fixed_codes import Start
+from upq.nn.packed import Codes
+from upq.nn.trained import TrainedLinear
+from upq.streaming import StreamedModel
+
+Starts = Mapping[str, Start]  # by the path of a linear
 
 
-def make_student(teacher: PreTrainedModel, solutions: dict[str, Solution], *, train_norms: bool) -> PreTrainedModel:
-    """A model whose block linears are FakeQuantLinear, started from `solutions` (module path to solution).
+def make_student(teacher: PreTrainedModel, solutions: Starts, *, train_norms: bool) -> PreTrainedModel:
+    """A model whose block linears are TrainedLinear, started from `solutions`.
 
     Everything else is shared with the teacher, memory included, unless it is trained (`train_norms`).
     """
@@ -28,7 +33,31 @@ def make_student(teacher: PreTrainedModel, solutions: dict[str, Solution], *, tr
     return student
 
 
-def make_student_block(block: nn.Module, solutions: dict[str, Solution], *, train_norms: bool) -> nn.Module:
+def load_student(
+    model: StreamedModel,
+    solutions: Callable[[int], Starts],
+    *,
+    train_norms: bool,
+    after: Callable[[nn.Module, nn.Module], None] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """What `make_student` gives, read from the disk one decoder block at a time, and the original without its blocks.
+
+    `solutions` gives those of a block, by the names of its linears. `after` is shown each block of the student and the
+    original's, which is let go then.
+    Law (tests/test_distill_teacher.py): that student, bit for bit.
+    """
+    original = model.frame()
+    student = make_student(original, {}, train_norms=train_norms)
+    blocks = decoder_blocks(student)
+    for index in range(len(model)):
+        block = model.block(index)
+        blocks[index] = make_student_block(block, solutions(index), train_norms=train_norms)
+        if after is not None:
+            after(blocks[index], block)
+    return student, original
+
+
+def make_student_block(block: nn.Module, solutions: Starts, *, train_norms: bool) -> nn.Module:
     """`make_student` for one decoder block alone."""
     shared: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in block.parameters()}
     twin = copy.deepcopy(block, shared)
@@ -38,12 +67,11 @@ def make_student_block(block: nn.Module, solutions: dict[str, Solution], *, trai
     return twin.eval()
 
 
-def _put(module: nn.Module, solutions: dict[str, Solution], device: torch.device) -> None:
+def _put(module: nn.Module, solutions: Starts, device: torch.device) -> None:
     for path, solution in solutions.items():
         linear = module.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        layer = FakeQuantLinear(solution.latent_OI, solution.params, solution.scheme, linear.bias, device=device)
-        module.set_submodule(path, layer)
+        module.set_submodule(path, solution.layer(linear.bias, device))
 
 
 def _own(norms: dict[str, nn.Module]) -> None:
@@ -54,12 +82,16 @@ def _own(norms: dict[str, nn.Module]) -> None:
 
 def checkpoint_blocks(student: PreTrainedModel) -> None:
     """From here on each decoder block keeps its inputs for the backward pass, and runs again in it."""
-    blocks = student.get_submodule(family(student.config).blocks)
-    assert isinstance(blocks, nn.ModuleList)
-    for block in blocks:
+    for block in decoder_blocks(student):
         # transformers' own switch asks for training mode, which would bring dropout back. `forward` and not the call:
         # hooks, those that record hidden states and those of FSDP, stay outside and run once.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    blocks = model.get_submodule(family(model.config).blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
 
 
 def norms(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -84,17 +116,17 @@ def norm_weight(norm: nn.Module) -> Tensor:
     return norm.weight
 
 
-def fake_quant_layers(model: nn.Module) -> dict[str, FakeQuantLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)}
+def trained_linears(model: nn.Module) -> dict[str, TrainedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, TrainedLinear)}
 
 
-def freeze(student: nn.Module, *, keep: bool = True) -> dict[str, QTensor]:
+def freeze(student: nn.Module, *, keep: bool = True) -> Codes:
     """Module path to codes, on the CPU: exactly what the student's forward pass computes with.
 
     Every process has to ask where each has shards; those that do not `keep` the codes have them one at a time.
     """
-    frozen = ((name, layer.freeze().cpu()) for name, layer in fake_quant_layers(student).items())
-    return {name: q for name, q in frozen if keep}
+    frozen = ((name, layer.freeze().cpu()) for name, layer in trained_linears(student).items())
+    return Codes((name, q) for name, q in frozen if keep)
 
 
 def _skeleton_like(model: PreTrainedModel) -> PreTrainedModel:

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from upq.artifact import load_rows, save_tensors
 from upq.errors import UPQError
-from upq.loading import family
 from upq.losses import LOSSES, Divergence, TopK, log_softmax
 from upq.precision import computes_in_bf16
 from upq.progress import Progress
@@ -96,41 +95,36 @@ class CachedTeacher:
 
 @torch.no_grad()
 def write_cache(
-    cache: CachedTeacher,
-    teacher: PreTrainedModel,
-    tokens_NT: Tensor,
-    config: Distill,
-    *,
-    progress: Progress,
+    cache: CachedTeacher, teacher: StreamedTeacher, tokens_NT: Tensor, config: Distill, *, progress: Progress
 ) -> None:
     """One pass of the teacher over the rows of the cache; shards that are on disk are left as they are.
 
-    Batches do not cross shards, so a shard's bytes do not depend on where an earlier run stopped.
+    The teacher's blocks are read once a shard. Batches do not cross shards, so a shard's bytes do not depend on where
+    an earlier run stopped.
     """
-    k, index_dtype = min(config.teacher_top_k, teacher.config.vocab_size), _index_dtype(teacher.config.vocab_size)
-    device = teacher.device
-    bf16 = computes_in_bf16(config.precision, device, teacher.config.hidden_size)
+    model = teacher.model
+    k, index_dtype = min(config.teacher_top_k, model.config.vocab_size), _index_dtype(model.config.vocab_size)
+    bf16 = computes_in_bf16(config.precision, model.device, model.config.hidden_size)
     for shard in cache.missing():
-        parts = []
-        for batch in torch.split(torch.tensor(cache.of_shard(shard)), config.micro_batch_size):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                parts.append(likeliest(teacher, tokens_NT[batch].long(), k, config.chunk_tokens))
-            progress.advance(len(batch))
+        rows_NT, parts = tokens_NT[torch.tensor(cache.of_shard(shard))].long(), []
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            (states_NTH,) = teacher.states(rows_NT, every_block=False, batch_size=config.micro_batch_size)
+            for states_BTH in torch.split(states_NTH, config.micro_batch_size):
+                parts.append(likeliest(states_BTH, teacher.head, k, config.chunk_tokens))
+                progress.advance(len(states_BTH))
         index_NTK, logp_NTK, rest_NT = (torch.cat(part) for part in zip(*parts, strict=True))
         cache.folder.mkdir(parents=True, exist_ok=True)
         save_tensors(cache.path(shard), {"index": index_NTK.to(index_dtype), "logp": logp_NTK.half(), "rest": rest_NT})
 
 
-def likeliest(teacher: PreTrainedModel, tokens_BT: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def likeliest(states_BTH: Tensor, head: nn.Module, k: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     """Indices and log-probabilities (B, T-1, K), and the rest's (B, T-1): the last position predicts nothing."""
-    spec = family(teacher.config)
-    decoder, head = teacher.get_submodule(spec.decoder), teacher.get_submodule(spec.head)
-    states_BTH = decoder(input_ids=tokens_BT.to(teacher.device), use_cache=False).last_hidden_state[:, :-1]
-    parts = [TopK.of(log_softmax(head(states_TH)), k) for states_TH in states_BTH.flatten(0, 1).split(chunk)]
+    states_TH = states_BTH[:, :-1].flatten(0, 1)
+    parts = [TopK.of(log_softmax(head(chunk_TH)), k) for chunk_TH in torch.split(states_TH, chunk)]
     index_TK, logp_TK, rest_T = (
         torch.cat(part).cpu() for part in zip(*((p.index_TK, p.logp_TK, p.rest_T) for p in parts), strict=True)
     )
-    rows = len(tokens_BT)
+    rows = len(states_BTH)
     return index_TK.view(rows, -1, k), logp_TK.view(rows, -1, k), rest_T.view(rows, -1)
 
 
@@ -147,11 +141,20 @@ class StreamedTeacher:
 
     model: StreamedModel
     final_norm: nn.Module
+    head: nn.Module
+
+    @classmethod
+    def of(cls, model: StreamedModel, frame: PreTrainedModel) -> StreamedTeacher:
+        """`frame` is that of the model: the original without the weights of its blocks."""
+        return cls(model, frame.get_submodule(model.spec.final_norm), frame.get_submodule(model.spec.head))
 
     @torch.no_grad()
-    def states(self, tokens_BT: Tensor, *, every_block: bool) -> list[Tensor]:
-        """What each block writes (B, T, H), the last after the final norm; without `every_block`, that one alone."""
-        rows = len(tokens_BT)
+    def states(self, tokens_BT: Tensor, *, every_block: bool, batch_size: int | None = None) -> list[Tensor]:
+        """What each block writes (B, T, H), the last after the final norm; without `every_block`, that one alone.
+
+        A block computes all rows at once, or `batch_size` at a time.
+        """
+        rows = batch_size or len(tokens_BT)
         hidden_BTH, contexts = self.model.embed(tokens_BT, batch_size=rows)
         written = []
         for index, context in enumerate(contexts):

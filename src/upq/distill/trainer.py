@@ -24,11 +24,13 @@ from upq.artifact import complete, load_metadata, load_tensors, save_tensors
 from upq.distill.objective import Objective
 from upq.distill.optimizer import make_optimizer, plain, restored, set_rate
 from upq.distill.sharding import shard
-from upq.distill.student import checkpoint_blocks, fake_quant_layers, norm_weight, norms
-from upq.distill.teacher import CachedTeacher, Teacher
+from upq.distill.student import checkpoint_blocks, norm_weight, norms, trained_linears
+from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher
 from upq.errors import UPQError
+from upq.loading import family
 from upq.losses import LOSSES, Loss
-from upq.nn.fake_quant import rms, whole
+from upq.nn.fake_quant import FakeQuantLinear, rms
+from upq.nn.trained import whole
 from upq.precision import computes_in_bf16
 from upq.progress import Progress
 from upq.recipe import Distill, Plugin
@@ -197,26 +199,35 @@ def settled(config: Distill, teacher: Teacher, data: Batches) -> Distill:
     options = config.loss.options(cls.Config, f"distill.loss {config.loss.name}")
     if getattr(options, "confidence", 0.0) is not None:
         return config
-    assert isinstance(teacher, PreTrainedModel), "settle the configuration while the teacher is in memory"
+    assert not isinstance(teacher, CachedTeacher), "settle the configuration while the teacher is at hand"
     options = options.model_copy(update={"confidence": confidence(teacher, data)})
     return config.model_copy(update={"loss": Plugin(name=config.loss.name, **options.model_dump())})
 
 
 @torch.no_grad()
-def confidence(teacher: PreTrainedModel, data: Batches, *, rows: int = 16) -> float:
+def confidence(teacher: PreTrainedModel | StreamedTeacher, data: Batches, *, rows: int = 16) -> float:
     """Mean probability that the teacher gives to the tokens of the first training rows."""
-    tokens_BT, mask_BT = (x.to(teacher.device) for x in data.batch(0, rows))
-    logp_BTV = teacher(tokens_BT).logits[:, :-1].float().log_softmax(-1)
-    p_BT = logp_BTV.gather(-1, tokens_BT[:, 1:, None])[..., 0].exp()
-    return float(p_BT[mask_BT[:, 1:]].mean())
+    tokens_BT, mask_BT = data.batch(0, rows)
+    if isinstance(teacher, StreamedTeacher):
+        (states_BTH,), head = teacher.states(tokens_BT, every_block=False), teacher.head
+    else:
+        spec = family(teacher.config)
+        decoder, head = teacher.get_submodule(spec.decoder), teacher.get_submodule(spec.head)
+        states_BTH = decoder(input_ids=tokens_BT.to(teacher.device), use_cache=False).last_hidden_state
+    found = []
+    for states_TH, next_T, mask_T in zip(states_BTH, tokens_BT, mask_BT, strict=True):  # a row's logits at a time
+        logp_TV = head(states_TH[:-1]).float().log_softmax(-1)
+        found.append(logp_TV.gather(-1, next_T[1:, None].to(logp_TV.device))[mask_T[1:].to(logp_TV.device), 0].exp())
+    return float(torch.cat(found).mean())
 
 
 def _groups(student: PreTrainedModel, config: Distill) -> list[dict[str, Any]]:
     """A group a tensor kind: each matrix moves in proportion to its RMS, so one rate fits all widths and depths."""
-    layers = fake_quant_layers(student).values()
+    layers = trained_linears(student).values()
     groups: list[dict[str, Any]] = [
         {"params": [layer.weight], "lr": config.lr * rms(layer.weight), "weight_decay": config.weight_decay}
         for layer in layers
+        if isinstance(layer, FakeQuantLinear)
     ]
     scales = [p for layer in layers for p in layer.grid_params.values()]
     groups.append({"params": scales, "lr": config.scale_lr})

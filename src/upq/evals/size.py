@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from upq.artifact import INDEX, WEIGHTS, shard_names
 from upq.errors import UPQError
 from upq.loading import family
-from upq.nn.fake_quant import FakeQuantLinear
 from upq.nn.packed import PackedLinear
+from upq.nn.trained import TrainedLinear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,7 @@ def weights_bytes(model: str | Path) -> int:
 
 def _linear_bits(linear: nn.Module) -> tuple[int, float]:
     """Weights of a linear and the bits they are stored in."""
-    if isinstance(linear, FakeQuantLinear):
+    if isinstance(linear, TrainedLinear):
         with torch.no_grad():
             return _linear_bits(PackedLinear.from_qtensor(linear.freeze()))  # as it will be stored
     if isinstance(linear, PackedLinear):

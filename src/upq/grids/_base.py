@@ -30,6 +30,10 @@ class Grid(Protocol):
         """The value that `fake` computes, as codes."""
         ...
 
+    def scale_and_zero(self, params: Params, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+        """Scale and zero point (O, G), float32, of the codes that `freeze` gives: as stored, differentiable."""
+        ...
+
     def zero(self, scheme: QuantScheme) -> float | None:
         """The zero point all groups share, or None where each group stores its own."""
         ...

@@ -29,12 +29,15 @@ class Affine:
         codes_OI = code_OGS.to(torch.uint8).view_as(w_OI)
         return QTensor(codes_OI, scale_OG.to(scheme.scale_torch_dtype), zero_OG, scheme)
 
+    def scale_and_zero(self, params: Params, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+        zero_OG = round_ste(params["zero"]).clamp(0, scheme.levels - 1)
+        return stored_scale(params["log_scale"].exp(), scheme), zero_OG
+
     def zero(self, scheme: QuantScheme) -> float | None:
         return None
 
     def _code(self, w_OI: Tensor, params: Params, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
-        scale_OG = stored_scale(params["log_scale"].exp(), scheme)
-        zero_OG = round_ste(params["zero"]).clamp(0, scheme.levels - 1)
+        scale_OG, zero_OG = self.scale_and_zero(params, scheme)
         x_OGS = to_groups(w_OI.float(), scheme) / scale_OG[..., None] + zero_OG[..., None]
         return round_ste(x_OGS).clamp(0, scheme.levels - 1), zero_OG, scale_OG
 

@@ -56,26 +56,26 @@ class Seq:
 
     def fake(self, w_OI: Tensor, params: Params, scheme: QuantScheme) -> Tensor:
         n = scheme.levels // 2
-        delta_OG = self._delta(params, scheme)
+        scale_OG, _ = self.scale_and_zero(params, scheme)
+        delta_OG = scale_OG * n  # a power of two: exact
         fake_OGS: Tensor = _FakeSeq.apply(to_groups(w_OI.float(), scheme), delta_OG, n)  # type: ignore[no-untyped-call]
         return fake_OGS.view_as(w_OI)
 
     @torch.no_grad()
     def freeze(self, w_OI: Tensor, params: Params, scheme: QuantScheme) -> QTensor:
         n = scheme.levels // 2
-        delta_OG = self._delta(params, scheme)
-        q_OGS = _q(to_groups(w_OI.float(), scheme) / delta_OG[..., None], n)
+        scale_OG, zero_OG = self.scale_and_zero(params, scheme)
+        q_OGS = _q(to_groups(w_OI.float(), scheme) / (scale_OG * n)[..., None], n)
         codes_OI = (q_OGS * n + (n - 0.5)).to(torch.uint8).view_as(w_OI)
-        scale_OG = (delta_OG / n).to(scheme.scale_torch_dtype)
-        return QTensor(codes_OI, scale_OG, torch.full_like(delta_OG, n - 0.5), scheme)
+        return QTensor(codes_OI, scale_OG.to(scheme.scale_torch_dtype), zero_OG, scheme)
+
+    def scale_and_zero(self, params: Params, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+        # What is stored is Δ/n.
+        scale_OG = stored_scale(params["log_delta"].exp() / (scheme.levels // 2), scheme)
+        return scale_OG, torch.full_like(scale_OG, self.zero(scheme))
 
     def zero(self, scheme: QuantScheme) -> float:
         return (scheme.levels - 1) / 2
-
-    def _delta(self, params: Params, scheme: QuantScheme) -> Tensor:
-        # The scale Δ/n is what is stored; n is a power of two, so Δ = n·scale is exact.
-        n = scheme.levels // 2
-        return stored_scale(params["log_delta"].exp() / n, scheme) * n
 
 
 def _q(u: Tensor, n: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from upq.grids._base import GRIDS, SMALLEST_SCALE, Params
+from upq.grids._base import GRIDS, SMALLEST_SCALE, Params, stored_scale
 from upq.grids.affine import Affine
 from upq.scheme import QuantScheme, to_groups
 
@@ -24,9 +24,9 @@ class Sym(Affine):
     def zero(self, scheme: QuantScheme) -> float:
         return scheme.levels / 2
 
-    def _code(self, w_OI: Tensor, params: Params, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
-        zero_OG = torch.full_like(params["log_scale"], self.zero(scheme))
-        return super()._code(w_OI, {**params, "zero": zero_OG}, scheme)
+    def scale_and_zero(self, params: Params, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+        scale_OG = stored_scale(params["log_scale"].exp(), scheme)
+        return scale_OG, torch.full_like(scale_OG, self.zero(scheme))
 
 
 GRIDS.register("sym")(Sym())

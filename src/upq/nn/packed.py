@@ -6,7 +6,7 @@ from, bit for bit. How near the others come is the law of upq.kernels.cpu.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -130,6 +130,22 @@ class PackedLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.kernel_weight(), self.bias)
+
+
+class Codes(Mapping[str, QTensor]):
+    """Quantised linears by module path, kept packed: a code takes its bits and not a byte. Each look-up unpacks one."""
+
+    def __init__(self, qtensors: Iterable[tuple[str, QTensor]]) -> None:
+        self._packed = {path: PackedLinear.from_qtensor(q) for path, q in qtensors}
+
+    def __getitem__(self, path: str) -> QTensor:
+        return self._packed[path].qtensor()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
 
 
 class PackedEmbedding(_Packed):

@@ -1,0 +1,145 @@
+"""Codes that stay while scales learn: against the latents they come from, the plain form, and a training of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from test_distill import Losses, Random, make_config, make_teacher, train
+from upq.artifact import load_tensors
+from upq.blockwise import BlockStore, Solution
+from upq.distill.student import Starts, freeze, make_student, trained_linears
+from upq.grids import GRIDS, search_scale
+from upq.hf import block_linears
+from upq.nn.fake_quant import FakeQuantLinear
+from upq.nn.fixed_codes import Coded, FixedCodesLinear
+from upq.scheme import PER_CHANNEL, QTensor, QuantScheme, to_groups
+
+ROWS, COLUMNS = 6, 48
+CPU = torch.device("cpu")
+
+
+def solved(scheme: QuantScheme, seed: int = 0, rows: int = ROWS, columns: int = COLUMNS) -> Solution:
+    latent_OI = 0.3 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    params = {key: value + 0.1 for key, value in search_scale(latent_OI, scheme).items()}  # of no level's own size
+    return Solution(latent_OI, params, scheme)
+
+
+def same_codes(a: QTensor, b: QTensor) -> bool:
+    pairs = ((getattr(a, part), getattr(b, part)) for part in ("codes_OI", "scale_OG", "zero_OG"))
+    return a.scheme == b.scheme and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("group_size", [PER_CHANNEL, 8, 24])
+@pytest.mark.parametrize("grid", GRIDS.names())
+def test_it_starts_as_the_latents_do(grid: str, group_size: int, bits: int, bias: bool, tmp_path: Path) -> None:
+    scheme = QuantScheme(bits=bits, grid=grid, group_size=group_size)
+    solution, store = solved(scheme), BlockStore(tmp_path, scheme, latents=False)
+    store.save(0, {"x": solution}, {})
+    (coded,) = store.solutions(0).values()
+    assert isinstance(coded, Coded)
+    assert same_codes(coded.qtensor(), solution.qtensor())
+    bias_O = torch.randn(ROWS) if bias else None
+    fixed, fake = coded.layer(bias_O, CPU), solution.layer(bias_O, CPU)
+    assert torch.equal(fixed.fake(), fake.fake())
+    assert same_codes(fixed.freeze(), fake.freeze())
+    x = torch.randn(5, 3, COLUMNS)
+    assert torch.equal(fixed(x), fake(x))
+    assert fixed.shape == fake.shape == (ROWS, COLUMNS)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("group_size", [PER_CHANNEL, 8])
+@pytest.mark.parametrize("grid", GRIDS.names())
+def test_gradients_are_those_of_the_plain_form(grid: str, group_size: int, autocast: bool) -> None:
+    scheme = QuantScheme(bits=2, grid=grid, group_size=group_size)
+    layer = Coded.of(solved(scheme).qtensor(), solved(scheme).params).layer(torch.randn(ROWS), CPU)
+    x = torch.randn(5, COLUMNS)
+    g = torch.randn(5, ROWS)
+
+    def gradients(plain: bool) -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = F.linear(leaf, layer.fake(), layer.bias) if plain else layer(leaf)
+        y.backward(g.to(y.dtype))
+        return [y.detach(), leaf.grad, *(p.grad for p in layer.grid_params.values())]  # type: ignore[list-item]
+
+    for found, expected in zip(gradients(plain=False), gradients(plain=True), strict=True):
+        assert torch.equal(found, expected)
+    assert layer.packed.grad is None
+
+
+@pytest.mark.parametrize("group_size", [PER_CHANNEL, 8])
+@pytest.mark.parametrize("grid", GRIDS.names())
+def test_the_gradient_of_a_scale_is_how_the_weights_move_with_it(grid: str, group_size: int) -> None:
+    """`dŴ/d log s = Ŵ`: in float64, by hand, of what the grid calls its scale; and `dŴ/dz = -s`."""
+    scheme = QuantScheme(bits=2, grid=grid, group_size=group_size, scale_dtype="float32")
+    solution = solved(scheme)
+    layer = Coded.of(solution.qtensor(), solution.params).layer(None, CPU)
+    g_OI = torch.randn(ROWS, COLUMNS)
+    (layer.fake() * g_OI).sum().backward()
+    w_OGS, g_OGS = (to_groups(t.detach().double(), scheme) for t in (layer.fake(), g_OI))
+    scale_OG = layer.freeze().scale_OG.double()
+    for name, parameter in layer.grid_params.items():
+        expected = (w_OGS * g_OGS).sum(-1) if name.startswith("log_") else -scale_OG * g_OGS.sum(-1)
+        torch.testing.assert_close(parameter.grad.double(), expected, rtol=1e-4, atol=1e-6)  # type: ignore[union-attr]
+
+
+def starts(scheme: QuantScheme, *, latents: bool) -> tuple[torch.nn.Module, Starts]:
+    teacher = make_teacher()
+    weights = {path: teacher.get_submodule(path).weight for path in block_linears(teacher)}
+    solutions = {path: Solution(w, search_scale(w, scheme), scheme) for path, w in weights.items()}
+    return teacher, solutions if latents else {p: Coded.of(s.qtensor(), s.params) for p, s in solutions.items()}
+
+
+@pytest.mark.parametrize("grid", GRIDS.names())
+def test_a_training_moves_scales_and_norms_alone(grid: str, tmp_path: Path) -> None:
+    scheme, config = QuantScheme(bits=2, grid=grid), make_config(train_norms=True, train_weights=False, scale_lr=1e-2)
+    teacher, coded = starts(scheme, latents=False)
+    student = make_student(teacher, coded, train_norms=True)
+    before = freeze(student)
+    seen = Losses()
+    train(student, teacher, config, tmp_path / "c.safetensors", steps=30, data=Random(), progress=seen)
+    after = freeze(student)
+    for path, q in before.items():
+        assert torch.equal(q.codes_OI, after[path].codes_OI)
+        assert not torch.equal(q.scale_OG, after[path].scale_OG)
+    assert sum(seen.values[-5:]) < 0.97 * sum(seen.values[:5])
+    # The checkpoint: scales, norms and their moments; of the codes nothing.
+    shapes = {name: tuple(t.shape) for name, t in load_tensors(tmp_path / "c.safetensors")[0].items()}
+    assert {name for name in shapes if name.startswith("model:")}
+    assert not any("packed" in name for name in shapes)
+    assert all(len(shape) < 2 or shape[-1] == 1 for shape in shapes.values())
+
+
+def test_resumed_it_ends_in_the_same_bits(tmp_path: Path) -> None:
+    scheme, config = QuantScheme(bits=2), make_config(train_norms=True, train_weights=False, checkpoint_every=2)
+    teacher, coded = starts(scheme, latents=False)
+    whole, resumed = (make_student(teacher, coded, train_norms=True) for _ in range(2))
+    train(whole, teacher, config, tmp_path / "a.safetensors", steps=6, data=Random())
+    for steps in (2, 6):  # a fresh student each time, as a fresh process has one
+        resumed = make_student(teacher, coded, train_norms=True)
+        train(resumed, teacher, config, tmp_path / "b.safetensors", steps=steps, data=Random())
+    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_student_of_codes_takes_two_bits_a_weight() -> None:
+    scheme = QuantScheme(bits=2)
+    sizes = {}
+    for latents in (True, False):
+        teacher, start = starts(scheme, latents=latents)
+        student = make_student(teacher, start, train_norms=False)
+        layers = trained_linears(student).values()
+        assert {type(layer) for layer in layers} == {FakeQuantLinear if latents else FixedCodesLinear}
+        sizes[latents] = sum(p.nbytes for layer in layers for p in layer.parameters())
+    weights = sum(q.codes_OI.numel() for q in freeze(student).values())
+    rows = sum(len(q.scale_OG) for q in freeze(student).values())
+    assert sizes == {True: 4 * weights + 4 * rows, False: weights // 4 + 4 * rows}
