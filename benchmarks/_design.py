@@ -64,6 +64,8 @@ ROWS: dict[str, Row] = {
     "default-likeliest-answers": Row("default", ("data.generated.answer_temperature=0",)),
     "paper-g128": Row("paper", ("int2.group_size=128",)),
     "paper-g64": Row("paper", ("int2.group_size=64",)),
+    "default-block-wise": Row("default", (NO_TRAINING,)),
+    "default-scales": Row("default", ("distill.train_weights=false", "distill.scale_lr=5e-3")),
     "default-g128": Row("default", ("int2.group_size=128",)),
     "default-g64": Row("default", ("int2.group_size=64",)),
 }
@@ -164,6 +166,15 @@ GROUPS: dict[str, Group] = {
             "128, `default`": "default-g128",
             "64, `default`": "default-g64",
         },
+    ),
+    "trained": Group(
+        "What learns after the block-wise stage",
+        {
+            "nothing": "default-block-wise",
+            "scales and norms": "default-scales",
+            "weights, scales and norms (`default`)": "default",
+        },
+        every_seed=True,
     ),
 }
 

@@ -73,8 +73,10 @@ def judge(peaks: dict[int, int], *, is_1b: bool) -> list[Figure]:
     return figures
 
 
-def make(folder: Path, layers: int, hidden: int, vocabulary: int, seed: int = 0) -> None:
-    """A random Llama in bfloat16 with tied embeddings: a shard for the embedding and one for each block."""
+def make(
+    folder: Path, layers: int, hidden: int, vocabulary: int, seed: int = 0, *, mlp: int | None = None, tied: bool = True
+) -> None:
+    """A random Llama in bfloat16, a shard for each block and one for the rest; its MLP is four times as wide or `mlp`."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -82,14 +84,14 @@ def make(folder: Path, layers: int, hidden: int, vocabulary: int, seed: int = 0)
     config = AutoConfig.for_model(
         "llama",
         hidden_size=hidden,
-        intermediate_size=4 * hidden,
+        intermediate_size=mlp or 4 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
         num_key_value_heads=max(1, hidden // 256),
         head_dim=64,
         vocab_size=vocabulary,
         max_position_embeddings=131_072,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     config.save_pretrained(folder)
     with torch.device("meta"):

@@ -2,8 +2,8 @@
 
 Random models of several sizes go the whole way, each in a process of its own; the peak of memory is taken anew for each
 stage (Linux). Rows, iterations and steps are few, since memory does not depend on how many there are; the time is
-compared for those few. Conversations are left out: a random model ends none. The size 2048 is Llama 3.2 1B; with
-`--memory` a run has the settings that are planned for so much.
+compared for those few. Conversations are left out: a random model ends none. The size 2048 is Llama 3.2 1B, 4096 is
+Llama 3.1 8B; with `--memory` a run has the settings that are planned for so much.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from _alone import run_alone
 from _table import Figure, Table, make_console, show_figures, write_figures
 
 SIZES = (256, 512, 1024)
-LAYERS = {256: 8, 512: 6, 1024: 4, 2048: 16}
-VOCABULARY = {2048: 128_256}
+LAYERS = {256: 8, 512: 6, 1024: 4, 2048: 16, 4096: 32}
+VOCABULARY = {2048: 128_256, 4096: 128_256}
+MLP = {4096: 14_336}  # of the others four times the hidden size
+UNTIED = {4096}
 TOKENS = 32  # of other vocabularies for each unit of the hidden size, as in Llama's first versions
 OFF = 0.15  # of memory, either way
 SETTINGS = (
@@ -82,7 +84,8 @@ def make(folder: Path, hidden: int) -> None:
     import memory
 
     folder.mkdir()
-    memory.make(folder, LAYERS.get(hidden, 4), hidden, VOCABULARY.get(hidden, TOKENS * hidden))
+    vocabulary = VOCABULARY.get(hidden, TOKENS * hidden)
+    memory.make(folder, LAYERS.get(hidden, 4), hidden, vocabulary, mlp=MLP.get(hidden), tied=hidden not in UNTIED)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
