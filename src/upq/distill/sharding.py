@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
 from upq.distill.objective import Objective
 from upq.distill.student import make_student, make_student_block
-from upq.loading import family
 from upq.nn.fake_quant import Solution
+from upq.sharding import blocks, fill, make_mesh, shard_frozen
 from upq.streaming import StreamedModel
 
 
@@ -25,15 +22,12 @@ def load_sharded(
     `solutions` gives those of a block, by the names of its linears. Beside its shards, a process has embedding, final
     norm, head and one block whole.
     """
-    mesh, teacher = _mesh(model.device.type), model.frame()
+    mesh, teacher = make_mesh(model.device.type), model.frame()
     student = make_student(teacher, {}, train_norms=train_norms)
-    students, teachers = _blocks(student), _blocks(teacher)
-    for index in range(len(model)):
-        original = model.block(index)
+    students = blocks(student)
+    for index, original in fill(teacher, model, mesh):
         students[index] = make_student_block(original, solutions(index), train_norms=train_norms)
-        teachers[index] = original
         fully_shard(students[index], mesh=mesh)
-        _shard_teacher(original, mesh)
     return student, teacher
 
 
@@ -45,27 +39,12 @@ def shard(objective: Objective, device_type: str) -> None:
     whole, since no module of its own that could gather them is called. One that is read block by block is in no
     process's memory and stays as it is, and so do blocks that are cut already.
     """
-    mesh = _mesh(device_type)
-    for block in _blocks(objective.student):
+    mesh = make_mesh(device_type)
+    for block in blocks(objective.student):
         if not isinstance(block, FSDPModule):
             fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh)
     if isinstance(objective.teacher, PreTrainedModel):
-        for block in _blocks(objective.teacher):
+        for block in blocks(objective.teacher):
             if not isinstance(block, FSDPModule):
-                _shard_teacher(block, mesh)
-
-
-def _shard_teacher(block: nn.Module, mesh: DeviceMesh) -> None:
-    # Each of its blocks is a root of its own, and a root would stay whole after its first forward pass.
-    fully_shard(block, mesh=mesh, reshard_after_forward=True)
-
-
-def _mesh(device_type: str) -> DeviceMesh:
-    return init_device_mesh(device_type, (dist.get_world_size(),))
-
-
-def _blocks(model: PreTrainedModel) -> nn.ModuleList:
-    blocks = model.get_submodule(family(model.config).blocks)
-    assert isinstance(blocks, nn.ModuleList)
-    return blocks
+                shard_frozen(block, mesh)
