@@ -76,7 +76,7 @@ def judge(peaks: dict[int, int], *, is_1b: bool) -> list[Figure]:
 def make(
     folder: Path, layers: int, hidden: int, vocabulary: int, seed: int = 0, *, mlp: int | None = None, tied: bool = True
 ) -> None:
-    """A random Llama in bfloat16, a shard for each block and one for the rest; its MLP is four times as wide or `mlp`."""
+    """A random Llama in bfloat16, four times as wide in its MLP or `mlp`: a shard for each block, one for the rest."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tiny import byte_tokenizer
@@ -19,10 +21,13 @@ from upq.artifact import read_manifest
 from upq.data import generated
 from upq.data.generated import sample, write_conversations
 from upq.errors import UPQError
+from upq.loading import check_finite, generation_config, load_model
 from upq.pipeline import quantize
 from upq.processes import ALONE, Processes
 from upq.progress import Silent
 from upq.recipe import Generated, Recipe, Source
+from upq.sharding import load_original, make_mesh
+from upq.streaming import StreamedModel
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<s>' + m['role'] + ':' + m['content'] + '</s>' }}{% endfor %}"
@@ -54,6 +59,19 @@ def tiny(end: float) -> PreTrainedModel:
         model.lm_head.weight.zero_()
         model.lm_head.weight[TOKENIZER.eos_token_id] = torch.tensor(end).log() / 32
         model.lm_head.weight[TOKENIZER.bos_token_id] = -10.0
+    return model
+
+
+def various() -> PreTrainedModel:
+    """What it writes depends on all that came before, and ends after some ten tokens."""
+    model, end = tiny(1), TOKENIZER.eos_token_id
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+        model.model.embed_tokens.weight[:, 0] = 2.0  # so that the head can favour the end token
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[end, 0] = 2.0
     return model
 
 
@@ -190,12 +208,20 @@ class Written:
 
 
 def written(
-    folder: Path, model: Any, tokenizer: Any, section: Generated, processes: Processes = ALONE, batches: int = -1
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    section: Generated,
+    processes: Processes = ALONE,
+    batches: int = -1,
+    **options: bool,
 ) -> Written:
     """By `processes`, until the end or for so many batches."""
     progress, error = Counting(batches), ""
     try:
-        write_conversations(folder, model, tokenizer, section, seed=0, progress=progress, processes=processes)
+        write_conversations(
+            folder, model, tokenizer, section, seed=0, progress=progress, processes=processes, **options
+        )
     except UPQError as raised:
         error = str(raised)
     except KeyboardInterrupt:
@@ -307,3 +333,130 @@ def test_directories_of_their_own_are_noticed(group: Group) -> None:
     for each in group.found:
         assert "--out must lie on a file system that all machines share" in each["apart"].error
         assert "\n" not in each["apart"].error
+
+
+# ---- a model in shards: each process holds a part, so all have to run it as often
+
+REFUSING = byte_tokenizer(
+    bos="<s>",
+    eos="</s>",
+    chat_template="{% if 'V' in messages[0]['content'] %}{{ raise_exception('no V') }}{% endif %}" + TEMPLATE,
+)
+FEW = Generated(tokens=200, max_new_tokens=24, batch_size=2)
+SHARDED = {
+    "plain": (TOKENIZER, FEW),
+    "likeliest": (TOKENIZER, FEW.model_copy(update={"tokens": 100, "answer_temperature": 0.0})),
+    "no prompts": (TOKENIZER, FEW.model_copy(update={"tokens": 150, "batch_size": 1})),  # in some of the processes
+    "refused": (REFUSING, FEW),  # in one of them, when the others answer
+    "no template": (byte_tokenizer(eos="</s>"), FEW),
+    "ends none": (TOKENIZER, FEW.model_copy(update={"max_new_tokens": 1})),
+}
+# Of the files of a longer run, those that are there already.
+THERE = {
+    "plain": [slice(0, 0), slice(None, None, 2), slice(1, None)],
+    "no prompts": [slice(0, 0), slice(1, None, 2)],
+}
+CASES = [(name, number) for name in SHARDED for number in range(len(THERE.get(name, [slice(0, 0)])))]
+
+
+def alone_as_sharded(folder: Path) -> dict[tuple[str, int], Written]:
+    """What one process with the whole model leaves. What the others are to begin with is left below `folder`."""
+    found, model = {}, load_model(folder / "model")
+    for name, (tokenizer, section) in SHARDED.items():
+        longer = section.model_copy(update={"tokens": 2 * (section.tokens or 0)})
+        files = written(folder / f"longer {name}", model, tokenizer, longer).files
+        for number, there in enumerate(THERE.get(name, [slice(0, 0)])):
+            for place in ("alone", "sharded"):
+                (folder / f"{place} {name} {number}").mkdir()
+                for file in sorted(files)[there]:
+                    (folder / f"{place} {name} {number}" / file).write_text(files[file])
+            found[name, number] = written(folder / f"alone {name} {number}", model, tokenizer, section)
+    return found
+
+
+def sharded(processes: Processes, folder: Path) -> dict[str, Any]:
+    mesh = make_mesh("cpu")
+    model, whole = load_original(StreamedModel(folder / "model"), mesh), load_model(folder / "model")
+    model.generation_config = generation_config(folder / "model")
+    found: dict[str, Any] = {
+        (name, number): written(
+            folder / f"sharded {name} {number}", model, SHARDED[name][0], SHARDED[name][1], processes, sharded=True
+        )
+        for name, number in CASES
+    }
+    layers = model.model.layers.named_parameters()
+    found["whole"] = [name for name, p in layers if not isinstance(p, DTensor)]
+    found["different"] = [
+        name
+        for name, p in model.named_parameters()
+        if not torch.equal(p.full_tensor() if isinstance(p, DTensor) else p, whole.get_parameter(name))
+    ]
+    with pytest.raises(UPQError) as raised:
+        load_original(StreamedModel(folder / "damaged"), mesh)
+    found["damaged"] = str(raised.value)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, int], Written]]:
+    folder = tmp_path_factory.mktemp("sharded")
+    model = various()
+    model.generation_config.prefill_chunk_size = 4  # by itself, a pass for each 4 tokens of a prompt
+    model.save_pretrained(folder / "model")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
+    model.save_pretrained(folder / "damaged")
+    return folder, alone_as_sharded(folder)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def in_shards(
+    request: pytest.FixtureRequest,
+    whole_model: tuple[Path, dict[tuple[str, int], Written]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[dict[Any, Any]]:
+    """What each of the processes found, by rank."""
+    folder = tmp_path_factory.mktemp("shards") / "copy"
+    shutil.copytree(whole_model[0], folder)
+    return together(request.param, sharded, folder)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_model_in_shards_writes_what_it_writes_whole(
+    case: tuple[str, int],
+    in_shards: list[dict[Any, Any]],
+    whole_model: tuple[Path, dict[tuple[str, int], Written]],
+) -> None:
+    """Whatever is there already, whatever fails: the same files, progress and error."""
+    expected = whole_model[1][case]
+    assert all(each[case] == expected for each in in_shards)
+    errors = {"refused": "no V", "no template": "no chat template", "ends none": "ends none of its answers"}
+    assert errors.get(case[0], "") in expected.error
+    assert bool(expected.error) == (case[0] in errors)
+
+
+def test_cases_in_shards_are_what_they_are_meant_to_be(
+    whole_model: tuple[Path, dict[tuple[str, int], Written]],
+) -> None:
+    found = whole_model[1]
+    assert len(found["plain", 0].files) >= 3
+    assert found["refused", 0].files
+    numbers = [int(name[:6]) for name in found["no prompts", 0].files]
+    assert len(numbers) < max(numbers)  # batches without a conversation
+
+
+def test_a_model_in_shards_is_the_whole_one_and_stays_in_shards(in_shards: list[dict[Any, Any]]) -> None:
+    for each in in_shards:
+        assert each["different"] == []
+        assert each["whole"] == []
+
+
+def test_a_number_that_is_none_is_named_as_in_a_whole_model(
+    in_shards: list[dict[Any, Any]], whole_model: tuple[Path, dict[tuple[str, int], Written]]
+) -> None:
+    path = whole_model[0] / "damaged"
+    with pytest.raises(UPQError) as raised:
+        check_finite(load_model(path), "PLACE")
+    said = str(raised.value)
+    assert "layers.1.mlp.up_proj.weight holds NaN" in said
+    for each in in_shards:
+        assert each["damaged"].partition(": ")[2] == said.partition(": ")[2]

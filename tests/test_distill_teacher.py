@@ -18,7 +18,6 @@ from upq.distill import teacher as teacher_module
 from upq.distill.objective import Objective
 from upq.distill.student import (
     checkpoint_blocks,
-    decoder_blocks,
     load_student,
     make_student,
     trained_linears,
@@ -27,6 +26,7 @@ from upq.distill.teacher import CachedTeacher, StreamedTeacher, check, write_cac
 from upq.distill.trainer import make_loss, settled
 from upq.errors import UPQError
 from upq.grids import search_scale
+from upq.loading import decoder_blocks
 from upq.losses import LOSSES, Divergence, Loss, TopK
 from upq.models import FAMILIES
 from upq.nn.fake_quant import Solution

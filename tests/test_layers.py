@@ -31,7 +31,7 @@ LAYERS = (
         "imagined",
     ),
     ("grids", "losses", "kernels"),
-    ("nn", "models", "loading", "activations", "streaming", "data"),
+    ("nn", "models", "loading", "activations", "streaming", "sharding", "data"),
     ("blockwise", "distill", "formats", "evals", "demo", "decoding"),
     ("hf", "exports", "card", "pipeline", "console", "quiet", "bench", "plan"),
     ("cli",),

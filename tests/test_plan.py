@@ -271,6 +271,20 @@ def test_conversations_are_shared_out_by_whole_batches() -> None:
         assert (need.memory, need.disk, need.tokens) == (alone.memory, alone.disk, alone.tokens)
 
 
+def test_conversations_of_a_model_in_shards_take_a_share_of_it_and_two_blocks() -> None:
+    """And the time of a whole model's."""
+    deep, settings = config(6), "data.generated={tokens: 640, batch_size: 4, max_new_tokens: 16}"
+    layers = AutoModelForCausalLM.from_config(deep, dtype=torch.bfloat16).model.layers
+    cut, block = (sum(p.nbytes for p in module.parameters()) for module in (layers, layers[0]))
+    for n in (2, 3, 4):
+        whole, sharded = (
+            needs(deep, recipe(settings, f"memory.weights={weights}"), processes=n, gpu=True)["generate"]
+            for weights in ("replicated", "sharded")
+        )
+        assert whole.memory - sharded.memory == pytest.approx(cut * (1 - 1 / n) - 2 * block, abs=2)
+        assert (sharded.flops, sharded.moved, sharded.disk) == (whole.flops, whole.moved, whole.disk)
+
+
 # ---- what fits
 
 
@@ -297,6 +311,39 @@ def test_settings_are_tried_in_order_and_only_those_that_help_are_kept(monkeypat
     ):
         made = plan(config(1), recipe(), Machine(memory))
         assert (made.settings, made.fits) == (settings, fits)
+
+
+@pytest.mark.parametrize(
+    ("memory", "gpus", "settings", "needed"),
+    [
+        (100, 2, (), (80, 100)),
+        (90, 2, ("memory.weights=sharded",), (30, 50)),  # chosen for the training
+        (40, 2, ("memory.weights=sharded",), (30, 50)),  # conversations are not made fewer where shards do
+        (25, 2, ("memory.weights=sharded", "data.generated.batch_size=32"), (15, 50)),
+        (79, 0, ("data.generated.batch_size=32",), (65, 100)),
+        (64, 0, ("data.generated.batch_size=8",), (62, 100)),
+    ],
+)
+def test_shards_are_planned_for_all_stages_that_have_them(
+    memory: int,
+    gpus: int,
+    settings: tuple[str, ...],
+    needed: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def found(_config: Any, chosen: Recipe, *, only: Any = None, **_: Any) -> dict[str, Need]:
+        sharded = chosen.memory.weights == "sharded"
+        assert chosen.data.generated is not None
+        writes = 60 - 50 * sharded + {128: 20, 32: 5, 8: 2}[chosen.data.generated.batch_size]
+        made = {"generate": Need("generate", 1, writes, 0), "distill": Need("distill", 1, 100 - 50 * sharded, 0)}
+        return {name: need for name, need in made.items() if only is None or name in only}
+
+    monkeypatch.setattr(planning, "needs", found)
+    monkeypatch.setattr(planning, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(planning, "GPU_CONTEXT", 0)
+    made = plan(config(1), recipe("data.generated={}"), Machine(memory, gpus))
+    assert made.settings == settings
+    assert tuple(stage.memory for stage in made.stages) == needed
 
 
 def test_what_is_suggested_fits_without_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ from upq.artifact import (
 from upq.card import model_card
 from upq.errors import UPQError
 from upq.grids import GRIDS, search_scale
-from upq.loading import check_sizes, family, foreign, load_config, load_model
+from upq.loading import check_sizes, decoder_blocks, family, foreign, load_config, load_model
 from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead, dense_like, pack_like
 from upq.scheme import QTensor, QuantScheme
 
@@ -354,8 +354,7 @@ def quantize_rows(w_VI: Tensor, scheme: QuantScheme) -> QTensor:
 def block_linears(model: PreTrainedModel) -> list[str]:
     """Paths of the linears in all decoder blocks, in order of execution."""
     spec = family(model.config)
-    blocks = cast(nn.ModuleList, model.get_submodule(spec.blocks))
-    return [f"{spec.blocks}.{i}.{name}" for i in range(len(blocks)) for name in spec.linears]
+    return [f"{spec.blocks}.{i}.{name}" for i in range(len(decoder_blocks(model))) for name in spec.linears]
 
 
 def embedding_tables(model: PreTrainedModel) -> list[str]:

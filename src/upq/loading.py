@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -130,6 +131,13 @@ def family(config: PretrainedConfig) -> ModelSpec:
     if config.model_type not in FAMILIES.names():
         _unknown(config.model_type)
     return FAMILIES.get(config.model_type)
+
+
+def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's own list: what is put into it is in the model."""
+    blocks = model.get_submodule(family(model.config).blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
 
 
 def check_finite(model: PreTrainedModel, name: str | Path) -> None:

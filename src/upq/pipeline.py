@@ -17,13 +17,14 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from pydantic import Field, ValidationError
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig, PreTrainedModel
 
 from upq.activations import Allocate, allocator
@@ -67,6 +68,7 @@ from upq.processes import Processes
 from upq.progress import Progress, Silent
 from upq.recipe import Blockwise, Data, Generated, Recipe, Source, Strict, decode, digest
 from upq.scheme import QTensor
+from upq.sharding import load_original, make_mesh
 from upq.signals import Stop
 from upq.streaming import StreamedModel
 
@@ -341,11 +343,12 @@ class _Run:
 
     def generate(self, section: Generated, processes: Processes) -> None:
         self.progress.start("generate")
+        sharded = self.recipe.memory.weights == "sharded" and processes.world > 1
+        mesh = make_mesh(torch.device(self.device).type) if sharded else None
         with processes.alike():
             for source in sources_of(self.recipe.data):
                 identity(source)  # a file that is not there shows before the model has written for hours
-            model = load_model(self.model, dtype=torch.float32 if self.device == "cpu" else "auto", device=self.device)
-            check_finite(model, self.model)
+            model = self.original(mesh)
             tokenizer = load_tokenizer(self.model)
         write_conversations(
             self.generated(section),
@@ -355,7 +358,19 @@ class _Run:
             seed=self.recipe.seed,
             progress=self.progress,
             processes=processes,
+            sharded=sharded,
         )
+
+    def original(self, mesh: DeviceMesh | None) -> PreTrainedModel:
+        """To write conversations with: whole, or cut over the processes of `mesh`."""
+        dtype: torch.dtype | Literal["auto"] = torch.float32 if self.device == "cpu" else "auto"
+        if mesh is None:
+            model = load_model(self.model, dtype=dtype, device=self.device)
+            check_finite(model, self.model)
+        else:
+            model = load_original(StreamedModel(self.model, device=self.device, dtype=dtype), mesh)
+            model.generation_config = generation_config(self.model)
+        return model
 
     def generated(self, section: Generated) -> Path:
         """By what it is made of: until run.json is written, another recipe may come to this directory."""

@@ -550,15 +550,21 @@ def _codes(layout: _Layout, scheme: QuantScheme) -> dict[str, QTensor]:
 def _generate(
     config: PretrainedConfig, recipe: Recipe, processes: int, answers: Answers | None = None, *, gpu: bool
 ) -> Need:
-    """Memory at the most: prompt and answer as long as they may be. Time: on average half as long, to the limit."""
+    """Memory at the most: prompt and answer as long as they may be. Time: on average half as long, to the limit.
+
+    With `sharded`, what is cut is divided: FSDP itself is not run.
+    """
     section = to_be_written(recipe)
     assert section is not None
     assert section.tokens is not None
     rows, limit = section.batch_size, section.max_new_tokens
+    sharded = recipe.memory.weights == "sharded" and processes > 1
 
     def run(shallow: PretrainedConfig) -> Figures:
         with imagined(answers) as tally, torch.inference_mode():
             model: Any = _loaded(shallow, None if gpu else torch.float32)
+            if sharded:
+                tally.restart()  # it is never read whole
             cache = DynamicCache(config=shallow)
 
             def extend(tokens: int) -> None:
@@ -578,6 +584,10 @@ def _generate(
 
     first, first_loose, last, last_loose, *work = _at_depth(config, run)
     peak, loose = max((first, first_loose), (last, last_loose))
+    if sharded:
+        size, dtype = size_of(config, answers), _own_dtype(config) if gpu else torch.float32
+        # Whole while it computes: a block, and once more as it was sent.
+        peak += dtype.itemsize * size.block * (2 - size.blocks * (1 - 1 / processes))
     batches = section.tokens / (rows * limit)
     if processes > 1:
         batches = -(-batches // processes)  # rounds, in which each process makes a whole one
@@ -729,14 +739,16 @@ class _Saving:
 
 
 _BLOCKWISE, _TRAINING = frozenset({"int4", "int2"}), frozenset({"teacher", "distill"})
+_GENERATE = frozenset({"generate"})
 # In the order in which they are tried: what costs least first. The last one makes another artefact.
 _SAVINGS = (
     _Saving(_BLOCKWISE, ("memory.activations=disk",)),
-    _Saving(frozenset({"generate"}), ("data.generated.batch_size=32",)),
-    _Saving(frozenset({"generate"}), ("data.generated.batch_size=8",)),
     _Saving(_TRAINING, ("distill.chunk_tokens=256",)),
     _Saving(_TRAINING, ("distill.micro_batch_size=1",)),
-    _Saving(_TRAINING, ("memory.weights=sharded",)),
+    _Saving(_TRAINING | _GENERATE, ("memory.weights=sharded",)),
+    # After what the training mostly asks for anyway: fewer conversations at a time take as many times longer.
+    _Saving(_GENERATE, ("data.generated.batch_size=32",)),
+    _Saving(_GENERATE, ("data.generated.batch_size=8",)),
     _Saving(_TRAINING, ("distill.gradient_checkpointing=true",)),
     _Saving(_TRAINING, ("distill.teacher=offloaded",)),
     _Saving(_TRAINING, ("distill.optimizer=adamw8bit",)),

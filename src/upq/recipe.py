@@ -125,7 +125,7 @@ class Memory(Strict):
     """
 
     activations: Literal["memory", "disk"] = "memory"  # hidden states of the calibration rows
-    # Under torchrun, of the training: a copy in each process, or shards over all of them (FSDP2).
+    # Under torchrun, of conversations and training: a copy in each process, or shards over all of them (FSDP2).
     weights: Literal["replicated", "sharded"] = "replicated"
 
 

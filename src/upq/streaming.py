@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from upq.activations import Activations, Allocate, in_memory, stretches
 from upq.artifact import tensor_files
 from upq.errors import UPQError
-from upq.loading import check_sizes, family, foreign, load_config
+from upq.loading import check_sizes, decoder_blocks, family, foreign, load_config
 from upq.precision import Precision, computes_in_bf16
 
 Context = dict[str, Any]  # keyword arguments of a decoder block: positions, mask, rotary embeddings
@@ -58,7 +58,7 @@ class StreamedModel:
         self.config = config
         self.spec = family(config)
         self._skeleton = self.empty()
-        self._blocks = list(_blocks(self._skeleton, self.spec.blocks))
+        self._blocks = list(decoder_blocks(self._skeleton))
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -108,7 +108,7 @@ class StreamedModel:
         `generation_config`, which it has from its config alone.
         """
         model, linears = self.frame(), {f"{name}.weight" for name in self.spec.linears}
-        for index, block in enumerate(_blocks(model, self.spec.blocks)):
+        for index, block in enumerate(decoder_blocks(model)):
             prefix = f"{self.spec.blocks}.{index}."
             rest = {name: empty.shape for name, empty in block.state_dict().items() if name not in linears}
             tensors = {name: self._tensor(prefix + name, shape).to(self.device) for name, shape in rest.items()}
@@ -196,12 +196,6 @@ class StreamedModel:
         with _opened(min(self._files.values())) as file:
             dtypes = (file.get_tensor(name).dtype for name in file.keys())  # noqa: SIM118  (not a mapping)
             return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
-
-
-def _blocks(model: PreTrainedModel, path: str) -> nn.ModuleList:
-    blocks = model.get_submodule(path)
-    assert isinstance(blocks, nn.ModuleList)
-    return blocks
 
 
 class _Recorder(nn.Module):

@@ -79,15 +79,15 @@ def test_from_one_process_to_two_and_back(victim: Victim, unharmed: Unharmed, tm
 
 
 def test_two_processes_write_the_conversations_of_one(victim: Victim, tmp_path: Path) -> None:
-    """One of them killed on the way and both begun again: the same files, and with them the same artefact."""
+    """One of them killed on the way and both begun again, the model now in shards: the same files and artefact."""
     one, two, log = tmp_path / "one", tmp_path / "two", tmp_path / "log"
-    command = [*TWO, *victim.arguments(two, *WRITES)]
-    with started(command, log) as torchrun:
+    sharded = (*WRITES, "--set", "memory.weights=sharded")
+    with started([*TWO, *victim.arguments(two, *WRITES)], log) as torchrun:
         wait_for(torchrun, lambda: list(two.glob(".work/generated-*/000002.jsonl")), log)
         os.kill(json.loads((two / ".lock").read_text())["pid"], signal.SIGKILL)
         assert torchrun.wait(120) != 0
     left = len(list(two.glob(".work/generated-*/*.jsonl")))
-    for to_the_end in (command, [*ONE, *victim.arguments(one, *WRITES)]):
+    for to_the_end in ([*TWO, *victim.arguments(two, *sharded)], [*ONE, *victim.arguments(one, *sharded)]):
         with started(to_the_end, log) as process:
             assert process.wait(300) == 0, log.read_text()
     found, expected = outcome(two), outcome(one)

@@ -41,6 +41,7 @@ def write_conversations(
     seed: int,
     progress: Progress,
     processes: Processes = ALONE,
+    sharded: bool = False,
 ) -> Path:
     """Conversations of one turn in `folder`, a file of JSON lines for each batch, of `section.tokens` tokens in all.
 
@@ -48,7 +49,8 @@ def write_conversations(
     `progress` advances by tokens. Raises UPQError where the model has no chat template or ends no answer.
 
     Several processes make a batch each at the same time, then write them one after the other, up to the one that
-    completes the tokens. So files, errors and progress are those of a single process, whenever a run ends.
+    completes the tokens. So files, errors and progress are those of a single process, whenever a run ends. `sharded`:
+    each holds a part of `model`, which they run together.
     """
     assert section.tokens is not None
     with processes.alike(), explained(folder):
@@ -57,7 +59,8 @@ def write_conversations(
     files = []
     while done < section.tokens:
         mine = number + processes.rank
-        batch = _batch(_file(folder, mine), model, tokenizer, section, seed=seed * 1_000_003 + mine)
+        voice = _Voice(model, tokenizer, section, processes if sharded else ALONE)
+        batch = _batch(_file(folder, mine), voice, tokenizer, section, seed=seed * 1_000_003 + mine)
         for rank, size in enumerate(processes.each(batch.size)):
             with processes.alike():
                 if rank == processes.rank:
@@ -107,32 +110,52 @@ def _file(folder: Path, number: int) -> Path:
     return folder / f"{number:06}.jsonl"
 
 
-def _batch(
-    path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: Generated, *, seed: int
-) -> _Batch:
+class _Voice:
+    """What the model writes for a batch: the user's words, then the answers.
+
+    Processes that share a model ask it together. So each asks as often as the others, with prompts or without: `rest`
+    makes up for what was not asked for a batch that was there already, or that failed.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: Generated, company: Processes
+    ) -> None:
+        self._model, self._tokenizer, self._company = model, tokenizer, company
+        self._limit, self._left = section.max_new_tokens, 2
+
+    def __call__(self, prompts: list[list[int]], temperature: float) -> list[str]:
+        self._left -= 1
+        return sample(self._model, self._tokenizer, prompts, self._limit, temperature, company=self._company)
+
+    def rest(self) -> None:
+        while self._left:
+            self([], 1.0)
+
+
+def _batch(path: Path, voice: _Voice, tokenizer: PreTrainedTokenizerBase, section: Generated, *, seed: int) -> _Batch:
     """From `path` where it is there. An error is kept for the batch's turn, which may not come."""
     try:
         if path.is_file():
             text = path.read_text()
         else:
             torch.manual_seed(seed)
-            talks = _conversations(model, tokenizer, section)
+            talks = _conversations(voice, tokenizer, section)
             text = "".join(json.dumps({"messages": talk}) + "\n" for talk in talks)
         size = sum(len(_tokens(tokenizer, json.loads(line)["messages"])) for line in text.splitlines())
+        batch = _Batch(path, text, size)
     except UPQError as error:
-        return _Batch(path, error=error)
-    return _Batch(path, text, size)
+        batch = _Batch(path, error=error)
+    voice.rest()
+    return batch
 
 
-def _conversations(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: Generated
-) -> Iterator[Conversation]:
+def _conversations(voice: _Voice, tokenizer: PreTrainedTokenizerBase, section: Generated) -> Iterator[Conversation]:
     """One batch. What was cut off at the limit is left out: the template would end it where the model did not."""
     header_ids = tokenizer(_header(tokenizer), add_special_tokens=False)["input_ids"]
-    asked = sample(model, tokenizer, [header_ids] * section.batch_size, section.max_new_tokens, section.temperature)
+    asked = voice([header_ids] * section.batch_size, section.temperature)
     turns = [[{"role": "user", "content": prompt}] for prompt in asked if prompt]
     prompts = [_tokens(tokenizer, turn, prompt=True) for turn in turns]
-    answers = sample(model, tokenizer, prompts, section.max_new_tokens, section.answer_temperature)
+    answers = voice(prompts, section.answer_temperature)
     for turn, answer in zip(turns, answers, strict=True):
         if answer:
             yield [*turn, {"role": "assistant", "content": answer}]
@@ -165,18 +188,22 @@ def sample(
     prompts: list[list[int]],
     max_new_tokens: int,
     temperature: float = 1.0,
+    *,
+    company: Processes = ALONE,
 ) -> list[str]:
     """What the model writes after each prompt up to an end token; empty where none came within `max_new_tokens`.
 
-    At temperature 0 the likeliest token each time.
+    At temperature 0 the likeliest token each time. `company` are those that hold a part of the model each: all of them
+    have to call, and run it as often as the one that writes longest, on a single token where they have no prompts.
     """
-    if not prompts:
+    if not any(company.each(len(prompts))):
         return []
-    width = max(map(len, prompts))
     ends = _ends(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
-    rows_BT = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    asked = prompts or [[pad]]
+    width = max(map(len, asked))
+    rows_BT = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in asked], device=model.device)
+    mask_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in asked], device=model.device)
     how: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature:
         how |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -185,11 +212,13 @@ def sample(
         rows_BT,
         attention_mask=mask_BT,
         **how,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens if prompts else 1,
+        synced_gpus=company.world > 1,
+        prefill_chunk_size=None,  # of the model's own settings: as many passes for a prompt of any width
         eos_token_id=sorted(ends),
         pad_token_id=pad,
     )
-    return [_finished(tokenizer, ids, ends) for ids in written_BT[:, width:].tolist()]
+    return [_finished(tokenizer, ids, ends) for ids in written_BT[: len(prompts), width:].tolist()]
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
 from upq.distill.objective import Objective
-from upq.distill.student import Starts, decoder_blocks, load_student
+from upq.distill.student import Starts, load_student
+from upq.loading import decoder_blocks
+from upq.memory import trim
+from upq.sharding import make_mesh, shard_frozen
 from upq.streaming import StreamedModel
 
 
@@ -22,13 +23,14 @@ def load_sharded(
 
     Beside its shards, a process has embedding, final norm, head and one block whole.
     """
-    mesh, originals = _mesh(model.device.type), list[nn.Module]()
+    mesh, originals = make_mesh(model.device.type), list[nn.Module]()
 
     def cut(block: nn.Module, original: nn.Module) -> None:
         fully_shard(block, mesh=mesh)
         if keep:
-            _shard_teacher(original, mesh)
+            shard_frozen(original, mesh)
             originals.append(original)
+        trim()
 
     student, teacher = load_student(model, solutions, train_norms=train_norms, after=cut)
     for index, original in enumerate(originals):
@@ -44,7 +46,7 @@ def shard(objective: Objective, device_type: str) -> None:
     whole, since no module of its own that could gather them is called. One that is read block by block is in no
     process's memory and stays as it is, and so do blocks that are cut already.
     """
-    mesh = _mesh(device_type)
+    mesh = make_mesh(device_type)
     for block in decoder_blocks(objective.student):
         if not isinstance(block, FSDPModule):
             fully_shard(block, mesh=mesh)
@@ -52,13 +54,4 @@ def shard(objective: Objective, device_type: str) -> None:
     if isinstance(objective.teacher, PreTrainedModel):
         for block in decoder_blocks(objective.teacher):
             if not isinstance(block, FSDPModule):
-                _shard_teacher(block, mesh)
-
-
-def _shard_teacher(block: nn.Module, mesh: DeviceMesh) -> None:
-    # Each of its blocks is a root of its own, and a root would stay whole after its first forward pass.
-    fully_shard(block, mesh=mesh, reshard_after_forward=True)
-
-
-def _mesh(device_type: str) -> DeviceMesh:
-    return init_device_mesh(device_type, (dist.get_world_size(),))
+                shard_frozen(block, mesh)

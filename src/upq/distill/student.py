@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from upq.loading import family
+from upq.loading import decoder_blocks, family
 from upq.nn.fixed_codes import Start
 from upq.nn.packed import Codes
 from upq.nn.trained import TrainedLinear
@@ -86,12 +86,6 @@ def checkpoint_blocks(student: PreTrainedModel) -> None:
         # transformers' own switch asks for training mode, which would bring dropout back. `forward` and not the call:
         # hooks, those that record hidden states and those of FSDP, stay outside and run once.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-
-
-def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    blocks = model.get_submodule(family(model.config).blocks)
-    assert isinstance(blocks, nn.ModuleList)
-    return blocks
 
 
 def norms(model: PreTrainedModel) -> dict[str, nn.Module]:
