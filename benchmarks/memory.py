@@ -92,6 +92,7 @@ def make(
         vocab_size=vocabulary,
         max_position_embeddings=131_072,
         tie_word_embeddings=tied,
+        dtype="bfloat16",
     )
     config.save_pretrained(folder)
     with torch.device("meta"):

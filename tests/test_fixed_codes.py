@@ -38,18 +38,20 @@ def same_codes(a: QTensor, b: QTensor) -> bool:
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("group_size", [PER_CHANNEL, 8, 24])
 @pytest.mark.parametrize("grid", GRIDS.names())
-def test_it_starts_as_the_latents_do(grid: str, group_size: int, bits: int, bias: bool, tmp_path: Path) -> None:
+def test_it_starts_as_the_latents_do(
+    grid: str, group_size: int, bits: int, bias: bool, tmp_path: Path, device: str
+) -> None:
     scheme = QuantScheme(bits=bits, grid=grid, group_size=group_size)
     solution, store = solved(scheme), BlockStore(tmp_path, scheme, latents=False)
     store.save(0, {"x": solution}, {})
     (coded,) = store.solutions(0).values()
     assert isinstance(coded, Coded)
     assert same_codes(coded.qtensor(), solution.qtensor())
-    bias_O = torch.randn(ROWS) if bias else None
-    fixed, fake = coded.layer(bias_O, CPU), solution.layer(bias_O, CPU)
+    bias_O = torch.randn(ROWS, device=device) if bias else None
+    fixed, fake = (start.layer(bias_O, torch.device(device)) for start in (coded, solution))
     assert torch.equal(fixed.fake(), fake.fake())
     assert same_codes(fixed.freeze(), fake.freeze())
-    x = torch.randn(5, 3, COLUMNS)
+    x = torch.randn(5, 3, COLUMNS, device=device)
     assert torch.equal(fixed(x), fake(x))
     assert fixed.shape == fake.shape == (ROWS, COLUMNS)
 
@@ -57,16 +59,16 @@ def test_it_starts_as_the_latents_do(grid: str, group_size: int, bits: int, bias
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("group_size", [PER_CHANNEL, 8])
 @pytest.mark.parametrize("grid", GRIDS.names())
-def test_gradients_are_those_of_the_plain_form(grid: str, group_size: int, autocast: bool) -> None:
+def test_gradients_are_those_of_the_plain_form(grid: str, group_size: int, autocast: bool, device: str) -> None:
     scheme = QuantScheme(bits=2, grid=grid, group_size=group_size)
-    layer = Coded.of(solved(scheme).qtensor(), solved(scheme).params).layer(torch.randn(ROWS), CPU)
-    x = torch.randn(5, COLUMNS)
-    g = torch.randn(5, ROWS)
+    coded = Coded.of(solved(scheme).qtensor(), solved(scheme).params)
+    layer = coded.layer(torch.randn(ROWS, device=device), torch.device(device))
+    x, g = torch.randn(5, COLUMNS, device=device), torch.randn(5, ROWS, device=device)
 
     def gradients(plain: bool) -> list[Tensor]:
         leaf = x.clone().requires_grad_()
         layer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             y = F.linear(leaf, layer.fake(), layer.bias) if plain else layer(leaf)
         y.backward(g.to(y.dtype))
         return [y.detach(), leaf.grad, *(p.grad for p in layer.grid_params.values())]  # type: ignore[list-item]

@@ -247,10 +247,14 @@ def test_changed_data_is_refused_on_resume(model, text, tmp_path):
         quantize(model, recipe, out)
 
 
-@pytest.mark.parametrize("weights", ["replicated", "sharded"])
-def test_torchrun_shares_the_work(model, text, finished, tmp_path, weights):
+@pytest.mark.parametrize(("weights", "train_weights"), [("replicated", True), ("sharded", True), ("replicated", False)])
+def test_torchrun_shares_the_work(model, text, finished, tmp_path, weights, train_weights):
     """Two processes make the artefact of one, up to the rounding of the summed gradients."""
-    out, recipe = tmp_path / "out", make_recipe(text, f"memory.weights={weights}")
+    learns = f"distill.train_weights={train_weights}"
+    out, recipe = tmp_path / "out", make_recipe(text, f"memory.weights={weights}", learns)
+    if not train_weights:
+        finished = tmp_path / "alone"
+        quantize(model, make_recipe(text, learns), finished)
     arguments = [str(model), str(out), json.dumps(recipe.model_dump(mode="json")), "", "-1"]
     script = tmp_path / "child.py"
     script.write_text(CHILD)

@@ -297,6 +297,7 @@ def test_settings_are_tried_in_order_and_only_those_that_help_are_kept(monkeypat
 
     monkeypatch.setattr(planning, "needs", found)
     monkeypatch.setattr(planning, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(planning, "_RESERVE", 0.0)
     chunk, checkpointing = "distill.chunk_tokens=256", "distill.gradient_checkpointing=true"
     scales = ("distill.train_weights=false", "distill.scale_lr=5e-3")
     for memory, settings, fits in (

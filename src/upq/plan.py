@@ -69,6 +69,7 @@ _REUSED = 0.4
 _ROWS = 8  # calibration rows that pass through a block at a time, and rows of weights that stand for all
 _CACHED = 0.26  # seconds of a search in the processor's caches over those of one that goes through memory (upq.grids)
 _DEPTHS = (2, 3)  # blocks
+_RESERVE = 0.1  # of the memory: as far as plans were off runs (docs/scale.md), and the system needs some
 # Of the savings the one that is another training: codes stay as the block-wise stage has left them.
 SCALES_ALONE = "distill.train_weights=false"
 
@@ -757,10 +758,14 @@ _SAVINGS = (
 
 
 def plan(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> Plan:
-    """What `recipe` needs on `machine`, with as few savings as its stages ask for."""
+    """What `recipe` needs on `machine`, with as few savings as its stages ask for.
+
+    They are to leave a tenth of the memory free; for that alone no other artefact is proposed.
+    """
     processes, gpu = max(1, machine.gpus), machine.gpus > 0
     program = GPU_CONTEXT if gpu else resident_bytes()
-    room, answers = machine.memory - program, Answers()
+    most, answers = machine.memory - program, Answers()
+    room = most - int(_RESERVE * machine.memory)
     given, kept = recipe, list[_Saving]()
 
     def needed(recipe: Recipe, only: frozenset[str] | None = None) -> dict[str, Need]:
@@ -768,7 +773,8 @@ def plan(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> Plan:
 
     found = needed(recipe)
     for saving in _SAVINGS:
-        tight = frozenset(name for name in saving.stages & found.keys() if found[name].memory > room)
+        limit = most if saving is _SAVINGS[-1] else room
+        tight = frozenset(name for name in saving.stages & found.keys() if found[name].memory > limit)
         if not tight or (saving.keys == {"memory.weights"} and processes == 1):
             continue
         changed = saving.of(recipe)
