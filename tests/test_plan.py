@@ -312,6 +312,10 @@ def test_settings_are_tried_in_order_and_only_those_that_help_are_kept(monkeypat
     ):
         made = plan(config(1), recipe(), Machine(memory))
         assert (made.settings, made.fits) == (settings, fits)
+    monkeypatch.setattr(planning, "_RESERVE", 0.1)
+    for memory, settings in ((112, ()), (105, (chunk,)), (72, (chunk, checkpointing)), (69, scales)):
+        made = plan(config(1), recipe(), Machine(memory))  # no other artefact, only to leave a tenth free
+        assert (made.settings, made.fits) == (settings, True)
 
 
 @pytest.mark.parametrize(
@@ -342,6 +346,7 @@ def test_shards_are_planned_for_all_stages_that_have_them(
     monkeypatch.setattr(planning, "needs", found)
     monkeypatch.setattr(planning, "resident_bytes", lambda: 0)
     monkeypatch.setattr(planning, "GPU_CONTEXT", 0)
+    monkeypatch.setattr(planning, "_RESERVE", 0.0)
     made = plan(config(1), recipe("data.generated={}"), Machine(memory, gpus))
     assert made.settings == settings
     assert tuple(stage.memory for stage in made.stages) == needed

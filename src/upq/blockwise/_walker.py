@@ -14,6 +14,7 @@ from upq.blockwise._base import BlockTask, Method, linear
 from upq.blockwise._finite import watched
 from upq.blockwise._store import BlockStore, Report
 from upq.errors import UPQError
+from upq.memory import trim
 from upq.processes import ALONE, Processes
 from upq.progress import Progress
 from upq.streaming import Context, StreamedModel, run_block
@@ -45,39 +46,59 @@ def walk(
     Raises UPQError, in all processes, where a block writes NaN or infinity: it names block and linear, and such a block
     is not stored.
     """
-    done, linears = processes.of_first(store.done(len(model))), model.spec.linears
+    done = processes.of_first(store.done(len(model)))
     with activations or allocator(None) as allocate:
         streams: _Streams | None = None
         if method.needs_inputs and done < len(model):
             with processes.alike():
                 streams = _Streams.begin(model, calibration_NT, allocate, processes)
-        for index in range(len(model)):
-            if streams is None and index < done:
-                continue
-            at = f"{store.folder.name}: block {index}"
-            context = {} if streams is None else streams.contexts[index]
-            with processes.alike():
-                block = model.block(index)
-                if streams is not None:
-                    with model.autocast(), watched(block, linears, f"{at}, of the original model", "is it whole?"):
-                        run_block(block, streams.original_NTH, context)
-            if source is not None:
-                _put(block, linears, source, index, processes)
-            if index >= done:
-                seeded = seed * 1_000_003 + index
-                task = BlockTask(
-                    index, block, model.spec, context, seed=seeded, processes=processes, autocast=model.autocast
-                )
-                if streams is not None:
-                    task = replace(task, inputs_NTH=streams.quantised_NTH, targets_NTH=streams.original_NTH)
-                report = _solve(task, method, store, model, at)
-                figures = {} if streams is None else {"error": report[linears[0]]["block"]}
-                progress.advance(1, **figures)
+        walked = _Walk(model, method, store, source, streams, seed, progress, processes)
+        for index in range(done if streams is None else 0, len(model)):
+            walked.block(index, solved=index < done)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """What stays the same from block to block."""
+
+    model: StreamedModel
+    method: Method
+    store: BlockStore
+    source: BlockStore | None
+    streams: _Streams | None
+    seed: int
+    progress: Progress
+    processes: Processes
+
+    def block(self, index: int, *, solved: bool) -> None:
+        """Solve one block, or take it `solved` from the store, and go through it. Of the block nothing stays."""
+        model, store, streams, processes = self.model, self.store, self.streams, self.processes
+        linears, at = model.spec.linears, f"{store.folder.name}: block {index}"
+        context = {} if streams is None else streams.contexts[index]
+        trim()  # of a block of a 1B that is rounded, 400 MB stay in the heap
+        with processes.alike():
+            block = model.block(index)
+            trim()  # and of one that is read 200
             if streams is not None:
-                _put(block, linears, store, index, processes)
-                remedy = f"delete {store.path(index)}"
-                with processes.alike(), model.autocast(), watched(block, linears, f"{at}, stored", remedy):
-                    run_block(block, streams.quantised_NTH, context)
+                with model.autocast(), watched(block, linears, f"{at}, of the original model", "is it whole?"):
+                    run_block(block, streams.original_NTH, context)
+        if self.source is not None:
+            _put(block, linears, self.source, index, processes)
+        if not solved:
+            seeded = self.seed * 1_000_003 + index
+            task = BlockTask(
+                index, block, model.spec, context, seed=seeded, processes=processes, autocast=model.autocast
+            )
+            if streams is not None:
+                task = replace(task, inputs_NTH=streams.quantised_NTH, targets_NTH=streams.original_NTH)
+            report = _solve(task, self.method, store, model, at)
+            figures = {} if streams is None else {"error": report[linears[0]]["block"]}
+            self.progress.advance(1, **figures)
+        if streams is not None:
+            _put(block, linears, store, index, processes)
+            remedy = f"delete {store.path(index)}"
+            with processes.alike(), model.autocast(), watched(block, linears, f"{at}, stored", remedy):
+                run_block(block, streams.quantised_NTH, context)
 
 
 @dataclass(frozen=True)
