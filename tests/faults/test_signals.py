@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import upq.cli
 from upq.artifact import load_metadata, load_tensors, save_tensors
 from upq.signals import Stop, Stopped
 from victim import RECIPE, Command, Unharmed, Victim, outcome
@@ -108,3 +109,27 @@ def test_interrupted_while_it_reads_tensors(tmp_path: Path) -> None:
             signal.setitimer(signal.ITIMER_REAL, moment.uniform(1e-5, 3e-3))
             while True:
                 load_tensors(tmp_path / "many.safetensors")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_any_command_ends_in_one_line(
+    signum: signal.Signals, swallowed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a library makes another error of what a handler raises, too."""
+
+    def command() -> None:
+        try:
+            signal.raise_signal(signum)
+        except BaseException as error:
+            if swallowed:
+                raise ValueError("could not determine the shape of object type") from error
+            raise
+
+    monkeypatch.setattr(upq.cli, "app", command)
+    with pytest.raises(SystemExit) as stopped:
+        upq.cli.main()
+    assert stopped.value.code == 128 + signum
+    said = capsys.readouterr().err
+    assert said.startswith(f"stopped by {signum.name}")
+    assert said.count("\n") == 1

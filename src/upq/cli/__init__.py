@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 
 import typer
@@ -50,7 +49,7 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceba
 def main() -> None:
     """Entry point: an UPQError is one line on stderr and exit code 2; Ctrl-C is 130, SIGTERM 143."""
     try:
-        with Stop().listening(signal.SIGTERM):
+        with Stop().listening():
             app()
     except UPQError as error:
         if os.environ.get("UPQ_DEBUG"):
@@ -60,7 +59,7 @@ def main() -> None:
         Console(stderr=True).print(f"[bold red]error:[/bold red] {_escaped(error)}", soft_wrap=True, highlight=False)
         sys.exit(2)
     except Stopped as stopped:
-        print(f"stopped by {stopped}; upq quantize goes on from what is on disk", file=sys.stderr)
+        print(f"stopped by {stopped}; the same command goes on from what is on disk", file=sys.stderr)
         sys.exit(stopped.exit_code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -48,6 +49,7 @@ def chat(
         return
     console.print("[dim]/reset forgets the conversation, /exit leaves[/dim]")
     history = list(start)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C may mean the answer alone
     while True:
         try:
             text = console.input("[bold cyan]you ›[/bold cyan] ").strip()
