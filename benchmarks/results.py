@@ -138,7 +138,7 @@ def reference_sections(page: Page, results: Results) -> Iterator[str]:
         yield table.markdown()
         yield code(f"python benchmarks/ablation.py --group main --only '^({'|'.join(_findings.RIVALS)})$' --tokens N")
     yield "## One thing at a time\n"
-    yield "Seed 0; ± is the standard error over items or rows of text.\n"
+    yield "Seed 0, unless a table says otherwise; ± is the standard error over items or rows of text.\n"
     yield from group_sections(page, results, "reference")
 
 
@@ -156,12 +156,14 @@ def introduction(page: Page, results: Results) -> Iterator[str]:
 
 
 def group_sections(page: Page, results: Results, subject: str) -> Iterator[str]:
-    """All tables but the main one: one seed each."""
+    """All tables but the main one."""
     for name, group in GROUPS.items():
         table = _findings.table_of(results, group) if name != "main" else None
         if table is None or not own_rows(results, group):
             continue
         yield f"### {group.title}\n"
+        if group.every_seed:
+            yield "Mean ± standard deviation over seeds.\n"
         if name == "beta":
             file = f"beta_{subject}.png"
             yield from picture_of(_plots.betas(results, page.folder / file), group.title, file)
