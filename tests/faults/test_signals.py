@@ -127,8 +127,12 @@ def test_any_command_ends_in_one_line(
             raise
 
     monkeypatch.setattr(upq.cli, "app", command)
-    with pytest.raises(SystemExit) as stopped:
-        upq.cli.main()
+    before = signal.signal(signum, signal.SIG_DFL)  # Ctrl-C is ignored where the tests run in the background
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            upq.cli.main()
+    finally:
+        signal.signal(signum, before)
     assert stopped.value.code == 128 + signum
     said = capsys.readouterr().err
     assert said.startswith(f"stopped by {signum.name}")
