@@ -68,7 +68,7 @@ def plan(
     console = Console()
     console.print(table_of(made))
     for line in notes(made, model, recipe, set_ or []):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=line.startswith(" "))  # of a command no line may be broken
     if json_file is not None:
         atomic_write(json_file, json.dumps(dataclasses.asdict(made), indent=1) + "\n")
     raise typer.Exit(not made.fits)
@@ -102,16 +102,16 @@ def notes(made: Plan, model: str, recipe: str, overrides: list[str]) -> Iterator
     limit = size(made.machine.memory) + (" of a GPU" if gpus else "")
     yield f"{made.weights / 1e9:.3g} billion weights; {made.coded / 1e9:.3g} billion of them become codes"
     if gpus and made.machine.speed is None:
-        yield "for the time of GPUs: --gpu-tflops and --gpu-bandwidth, as they are reached and not as they are sold"
+        yield "for the time of GPUs give --gpu-tflops and --gpu-bandwidth, as they are reached"
     settings = " ".join(f"--set {setting}" for setting in made.settings)
     if not made.fits:
         peak = max(made.stages, key=lambda stage: stage.memory)
         tried = f" even with {settings}" if settings else ""
         yield f"[bold red]does not fit[/bold red] in {limit}{tried}: {peak.name} needs {size(peak.memory)}"
         return
-    yield f"[bold green]fits[/bold green] in {limit}" + (f" with {settings}" if settings else "")
+    yield f"[bold green]fits[/bold green] in {limit}{' with these settings' * bool(settings)}"
     if SCALES_ALONE in made.settings:
-        yield f"{SCALES_ALONE} is another training: codes stay as the block-wise stage leaves them (docs/scale.md)"
+        yield f"{SCALES_ALONE} is another training: scales alone learn (docs/scale.md)"
     start = f"torchrun --nproc-per-node {gpus} -m upq" if gpus > 1 else "upq"
     given = "".join(f" --set {shlex.quote(override)}" for override in overrides)
     chosen = "" if recipe == "default" else f" --recipe {shlex.quote(recipe)}"
