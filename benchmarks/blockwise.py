@@ -4,6 +4,7 @@ A Llama of a single block in bfloat16, so that each library quantises the same b
 same number of iterations, rows and threads, to 4 bits, one scale a row. Each runs in a process of its own, AutoRound
 in the environment of benchmarks/peers. Timed is the call that quantises, from the tokens to the weights; loading and
 imports are not. The error is measured by one code for both: mean squared difference of the block's output in float32.
+`products` are those iterations with nothing quantised, forward and back: what no method can be faster than.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def main(
 
     python, clock = python_of("autoround", environments.resolve()), "cpu_seconds" if threads == 1 else "seconds"
     found: list[tuple[float, float, float, float]] = []
+    floor: list[float] = []
     for seed in range(seeds):
         with tempfile.TemporaryDirectory(dir=work) as name:
             folder, sizes = Path(name), (iterations, batch_size)
@@ -58,6 +60,7 @@ def main(
             own = (fewer or iterations, batch_size)
             ours = run_alone(__file__, "solve", folder, *own, seed, precision, threads=threads)
             script, choices = PEERS / "block_with_autoround.py", (int(autocast), int(compiled))
+            floor.append(run_alone(__file__, "products", folder, *sizes, precision, threads=threads)[clock])
             theirs = run_alone(script, folder, *sizes, seed, *choices, python=python, threads=threads)
             errors = judge(folder)
         found.append((ours[clock], theirs[clock], *errors))
@@ -67,6 +70,7 @@ def main(
     title += f"{threads} threads, {'processor' if threads == 1 else 'wall'} seconds; "
     title += f"UPQ: {'bfloat16' if ours['bf16'] else 'float32'}; AutoRound: {theirs['settings']}"
     table(title, found).show(console)
+    console.print(f"products of {iterations} iterations alone: {spread(floor, '.1f')} s", highlight=False)
     figures = compare(found)
     show_figures(figures, console)
     if json_file is not None:
@@ -130,6 +134,30 @@ def solve(folder: Path, iterations: int, batch_size: int, seed: int, precision: 
     return seconds
 
 
+def products(folder: Path, iterations: int, batch_size: int, precision: Precision) -> dict[str, Any]:
+    """The block's own weights, each with a gradient, in place of quantised ones."""
+    from safetensors.torch import load_file
+
+    from upq.blockwise import BlockTask
+    from upq.streaming import StreamedModel, run_block
+
+    model = StreamedModel(folder / "model", precision=precision)
+    tokens_NT = load_file(folder / "tokens.safetensors")["tokens_NT"][:batch_size]
+    inputs_NTH, (context,) = model.embed(tokens_NT)
+    targets_NTH, _ = model.embed(tokens_NT)
+    block = model.block(0)
+    with model.autocast():
+        run_block(block, targets_NTH, context)
+    task = BlockTask(0, block, model.spec, context, 0, inputs_NTH, targets_NTH, autocast=model.autocast)
+    weights = {name: w_OI.requires_grad_() for name, w_OI in task.weights().items()}
+    wall, cpu = time.monotonic(), time.process_time()
+    for _ in range(iterations):
+        task.loss(weights, slice(None)).backward()
+        for w_OI in weights.values():
+            w_OI.grad = None
+    return {"seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
+
+
 def judge(folder: Path) -> tuple[float, float]:
     """Errors of the block's output over all rows, UPQ's and AutoRound's."""
     from safetensors.torch import load_file
@@ -157,10 +185,11 @@ def judge(folder: Path) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["solve"]:
+    if sys.argv[1:2] in (["solve"], ["products"]):
         import json
 
         inputs, *numbers, chosen = sys.argv[2:]
-        print(json.dumps(solve(Path(inputs), *map(int, numbers), precision=chosen)))
+        run = solve if sys.argv[1] == "solve" else products
+        print(json.dumps(run(Path(inputs), *map(int, numbers), precision=chosen)))
     else:
         app()

@@ -442,7 +442,7 @@ class _Run:
         kept = f"the {min(config.teacher_top_k, vocabulary)} likeliest of {vocabulary} tokens"
         self.progress.note(f"teacher: {kept} at each position of {len(cache.rows)} rows, {size / 1e6:,.2f} MB on disk")
         model = StreamedModel(self.model, device=self.device)
-        teacher = StreamedTeacher.of(model, model.frame())
+        teacher = StreamedTeacher(model, *model.ending())
         write_cache(cache, teacher, data.tokens_NT, config, progress=self.progress)
 
     def models(self, *, sharded: bool) -> tuple[PreTrainedModel, PreTrainedModel | StreamedTeacher]:

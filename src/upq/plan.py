@@ -741,6 +741,7 @@ class _Saving:
 
 _BLOCKWISE, _TRAINING = frozenset({"int4", "int2"}), frozenset({"teacher", "distill"})
 _GENERATE = frozenset({"generate"})
+_SCALES_ALONE = _Saving(_TRAINING | {"int2"}, (SCALES_ALONE, "distill.scale_lr=5e-3"))
 # In the order in which they are tried: what costs least first. The last one makes another artefact.
 _SAVINGS = (
     _Saving(_BLOCKWISE, ("memory.activations=disk",)),
@@ -753,7 +754,7 @@ _SAVINGS = (
     _Saving(_TRAINING, ("distill.gradient_checkpointing=true",)),
     _Saving(_TRAINING, ("distill.teacher=offloaded",)),
     _Saving(_TRAINING, ("distill.optimizer=adamw8bit",)),
-    _Saving(_TRAINING | {"int2"}, (SCALES_ALONE, "distill.scale_lr=5e-3")),
+    _SCALES_ALONE,
 )
 
 
@@ -773,7 +774,7 @@ def plan(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> Plan:
 
     found = needed(recipe)
     for saving in _SAVINGS:
-        limit = most if saving is _SAVINGS[-1] else room
+        limit = most if saving is _SCALES_ALONE else room
         tight = frozenset(name for name in saving.stages & found.keys() if found[name].memory > limit)
         if not tight or (saving.keys == {"memory.weights"} and processes == 1):
             continue
@@ -786,8 +787,8 @@ def plan(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> Plan:
         if any(fresh[name].memory < found[name].memory for name in tight):
             recipe, found = changed, found | fresh
             kept = [*(one for one in kept if not one.keys <= saving.keys), saving]
-    # The last one saves so much that some tried before may not be needed, the costliest of them first.
-    for saving in kept[-2::-1] if _SAVINGS[-1] in kept else ():
+    # It saves so much that some tried before may not be needed, the costliest of them first.
+    for saving in kept[-2::-1] if _SCALES_ALONE in kept else ():
         if all(found[name].memory <= room for name in saving.stages & found.keys()):
             fewer = [one for one in kept if one is not saving]
             changed = reduce(lambda recipe, one: one.of(recipe), fewer, given)
