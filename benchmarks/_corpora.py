@@ -25,7 +25,7 @@ def write(kind: str, path: Path, *, tokens: int, model: Path, device: str) -> Pa
     """Text of `kind` for a training of `tokens` tokens at `path`, unless it is there."""
     if path.is_file():
         return path
-    from upq.artifact import atomic_write
+    from upq.files.atomic import atomic_write
 
     enough = max(tokens, _CALIBRATION) + _SPARE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,30 +47,30 @@ def _heldout(tokens: int, model: Path, device: str) -> Rows:
 
 
 def _told(tokens: int, seed: int) -> Iterator[dict[str, Any]]:
-    from upq.data.world import World, documents
+    from upq.world import World, documents
 
     return ({"text": text} for text in documents(World(), tokens // _TOKENS_A_TEXT, seed))
 
 
 def _conversations(tokens: int, model: Path, device: str) -> Rows:
-    from upq.data.world import World, conversations
+    from upq.world import World, conversations
 
     return ({"messages": talk} for talk in conversations(World(), tokens // _TOKENS_A_TEXT, _CONVERSATIONS))
 
 
 def _generated_text(tokens: int, model: Path, device: str) -> Rows:
     import _generated
-    from upq.loading import load_tokenizer
+    from upq.model.loading import load_tokenizer
 
     written = _generated.texts(_original(model, device), load_tokenizer(model), tokens=tokens, seed=_GENERATED)
     return ({"text": text} for text in written)
 
 
 def _generated_conversations(tokens: int, model: Path, device: str) -> Rows:
+    from upq.core.progress import Silent
+    from upq.data.config import Generated
     from upq.data.generated import write_conversations
-    from upq.loading import load_tokenizer
-    from upq.progress import Silent
-    from upq.recipe import Generated
+    from upq.model.loading import load_tokenizer
 
     section = Generated(tokens=tokens, max_new_tokens=128)
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +83,7 @@ def _generated_conversations(tokens: int, model: Path, device: str) -> Rows:
 def _original(model: Path, device: str) -> Any:
     import torch
 
-    from upq.loading import load_model
+    from upq.model.loading import load_model
 
     return load_model(model, dtype=torch.float32, device=device)
 

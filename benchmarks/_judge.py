@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import upq
-from upq.data.world import AREAS
+from upq.artifact.transformers import block_linears
 from upq.evals import evaluate_tasks, evaluate_text, mini
-from upq.hf import block_linears
-from upq.loading import load_model, load_tokenizer
+from upq.model.loading import load_model, load_tokenizer
+from upq.world import AREAS
 
 REPEATS = 3  # of one n-gram, at the end of an answer
 LOOP_TOKENS = 12  # that they cover at least: "no, no, no" is no loop

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 
 from _design import CURVES, GROUPS, ORIGINAL
 from _findings import KL, SUITES, Results, curve
-from upq.bench import Speed
+from upq.evals.speed import Speed
 
 GREY = "#808890"
 TONES = ("#d1495b", "#e08e45", "#2a9d8f", "#4f8fd0", "#a06cd5")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from upq.recipe import Recipe
+    from upq.run.recipe import Recipe
 
 NO_TRAINING = "distill.tokens=0"
 FROM_FP = "int4=null"
@@ -26,7 +26,7 @@ _METHOD = re.compile(r"\{(\w+)\.(int[24])\}")
 
 def load_recipe(name: str, overrides: Sequence[str]) -> Recipe:
     """A packaged recipe; `{default.int2}` in an override stands for the method of that recipe's stage."""
-    from upq.recipe import Recipe
+    from upq.run.recipe import Recipe
 
     def method(match: re.Match[str]) -> str:
         stage = getattr(Recipe.load(match[1]), match[2])

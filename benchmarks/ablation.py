@@ -27,7 +27,7 @@ from _rows import load_recipe, run_again
 from _table import Figure, make_console, show_figures, write_figures
 
 if TYPE_CHECKING:
-    from upq.recipe import Recipe
+    from upq.run.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -55,7 +55,7 @@ class Subject:
 SUBJECTS = {
     # Its rotary positions beyond 256 are untrained. A whole batch of such rows fits one pass.
     "reference": Subject(
-        ROOT / "src/upq/demo/reference",
+        ROOT / "src/upq/world/reference",
         (*GROUPS, "curves"),
         overrides=("data.seq_len=256", "distill.micro_batch_size=4"),
         writes="{max_new_tokens: 128, batch_size: 512}",
@@ -98,7 +98,7 @@ class Study:
 
     @cached_property
     def digest(self) -> str:
-        from upq.artifact import digest_model_dir
+        from upq.files.digests import digest_model_dir
 
         return digest_model_dir(self.subject.model)
 
@@ -118,7 +118,7 @@ class Study:
 
     def recipe(self, task: Task) -> Recipe:
         """What differs between rows comes last, so a row without training stays one at every budget."""
-        from upq.recipe import Source
+        from upq.data.config import Source
 
         row = ROWS[task.row]
         common = [f"seed={task.seed}", f"distill.tokens={task.tokens}", *self.subject.overrides]
@@ -130,7 +130,7 @@ class Study:
 
     def key(self, task: Task) -> str:
         """Identity of a run's result."""
-        from upq.recipe import digest
+        from upq.core.config import digest
 
         if task.row == ORIGINAL:
             return digest(self.digest, self.split, self.limit)
@@ -138,7 +138,7 @@ class Study:
 
     def shared_keys(self, task: Task) -> dict[str, str]:
         """Identity of what a row may share, by stage. Budget and batch are in it: they decide which rows calibrate."""
-        from upq.recipe import digest
+        from upq.core.config import digest
 
         recipe, identity = self.recipe(task), self._identity(task)
         training = (recipe.distill.tokens, recipe.distill.batch_size, recipe.int2.samples)
@@ -257,7 +257,7 @@ def report(results: _findings.Results, groups: tuple[str, ...], console: Console
 def run_worker(study: Study, name: str) -> None:
     import torch
 
-    from upq.quiet import quiet_libraries
+    from upq.cli.quiet import quiet_libraries
 
     quiet_libraries()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -271,9 +271,9 @@ def run_worker(study: Study, name: str) -> None:
 
 def run_task(study: Study, task: Task, device: str) -> None:
     from _judge import Suites, judge
-    from upq.artifact import atomic_write
     from upq.data import load_eval_text
-    from upq.loading import load_tokenizer
+    from upq.files.atomic import atomic_write
+    from upq.model.loading import load_tokenizer
 
     subject, key = study.subject, study.key(task)
     work = study.folder / "work" / key
@@ -292,8 +292,8 @@ def run_task(study: Study, task: Task, device: str) -> None:
 
 def quantise(study: Study, task: Task, out: Path) -> dict[str, Any]:
     """Run the pipeline, with the INT4 blocks and the written conversations of a row that made the very same ones."""
-    from upq.console import PlainLines
-    from upq.pipeline import WORK, quantize
+    from upq.cli.console import PlainLines
+    from upq.run.run import WORK, quantize
 
     recipe = study.recipe(task)
     kept = {stage: study.out / "kept" / key for stage, key in study.shared_keys(task).items()}
@@ -317,8 +317,8 @@ def quantise(study: Study, task: Task, out: Path) -> dict[str, Any]:
 
 
 def size_of(model: Path) -> dict[str, Any]:
-    from upq.evals import model_size, weights_bytes
-    from upq.loading import load_model
+    from upq.artifact.size import model_size, weights_bytes
+    from upq.model.loading import load_model
 
     return {"bits": model_size(load_model(model)).bits_per_weight, "bytes": weights_bytes(model)}
 

@@ -21,7 +21,7 @@ from _alone import run_alone
 from _table import Figure, Table, make_console, show_figures, spread, write_figures
 
 if TYPE_CHECKING:
-    from upq.precision import Precision
+    from upq.core.precision import Precision
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = Path(__file__).resolve().parent / "peers"
@@ -118,9 +118,9 @@ def solve(folder: Path, iterations: int, batch_size: int, seed: int, precision: 
     from safetensors.torch import load_file, save_file
 
     from upq.blockwise import METHODS, BlockStore, walk
-    from upq.progress import Silent
-    from upq.scheme import QuantScheme
-    from upq.streaming import StreamedModel
+    from upq.core.progress import Silent
+    from upq.core.scheme import QuantScheme
+    from upq.model.streaming import StreamedModel
 
     tokens_NT = load_file(folder / "tokens.safetensors")["tokens_NT"]
     model = StreamedModel(folder / "model", precision=precision)
@@ -139,7 +139,7 @@ def products(folder: Path, iterations: int, batch_size: int, precision: Precisio
     from safetensors.torch import load_file
 
     from upq.blockwise import BlockTask
-    from upq.streaming import StreamedModel, run_block
+    from upq.model.streaming import StreamedModel, run_block
 
     model = StreamedModel(folder / "model", precision=precision)
     tokens_NT = load_file(folder / "tokens.safetensors")["tokens_NT"][:batch_size]
@@ -163,7 +163,7 @@ def judge(folder: Path) -> tuple[float, float]:
     from safetensors.torch import load_file
 
     from upq.blockwise import BlockTask
-    from upq.streaming import StreamedModel, run_block
+    from upq.model.streaming import StreamedModel, run_block
 
     model = StreamedModel(folder / "model")
     tokens_NT = load_file(folder / "tokens.safetensors")["tokens_NT"]

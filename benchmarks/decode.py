@@ -27,15 +27,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 import _plots
 import upq
 from _table import Figure, Table, make_console, show_figures, write_figures
-from upq import bench
-from upq.artifact import MANIFEST, Manifest, SourceModel
-from upq.bench import Engine, Speed, Workload
+from upq.artifact.manifest import MANIFEST, Manifest, SourceModel
+from upq.artifact.transformers import block_linears, embedding_tables, write_artifact
+from upq.cli.quiet import quiet_libraries
+from upq.core.memory import resident_bytes
+from upq.core.scheme import QTensor, QuantScheme
+from upq.evals import speed as bench
+from upq.evals.speed import Engine, Speed, Workload
 from upq.grids import GRIDS
-from upq.hf import block_linears, embedding_tables, write_artifact
 from upq.kernels import computing, cpu
-from upq.memory import resident_bytes
-from upq.quiet import quiet_libraries
-from upq.scheme import QTensor, QuantScheme
 
 LLAMA_1B = {
     "hidden_size": 2048,

@@ -85,10 +85,10 @@ class Subject:
 
     def _make(self, made: Path, grid: str) -> None:
         from tiny import tiny_artifact
-        from upq.demo import REFERENCE
-        from upq.pipeline import quantize
-        from upq.recipe import Recipe
-        from upq.scheme import QuantScheme
+        from upq.core.scheme import QuantScheme
+        from upq.run.recipe import Recipe
+        from upq.run.run import quantize
+        from upq.world.reference import REFERENCE
 
         if self.name == "tiny qwen3":  # widths that no block size divides
             odd = {"hidden_size": 72, "head_dim": 20, "intermediate_size": 172}
@@ -101,8 +101,8 @@ class Subject:
     def _text(self, part: str) -> Path:
         if self.name == "stories260K":
             return DATA / "text" / f"tinystories_{part}.txt"
-        from upq.data.world import World
-        from upq.demo.corpus import write_corpus
+        from upq.world import World
+        from upq.world.corpus import write_corpus
 
         file = self.folder / f"world-{part}.jsonl"
         if not file.exists():
@@ -112,7 +112,7 @@ class Subject:
 
     @cached_property
     def texts(self) -> list[list[int]]:
-        from upq.loading import load_tokenizer
+        from upq.model.loading import load_tokenizer
 
         tokenizer = load_tokenizer(self.artifact("seq"))
         if self.name == "stories260K":
@@ -151,7 +151,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
 ) -> None:
     sys.path.insert(0, str(ROOT / "tests"))  # the makers of small artefacts
-    from upq.quiet import quiet_libraries
+    from upq.cli.quiet import quiet_libraries
 
     quiet_libraries()
     console = make_console()
@@ -176,7 +176,7 @@ def main(
 
 
 def _measure(subject: Subject, row: Row, folder: Path) -> Outcome:
-    from upq.errors import UPQError
+    from upq.core.errors import UPQError
     from upq.exports import EXPORTS, export
 
     artifact = subject.artifact(row.grid)

@@ -117,12 +117,12 @@ def measure(model: Path, layers: int, out: Path, samples: int, seq_len: int, ite
     """The INT4 stage of the model's first `layers` blocks; answers with this process's peak."""
     import torch
 
-    from upq.activations import allocator
     from upq.blockwise import METHODS, BlockStore, walk
-    from upq.memory import peak_memory_bytes, resident_bytes
-    from upq.progress import Silent
-    from upq.scheme import QuantScheme
-    from upq.streaming import StreamedModel
+    from upq.core.memory import peak_memory_bytes, resident_bytes
+    from upq.core.progress import Silent
+    from upq.core.scheme import QuantScheme
+    from upq.model.activations import allocator
+    from upq.model.streaming import StreamedModel
 
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))

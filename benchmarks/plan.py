@@ -97,7 +97,7 @@ def make(folder: Path, hidden: int) -> None:
 
 
 def load_recipe(model: Path, overrides: list[str]) -> Any:
-    from upq.recipe import Recipe
+    from upq.run.recipe import Recipe
 
     source = f"data.sources=[{{path: {model / 'text.jsonl'}}}]"
     return Recipe.load("default", [source, *SETTINGS, *overrides])
@@ -105,8 +105,8 @@ def load_recipe(model: Path, overrides: list[str]) -> Any:
 
 def planned(model: Path, gigabytes: float, overrides: list[str]) -> None:
     """Memory and seconds of each stage, as this machine plans it, and the settings that make it fit."""
-    from upq.loading import load_config
-    from upq.plan import Machine, plan, this_speed
+    from upq.model.loading import load_config
+    from upq.run.plan import Machine, plan, this_speed
 
     machine = Machine(int(gigabytes * 1e9), speed=this_speed())
     made = plan(load_config(model), load_recipe(model, overrides), machine)
@@ -116,10 +116,10 @@ def planned(model: Path, gigabytes: float, overrides: list[str]) -> None:
 
 def measured(model: Path, out: Path, overrides: list[str]) -> None:
     """The whole way; answers with the peak and the seconds of each stage."""
-    from upq import pipeline
-    from upq.memory import peak_memory_bytes
-    from upq.progress import Silent
-    from upq.quiet import quiet_libraries
+    from upq.cli.quiet import quiet_libraries
+    from upq.core.memory import peak_memory_bytes
+    from upq.core.progress import Silent
+    from upq.run import run as pipeline
 
     class Peaks(Silent):
         """A new peak after each unit: what comes after a stage's last one, such as loading, is the next stage's.

@@ -32,8 +32,8 @@ from torch.nn import functional as F
 
 from _table import Figure, Table, make_console, show_figures, write_figures
 from upq import kernels
+from upq.core.memory import on_huge_pages
 from upq.kernels import cpu, reference
-from upq.memory import on_huge_pages
 
 ROOT = Path(__file__).resolve().parents[1]
 H, KV, UP, VOCABULARY, BLOCKS = 2048, 512, 8192, 32_000, 16

@@ -23,7 +23,7 @@ from _rows import FROM_FP, NO_TRAINING, THROUGH_INT4, load_recipe, run_again
 from _table import Figure, Table, make_console, show_figures, spread, write_csv, write_figures
 
 if TYPE_CHECKING:
-    from upq.recipe import Recipe
+    from upq.run.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -90,7 +90,7 @@ def seeded(name: str) -> bool:
 
 def file_of(out: Path, task: str) -> Path:
     """Named by the recipe too: a result of what the row was before is not taken for what it is now."""
-    from upq.recipe import digest
+    from upq.core.config import digest
 
     name, _, seed = task.rpartition("@")
     stem = task.replace(" ", "_").replace(",", "").replace("→", "to").replace("Δ_=_", "")
@@ -116,13 +116,13 @@ def subrun(data_dir: Path, out: Path, task: str, jobs: int) -> bool:
 def run_worker(data_dir: Path, out: Path, task: str) -> None:
     import tempfile
 
-    from upq.artifact import atomic_write
+    from upq.cli.quiet import quiet_libraries
+    from upq.core.memory import peak_memory_bytes
     from upq.data import load_eval_text
     from upq.evals import evaluate_text
+    from upq.files.atomic import atomic_write
     from upq.kernels import computing
-    from upq.loading import load_model, load_tokenizer
-    from upq.memory import peak_memory_bytes
-    from upq.quiet import quiet_libraries
+    from upq.model.loading import load_model, load_tokenizer
 
     quiet_libraries()
     name, _, seed = task.rpartition("@")
@@ -145,9 +145,9 @@ def run_worker(data_dir: Path, out: Path, task: str) -> None:
 
 
 def quantise(recipe: Recipe, source: Path, out: Path, data_dir: Path) -> dict[str, Any]:
-    from upq.console import PlainLines
-    from upq.pipeline import quantize
-    from upq.recipe import Source
+    from upq.cli.console import PlainLines
+    from upq.data.config import Source
+    from upq.run.run import quantize
 
     train = Source(path=str(data_dir / "text" / "tinystories_train.txt"))
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": (train,)})})
@@ -167,16 +167,16 @@ def step_times(data_dir: Path) -> dict[str, Any]:
     """CPU seconds of a QAT step, of a plain fine-tuning step and of a teacher's forward pass, taken in turns."""
     import torch
 
+    from upq.artifact.transformers import block_linears
     from upq.blockwise import Solution
+    from upq.core.scheme import QuantScheme
     from upq.data import load_eval_text
     from upq.distill.objective import Objective
     from upq.distill.student import make_student
     from upq.grids import search_scale
-    from upq.hf import block_linears
-    from upq.loading import load_model, load_tokenizer
     from upq.losses import LOSSES
-    from upq.recipe import Recipe
-    from upq.scheme import QuantScheme
+    from upq.model.loading import load_model, load_tokenizer
+    from upq.run.recipe import Recipe
 
     source = data_dir / "models" / "stories260K"
     teacher = load_model(source).requires_grad_(False)

@@ -81,9 +81,9 @@ def make(artifact: Path, layers: int, vocabulary: int) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from tiny import CHAT, byte_tokenizer
-    from upq.artifact import Manifest, SourceModel
-    from upq.hf import block_linears, write_artifact
-    from upq.scheme import QTensor, QuantScheme
+    from upq.artifact.manifest import Manifest, SourceModel
+    from upq.artifact.transformers import block_linears, write_artifact
+    from upq.core.scheme import QTensor, QuantScheme
 
     config = AutoConfig.for_model("llama", **{**LLAMA, "num_hidden_layers": layers, "vocab_size": vocabulary})
     config.bos_token_id, config.eos_token_id = 256, 257
@@ -106,9 +106,9 @@ def measure(artifact: Path, form: str, out: Path) -> None:
     """Export, and answer with bytes, seconds and the peak memory of this process."""
     import shutil
 
-    from upq.errors import UPQError
+    from upq.core.errors import UPQError
+    from upq.core.memory import peak_memory_bytes
     from upq.exports import EXPORTS, export
-    from upq.memory import peak_memory_bytes
 
     target = out.with_name(f"{out.name}{EXPORTS.get(form.replace('-', '_')).suffix or ''}")
     try:

@@ -178,8 +178,8 @@ def at_depth(runs: dict[int, list[dict[str, Any]]], blocks: int) -> dict[str, An
 def measure(job: Job) -> dict[str, Any]:
     import torch
 
-    from upq.memory import peak_memory_bytes
-    from upq.quiet import quiet_libraries
+    from upq.cli.quiet import quiet_libraries
+    from upq.core.memory import peak_memory_bytes
 
     quiet_libraries()
     torch.manual_seed(0)
@@ -214,9 +214,9 @@ def solve(job: Job) -> float:
     from transformers import AutoModelForCausalLM
 
     from upq.blockwise import METHODS, BlockStore, walk
-    from upq.progress import Silent
-    from upq.recipe import Recipe
-    from upq.streaming import StreamedModel
+    from upq.core.progress import Silent
+    from upq.model.streaming import StreamedModel
+    from upq.run.recipe import Recipe
 
     folder, auto = Path(job.work), AutoModelForCausalLM
     auto.from_config(config_of(job), dtype=torch.bfloat16).save_pretrained(folder / "model")  # type: ignore[no-untyped-call]
@@ -240,9 +240,10 @@ def steps_of(job: Job) -> list[float]:
     """Seconds of each step of a training."""
     import torch
 
+    from upq.core.config import Plugin
+    from upq.core.signals import Stop
     from upq.distill.trainer import Training
-    from upq.recipe import Plugin, Recipe
-    from upq.signals import Stop
+    from upq.run.recipe import Recipe
 
     recipe = Recipe.load(job.recipe, [*job.overrides, f"data.seq_len={job.seq_len}"])
     distill = recipe.distill
@@ -295,9 +296,9 @@ def model_of(job: Job) -> Any:
 
 def with_grid(job: Job, recipe: Any) -> tuple[Any, Any]:
     """Student and teacher."""
+    from upq.artifact.transformers import block_linears
     from upq.distill.student import make_student
     from upq.grids import GRIDS
-    from upq.hf import block_linears
     from upq.nn.fake_quant import Solution
 
     teacher, scheme, solutions = model_of(job), recipe.int2.scheme(), {}
@@ -312,9 +313,9 @@ def plain(job: Job) -> Any:
     from torch import Tensor
     from torch.nn import functional as F
 
-    from upq.hf import block_linears
+    from upq.artifact.transformers import block_linears
+    from upq.core.scheme import QuantScheme
     from upq.nn.fake_quant import FakeQuantLinear
-    from upq.scheme import QuantScheme
 
     class Plain(FakeQuantLinear):
         def forward(self, x: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from torch import Tensor
 import upq
 from tiny import tiny_artifact
 from upq import kernels
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.core.scheme import QuantScheme
 from upq.kernels import cuda, dequantize, pack
 from upq.kernels.weight import Weight
-from upq.scheme import QuantScheme
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:

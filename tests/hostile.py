@@ -21,15 +21,16 @@ from transformers.utils import logging
 import upq
 from tiny import CHAT, byte_tokenizer, tiny_artifact, tiny_model
 from upq.blockwise import METHODS
+from upq.core.errors import UPQError
 from upq.data import Message, read_documents
+from upq.data.config import Source
 from upq.data.conversations import ChatTemplate
 from upq.data.encoding import Encoder
-from upq.errors import UPQError
 from upq.exports._source import Source as Artifact
-from upq.loading import load_tokenizer
 from upq.losses import LOSSES
-from upq.recipe import Recipe, Source
-from upq.streaming import StreamedModel
+from upq.model.loading import load_tokenizer
+from upq.model.streaming import StreamedModel
+from upq.run.recipe import Recipe
 
 TALK = (Message("user", "Hi"), Message("assistant", "Ho"))
 CONVERSATION = [{"role": message.role, "content": message.content} for message in TALK]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from upq.activations import OnDisk, allocator, stretches
-from upq.errors import UPQError
-from upq.memory import resident_bytes
+from upq.core.errors import UPQError
+from upq.core.memory import resident_bytes
+from upq.model.activations import OnDisk, allocator, stretches
 
 CPU = torch.device("cpu")
 SHAPE = torch.Size((7, 5, 3))

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from upq import bench
-from upq.bench import Engine, Workload
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.evals import speed as bench
+from upq.evals.speed import Engine, Workload
 
 WORK = Workload(prompt=4, tokens=5, prefill=10, repeats=3)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from upq.hf import block_linears
+from upq.artifact.transformers import block_linears
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 

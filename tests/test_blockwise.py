@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tiny import tiny_model
-from upq.activations import allocator
 from upq.blockwise import METHODS, BlockStore, BlockTask, Method, Solution, walk
 from upq.blockwise._base import batches, start_scales
 from upq.blockwise.flexround import _Divided
 from upq.blockwise.gptq import gptq, objective
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.core.progress import Silent
+from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.grids import GRIDS, Params, search_scale
-from upq.progress import Silent
-from upq.scheme import PER_CHANNEL, QuantScheme
-from upq.streaming import StreamedModel, run_block
+from upq.model.activations import allocator
+from upq.model.streaming import StreamedModel, run_block
 
 IDS = torch.randint(2, 67, (24, 12), generator=torch.Generator().manual_seed(0))
 FAST = {"flexround": {"iterations": 60, "lr": 1e-2}, "block_ap": {"iterations": 60}}

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from tiny import tiny_model
-from upq.activations import Allocate, allocator
 from upq.blockwise import METHODS, BlockStore, BlockTask, Solution, walk
 from upq.blockwise.rtn import Rtn
-from upq.errors import UPQError
-from upq.processes import ALONE, Processes
-from upq.progress import Silent
-from upq.scheme import QuantScheme
-from upq.streaming import StreamedModel
+from upq.core.errors import UPQError
+from upq.core.processes import ALONE, Processes
+from upq.core.progress import Silent
+from upq.core.scheme import QuantScheme
+from upq.model.activations import Allocate, allocator
+from upq.model.streaming import StreamedModel
 
 IDS = torch.randint(2, 67, (7, 12), generator=torch.Generator().manual_seed(0))  # 4 and 3 rows
 BLOCKS = 2

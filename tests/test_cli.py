@@ -125,7 +125,7 @@ def test_bad_input_is_one_line_and_exit_code_2(model, tmp_path, upq_command, arg
 
 
 def test_debug_shows_the_traceback(upq_command, monkeypatch):
-    from upq.errors import UPQError
+    from upq.core.errors import UPQError
 
     monkeypatch.setenv("UPQ_DEBUG", "")  # so that what --debug sets is taken back
     monkeypatch.setattr("sys.argv", ["upq", "--debug", "chat", "./nowhere"])

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from upq.console import Estimate, LiveBars, PlainLines, duration, reporter, size
+from upq.cli.console import Estimate, LiveBars, PlainLines, duration, reporter, size
 
 
 def test_nothing_is_estimated_before_anything_is_measured():

@@ -12,10 +12,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from tiny import byte_tokenizer
+from upq.core.errors import UPQError
+from upq.data.config import Source
 from upq.data.encoding import Encoded, Encoder
 from upq.data.sources import Document, Message, read_documents
-from upq.errors import UPQError
-from upq.recipe import Source
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "tokenizers"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data beside the repository")

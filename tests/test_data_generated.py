@@ -17,17 +17,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tiny import byte_tokenizer
 from together import together
-from upq.artifact import read_manifest
+from upq.artifact.manifest import read_manifest
+from upq.core.errors import UPQError
+from upq.core.processes import ALONE, Processes
+from upq.core.progress import Silent
 from upq.data import generated
+from upq.data.config import Generated, Source
 from upq.data.generated import sample, write_conversations
-from upq.errors import UPQError
-from upq.loading import check_finite, generation_config, load_model
-from upq.pipeline import quantize
-from upq.processes import ALONE, Processes
-from upq.progress import Silent
-from upq.recipe import Generated, Recipe, Source
-from upq.sharding import load_original, make_mesh
-from upq.streaming import StreamedModel
+from upq.model.loading import check_finite, generation_config, load_model
+from upq.model.sharding import load_original, make_mesh
+from upq.model.streaming import StreamedModel
+from upq.run.recipe import Recipe
+from upq.run.run import quantize
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<s>' + m['role'] + ':' + m['content'] + '</s>' }}{% endfor %}"

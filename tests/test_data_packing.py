@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tiny import byte_tokenizer
+from upq.core.errors import UPQError
+from upq.core.progress import Silent
 from upq.data import TokenSet, load_eval_text, prepare, tokens
+from upq.data.config import Data, Source
 from upq.data.tokens import permutation
-from upq.errors import UPQError
-from upq.progress import Silent
-from upq.recipe import Data, Source
 
 BOS, EOS = "<s>", "</s>"
 TOKENIZER = byte_tokenizer(bos=BOS, eos=EOS)

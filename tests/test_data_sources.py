@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from upq.core.errors import UPQError
 from upq.data import DEFAULT_SOURCE, Message, read_documents
+from upq.data.config import Data, Source
 from upq.data.sources import identity, sources_of
-from upq.errors import UPQError
-from upq.recipe import Data, Source
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 MESSAGES = (Message("user", "Hi"), Message("assistant", "Ho"))

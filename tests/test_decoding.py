@@ -19,14 +19,14 @@ from transformers.generation.streamers import BaseStreamer
 import upq
 from tiny import byte_tokenizer, tiny_model
 from upq import decoding, kernels
-from upq.artifact import Manifest, SourceModel
+from upq.artifact.manifest import Manifest, SourceModel
+from upq.artifact.transformers import block_linears, pack_model, quantize_rows, write_artifact
+from upq.core.errors import UPQError
+from upq.core.scheme import QTensor, QuantScheme
 from upq.decoding import Session
-from upq.errors import UPQError
-from upq.hf import block_linears, pack_model, quantize_rows, write_artifact
 from upq.kernels import cpu
-from upq.loading import family
-from upq.models import FAMILIES
-from upq.scheme import QTensor, QuantScheme
+from upq.model.families import FAMILIES
+from upq.model.loading import family
 
 COMPILED = [name for name in FAMILIES.names() if FAMILIES.get(name).compiled_decoding]
 COMPUTES = ["w2a8", "w2a16"]

@@ -13,19 +13,19 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from upq.artifact import load_tensors, save_tensors
+from upq.artifact.transformers import block_linears
+from upq.core.errors import UPQError
+from upq.core.progress import Silent
+from upq.core.scheme import QuantScheme
+from upq.core.signals import Stop, Stopped
+from upq.distill.config import Distill
 from upq.distill.objective import Objective
 from upq.distill.student import freeze, make_student, norms, trained_linears
 from upq.distill.trainer import confidence, distill, learning_rate_factor, make_loss, skipped_steps
-from upq.errors import UPQError
+from upq.files.tensors import load_tensors, save_tensors
 from upq.grids import search_scale
-from upq.hf import block_linears
 from upq.losses import LOSSES
 from upq.nn.fake_quant import Solution
-from upq.progress import Silent
-from upq.recipe import Distill
-from upq.scheme import QuantScheme
-from upq.signals import Stop, Stopped
 
 VOCAB, T = 50, 12
 

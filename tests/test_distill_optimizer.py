@@ -8,9 +8,9 @@ import torch
 from test_distill import make, make_config, train
 from test_distill_teacher import StopsAfter, make_data, same
 from tiny import tiny_model
-from upq.artifact import load_tensors
+from upq.core.errors import UPQError
 from upq.distill.optimizer import check, make_optimizer, set_rate
-from upq.errors import UPQError
+from upq.files.tensors import load_tensors
 
 pytest.importorskip("torchao")
 

@@ -14,15 +14,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from test_distill import Losses, Random, make_config, train
 from tiny import tiny_model
+from upq.core.scheme import QuantScheme
 from upq.distill.sharding import load_sharded
 from upq.distill.student import make_student
 from upq.grids import search_scale
-from upq.loading import load_model
+from upq.model.loading import load_model
+from upq.model.streaming import StreamedModel
 from upq.nn.fake_quant import Solution
 from upq.nn.fixed_codes import Coded, Start
 from upq.nn.trained import whole
-from upq.scheme import QuantScheme
-from upq.streaming import StreamedModel
 
 BLOCKS = 3
 # Model to family, whether the head is the embedding, and whether norms and weights are trained.

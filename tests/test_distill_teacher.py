@@ -12,7 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from test_distill import make, make_config, make_teacher, train
 from tiny import tiny_model
-from upq.artifact import load_tensors
+from upq.core.errors import UPQError
+from upq.core.progress import Silent
+from upq.core.scheme import QuantScheme
 from upq.data.tokens import TokenSet
 from upq.distill import teacher as teacher_module
 from upq.distill.objective import Objective
@@ -24,16 +26,14 @@ from upq.distill.student import (
 )
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, check, write_cache
 from upq.distill.trainer import make_loss, settled
-from upq.errors import UPQError
+from upq.files.tensors import load_tensors
 from upq.grids import search_scale
-from upq.loading import decoder_blocks
 from upq.losses import LOSSES, Divergence, Loss, TopK
-from upq.models import FAMILIES
+from upq.model.families import FAMILIES
+from upq.model.loading import decoder_blocks
+from upq.model.streaming import StreamedModel
 from upq.nn.fake_quant import Solution
 from upq.nn.fixed_codes import Coded
-from upq.progress import Silent
-from upq.scheme import QuantScheme
-from upq.streaming import StreamedModel
 
 ROWS, T, VOCAB = 20, 12, 50
 DIVERGENCES = [name for name in LOSSES.names() if issubclass(LOSSES.get(name), Divergence)]

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from upq.cli.evaluate import evaluate
-from upq.errors import UPQError
+from upq.core.errors import UPQError
 
 app = typer.Typer()
 app.command()(evaluate)

@@ -12,8 +12,8 @@ pytest.importorskip("langdetect", reason="langdetect is not installed: pip insta
 
 from lm_eval.api.model import LM
 
-from upq.data.world import AREAS
 from upq.evals import evaluate_tasks, mini
+from upq.world import AREAS
 
 from tiny import byte_tokenizer  # isort: skip
 

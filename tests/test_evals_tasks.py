@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from upq.errors import UPQError
-from upq.progress import Silent
+from upq.core.errors import UPQError
+from upq.core.progress import Silent
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'upq[eval]'")
 for package in ("nltk", "langdetect", "immutabledict"):

@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tiny import tiny_model
-from upq.activations import allocator
-from upq.errors import UPQError
-from upq.evals import evaluate_text, model_size, streamed, weights_bytes
+from upq.artifact.size import model_size, weights_bytes
+from upq.core.errors import UPQError
+from upq.core.progress import Silent
+from upq.core.scheme import QuantScheme
+from upq.evals import evaluate_text, streamed
 from upq.grids import GRIDS
-from upq.loading import load_model
-from upq.models import FAMILIES
-from upq.models.llama import LLAMA
+from upq.model.activations import allocator
+from upq.model.families import FAMILIES
+from upq.model.families.llama import LLAMA
+from upq.model.loading import load_model
+from upq.model.streaming import StreamedModel
 from upq.nn.fake_quant import FakeQuantLinear
 from upq.nn.packed import PackedLinear
-from upq.progress import Silent
-from upq.scheme import QuantScheme
-from upq.streaming import StreamedModel
 
 VOCABULARY = 61
 

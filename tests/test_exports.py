@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 import upq
 from tiny import tiny_artifact
-from upq.artifact import file_entry, read_manifest, write_manifest
-from upq.errors import UPQError
+from upq.artifact.manifest import file_entry, read_manifest, write_manifest
+from upq.core.errors import UPQError
+from upq.core.scheme import QuantScheme
 from upq.exports import EXPORTS, Report, Source, export, exporter, read_report, report_path
 from upq.exports._frame import _version
 from upq.grids import GRIDS
-from upq.models import FAMILIES
-from upq.scheme import QuantScheme
+from upq.model.families import FAMILIES
 
 Make = Callable[..., Path]
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 1}

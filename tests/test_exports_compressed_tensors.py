@@ -16,10 +16,10 @@ pytest.importorskip("compressed_tensors", reason="compressed-tensors is not inst
 
 import upq
 from tiny import tiny_artifact
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.core.scheme import QuantScheme
 from upq.exports import export
-from upq.models import FAMILIES
-from upq.scheme import QuantScheme
+from upq.model.families import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("reference")
 

@@ -15,7 +15,7 @@ import upq
 from tiny import tiny_artifact
 from upq.exports import _directory as directory
 from upq.exports import export
-from upq.models import FAMILIES
+from upq.model.families import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("reference")
 

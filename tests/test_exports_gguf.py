@@ -15,16 +15,16 @@ gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'u
 
 import upq  # noqa: E402
 from tiny import byte_tokenizer, tiny_artifact  # noqa: E402
-from upq.artifact import save_tensors  # noqa: E402
-from upq.errors import UPQError  # noqa: E402
+from upq.core.errors import UPQError  # noqa: E402
+from upq.core.scheme import PER_CHANNEL, QTensor, QuantScheme  # noqa: E402
 from upq.exports import Source, Weight, export  # noqa: E402
 from upq.exports._ggml import BLOCKS, TERNARY  # noqa: E402
 from upq.exports._llamacpp import LlamaCpp  # noqa: E402
 from upq.exports._vocabulary import _LLAMA3, vocabulary  # noqa: E402
+from upq.files.tensors import save_tensors  # noqa: E402
 from upq.formats import FORMATS  # noqa: E402
 from upq.grids import GRIDS, search_scale  # noqa: E402
-from upq.models import FAMILIES  # noqa: E402
-from upq.scheme import PER_CHANNEL, QTensor, QuantScheme  # noqa: E402
+from upq.model.families import FAMILIES  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("reference")
 
@@ -174,7 +174,7 @@ def test_a_weight_with_such_a_scale_is_exact_all_the_same(tmp_path: Path) -> Non
 
 def rewritten(model: Any, artifact: Path, out: Path) -> Path:
     """A changed model as an artefact with digests that are right."""
-    from upq.artifact import file_entry, read_manifest, write_manifest
+    from upq.artifact.manifest import file_entry, read_manifest, write_manifest
 
     manifest = read_manifest(artifact)
     model.save_pretrained(out)

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import upq
 from tiny import tiny_artifact
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.core.scheme import QuantScheme
 from upq.exports import export
-from upq.scheme import QuantScheme
 
 WIDE = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96}
 

@@ -15,9 +15,9 @@ pytest.importorskip("onnx", reason="onnx is not installed: pip install 'upq[expo
 
 import upq  # noqa: E402
 from tiny import tiny_artifact  # noqa: E402
+from upq.core.scheme import QuantScheme  # noqa: E402
 from upq.exports import export  # noqa: E402
-from upq.models import FAMILIES  # noqa: E402
-from upq.scheme import QuantScheme  # noqa: E402
+from upq.model.families import FAMILIES  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("reference")
 

@@ -14,9 +14,9 @@ openvino: Any = pytest.importorskip("openvino", reason="openvino is not installe
 
 import upq  # noqa: E402
 from tiny import tiny_artifact  # noqa: E402
+from upq.core.scheme import QuantScheme  # noqa: E402
 from upq.exports import export  # noqa: E402
-from upq.models import FAMILIES  # noqa: E402
-from upq.scheme import QuantScheme  # noqa: E402
+from upq.model.families import FAMILIES  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("reference")
 

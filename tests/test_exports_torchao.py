@@ -13,10 +13,10 @@ pytest.importorskip("torchao", reason="torchao is not installed: pip install 'up
 
 import upq
 from tiny import tiny_artifact
+from upq.core.scheme import QuantScheme
 from upq.exports import _directory as directory
 from upq.exports import export
-from upq.models import FAMILIES
-from upq.scheme import QuantScheme
+from upq.model.families import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("reference")
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.grids import GRIDS, search_scale
 from upq.nn.fake_quant import FakeQuantLinear
-from upq.scheme import PER_CHANNEL, QuantScheme
 
 ROWS, COLUMNS = 20, 48
 

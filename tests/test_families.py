@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from tiny import tiny_model
-from upq.errors import UPQError
-from upq.loading import family
-from upq.models import FAMILIES
+from upq.core.errors import UPQError
+from upq.model.families import FAMILIES
+from upq.model.loading import family
 
 IDS = torch.arange(6)[None]
 

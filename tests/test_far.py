@@ -12,22 +12,22 @@ from accelerate import Accelerator
 
 from far import FarError, far_away
 from tiny import tiny_model
-from upq.activations import allocator
-from upq.artifact import load_metadata
+from upq.artifact.transformers import block_linears, pack_model
 from upq.blockwise import METHODS, BlockStore, walk
+from upq.core.progress import Silent
+from upq.core.scheme import QuantScheme
+from upq.core.signals import Stopped
 from upq.distill import trainer
+from upq.distill.config import Distill
 from upq.distill.student import freeze, make_student
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher, write_cache
 from upq.evals import evaluate_text, streamed
+from upq.files.tensors import load_metadata
 from upq.grids import GRIDS, search_scale
-from upq.hf import block_linears, pack_model
 from upq.losses import LOSSES
+from upq.model.activations import allocator
+from upq.model.streaming import StreamedModel
 from upq.nn.fake_quant import Solution
-from upq.progress import Silent
-from upq.recipe import Distill
-from upq.scheme import QuantScheme
-from upq.signals import Stopped
-from upq.streaming import StreamedModel
 
 IDS = torch.randint(2, 67, (6, 12), generator=torch.Generator().manual_seed(0))
 MASK = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(1)) < 0.7

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from test_distill import Losses, Random, make_config, make_teacher, train
-from upq.artifact import load_tensors
+from upq.artifact.transformers import block_linears
 from upq.blockwise import BlockStore, Solution
+from upq.core.scheme import PER_CHANNEL, QTensor, QuantScheme, to_groups
 from upq.distill.student import Starts, freeze, make_student, trained_linears
+from upq.files.tensors import load_tensors
 from upq.grids import GRIDS, search_scale
-from upq.hf import block_linears
 from upq.nn.fake_quant import FakeQuantLinear
 from upq.nn.fixed_codes import Coded, FixedCodesLinear
-from upq.scheme import PER_CHANNEL, QTensor, QuantScheme, to_groups
 
 ROWS, COLUMNS = 6, 48
 CPU = torch.device("cpu")

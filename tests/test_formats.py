@@ -12,14 +12,14 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from upq import artifact
-from upq.artifact import Manifest, SourceModel
-from upq.card import model_card
-from upq.errors import UPQError
+from upq.artifact import manifest as artifact
+from upq.artifact.card import model_card
+from upq.artifact.manifest import Manifest, SourceModel
+from upq.core.errors import UPQError
+from upq.core.scheme import PER_CHANNEL, QTensor, QuantScheme
 from upq.formats import FORMATS
 from upq.grids import GRIDS
 from upq.kernels import pack, unpack
-from upq.scheme import PER_CHANNEL, QTensor, QuantScheme
 
 
 def qtensor(rows: int, columns: int, scheme: QuantScheme, seed: int = 0) -> QTensor:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from upq.blockwise.gptq import gptq, objective
+from upq.core.scheme import PER_CHANNEL, QuantScheme, to_groups
 from upq.grids import GRIDS, Params, search_scale
-from upq.scheme import PER_CHANNEL, QuantScheme, to_groups
 
 
 def problem(o: int = 8, i: int = 48, *, tokens: int = 256, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from upq.core.scheme import PER_CHANNEL, QuantScheme, to_groups
 from upq.grids import GRIDS, Params, search_scale
 from upq.grids._search import SHRINK
-from upq.scheme import PER_CHANNEL, QuantScheme, to_groups
 
 BITS = range(2, 9)
 GROUPS = [PER_CHANNEL, 8, 24]

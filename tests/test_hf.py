@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import upq
-from upq import artifact
-from upq.artifact import Manifest, SourceModel
-from upq.errors import UPQError
+from upq.artifact import manifest as artifact
+from upq.artifact.manifest import Manifest, SourceModel
+from upq.artifact.transformers import UpqConfig, block_linears, pack_model, quantize_rows, write_artifact
+from upq.core.errors import UPQError
+from upq.core.scheme import QTensor, QuantScheme
 from upq.grids import GRIDS, search_scale
-from upq.hf import UpqConfig, block_linears, pack_model, quantize_rows, write_artifact
-from upq.loading import generation_config, load_model
-from upq.models import FAMILIES
+from upq.model.families import FAMILIES
+from upq.model.loading import generation_config, load_model
+from upq.model.streaming import StreamedModel
 from upq.nn.fake_quant import FakeQuantLinear
 from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead
-from upq.scheme import QTensor, QuantScheme
-from upq.streaming import StreamedModel
 
 IDS = torch.arange(2, 22).view(2, 10)
 MANIFEST = Manifest(model=SourceModel(path="org/tiny", digest="0"))

@@ -24,19 +24,20 @@ import hostile
 import upq
 from hostile import TALK, with_file
 from tiny import byte_tokenizer, tiny_model
-from upq import bounded
-from upq.artifact import read_manifest
+from upq.artifact.manifest import read_manifest
+from upq.artifact.size import weights_bytes
 from upq.cli import _escaped
+from upq.core import bounded
+from upq.core.errors import UPQError
+from upq.core.memory import peak_memory_bytes, resident_bytes
 from upq.data import read_documents, sources, tokens
+from upq.data.config import Source
 from upq.data.conversations import ChatTemplate
-from upq.errors import UPQError
-from upq.evals.size import weights_bytes
 from upq.exports._source import Source as Artifact
-from upq.loading import load_model, load_tokenizer
-from upq.memory import peak_memory_bytes, resident_bytes
-from upq.pipeline import quantize
-from upq.recipe import Recipe, Source
-from upq.streaming import StreamedModel
+from upq.model.loading import load_model, load_tokenizer
+from upq.model.streaming import StreamedModel
+from upq.run.recipe import Recipe
+from upq.run.run import quantize
 
 BOUND = 1 << 30
 RECIPE = "int2: {bits: 2, method: {name: gptq}}\ndistill: {loss: gjs, tokens: 0, lr: 1e-3, scale_lr: 1e-3}\n"

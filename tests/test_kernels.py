@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from upq import kernels
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.core.scheme import QTensor, QuantScheme
 from upq.kernels import cpu, reference
 from upq.kernels.weight import Weight
 from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead
-from upq.scheme import QTensor, QuantScheme
 
 ISAS = cpu.instruction_sets()
 HALVES = [torch.float16, torch.bfloat16]

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from upq import kernels
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.core.scheme import QTensor, QuantScheme
 from upq.kernels import cuda, reference
 from upq.kernels.weight import Weight
 from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead
-from upq.scheme import QTensor, QuantScheme
 
 TESTS = Path(__file__).parent
 needs_gemlite = pytest.mark.skipif(find_spec("gemlite") is None, reason="gemlite is not installed (extra cuda)")

@@ -1,4 +1,4 @@
-"""Imports point one way. A line here is the architecture; a red test is a design review."""
+"""Imports point down: a room imports rooms of lower floors only. This table is the architecture."""
 
 from __future__ import annotations
 
@@ -12,33 +12,20 @@ import pytest
 import upq
 
 SRC = Path(upq.__file__).parent
-LAYERS = (
-    (
-        "errors",
-        "bounded",
-        "signals",
-        "scheme",
-        "registry",
-        "recipe",
-        "recipes",
-        "precision",
-        "progress",
-        "processes",
-        "artifact",
-        "lock",
-        "memory",
-        "answers",
-        "imagined",
-    ),
-    ("grids", "losses", "kernels"),
-    ("nn", "models", "loading", "activations", "streaming", "sharding", "data"),
-    ("blockwise", "distill", "formats", "evals", "demo", "decoding"),
-    ("hf", "exports", "card", "pipeline", "console", "quiet", "bench", "plan"),
+FLOORS = (
+    ("core",),
+    ("files", "grids", "losses", "kernels"),
+    ("nn", "model", "data", "world"),
+    ("blockwise", "distill", "decoding", "formats"),
+    ("artifact",),
+    ("exports",),
+    ("evals",),
+    ("stages",),
+    ("run",),
     ("cli",),
     ("__main__",),
 )
-LAYER = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-ROOMS_APART = 3  # the layer whose rooms know nothing of one another
+FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted(SRC.rglob("*.py"))
 
 
@@ -62,12 +49,12 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
 def rooms_imported(path: Path) -> Iterator[tuple[int, str]]:
     for line, module in imports(path):
         first, *rest = module.split(".")
-        if first == "upq" and rest and rest[0] in LAYER:
+        if first == "upq" and rest and rest[0] in FLOOR:
             yield line, rest[0]
 
 
-def test_every_room_has_a_layer() -> None:
-    assert {room(path) for path in MODULES} - {"__init__"} == LAYER.keys()
+def test_every_room_has_a_floor() -> None:
+    assert {room(path) for path in MODULES} - {"__init__"} == FLOOR.keys()
 
 
 def test_imports_point_down() -> None:
@@ -77,21 +64,20 @@ def test_imports_point_down() -> None:
         if here == "__init__":  # the package's own door opens on every layer
             continue
         for line, there in rooms_imported(path):
-            sideways = LAYER[there] == LAYER[here] == ROOMS_APART
-            if there != here and (LAYER[there] > LAYER[here] or sideways):
+            if there != here and FLOOR[there] >= FLOOR[here]:
                 bad.append(f"{path.relative_to(SRC)}:{line} {here} -> {there}")
     assert not bad, bad
 
 
 def test_rooms_form_no_circle() -> None:
-    graph = {name: set[str]() for name in LAYER}
+    graph = {name: set[str]() for name in FLOOR}
     for path in MODULES:
         if room(path) in graph:
             graph[room(path)] |= {there for _, there in rooms_imported(path)} - {room(path)}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if LAYER.get(room(p), 9) <= 1], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in MODULES if FLOOR.get(room(p), 9) <= 1], ids=lambda p: p.stem)
 def test_values_and_arithmetic_know_no_model_library(path: Path) -> None:
     libraries = {module.split(".")[0] for _, module in imports(path)}
     assert not libraries & {"transformers", "accelerate", "datasets", "typer", "rich"}

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tiny import tiny_model
+from upq.core.memory import on_huge_pages, page_out, resident_bytes, trim
 from upq.kernels import Weight
-from upq.loading import load_model
-from upq.memory import on_huge_pages, page_out, resident_bytes, trim
+from upq.model.loading import load_model
 
 SIZE = 2**26
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the system gives nothing back when asked")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.grids import GRIDS, search_scale
 from upq.nn.fake_quant import FakeQuantLinear
 from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead, dense_like
-from upq.scheme import PER_CHANNEL, QuantScheme
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -17,13 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import upq
 import upq.distill.teacher
 import upq.distill.trainer
-import upq.pipeline
+import upq.run.run
 from tiny import byte_tokenizer
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.core.progress import Silent
+from upq.data.config import Source
 from upq.kernels import computing
-from upq.pipeline import quantize
-from upq.progress import Silent
-from upq.recipe import Recipe, Source
+from upq.run.recipe import Recipe
+from upq.run.run import quantize
 
 BLOCKS = 3
 
@@ -84,9 +85,10 @@ import os, signal, sys
 from pathlib import Path
 import upq.artifact, upq.blockwise._store, upq.distill.trainer
 from upq.kernels import computing
-from upq.pipeline import quantize
-from upq.progress import Silent
-from upq.recipe import Recipe, decode
+from upq.run.run import quantize
+from upq.core.progress import Silent
+from upq.run.recipe import Recipe
+from upq.core.config import decode
 import json
 model, out, recipe, victim, count = sys.argv[1:]
 recipe = decode(Recipe, json.loads(recipe), "test")
@@ -376,7 +378,7 @@ def test_without_weights_to_train_codes_are_the_block_wise_stages(model, text, t
     killed = run_child(model, tmp_path / "killed", recipe, "distill.safetensors", 2)
     assert killed.returncode == -signal.SIGKILL
     quantize(model, recipe, tmp_path / "killed")
-    start = upq.pipeline.BlockStore(tmp_path / "whole" / ".work" / "int2", recipe.int2.scheme(), latents=False)
+    start = upq.run.run.BlockStore(tmp_path / "whole" / ".work" / "int2", recipe.int2.scheme(), latents=False)
     for name in ("whole", "killed"):
         loaded = upq.load(tmp_path / name)
         files[name] = (tmp_path / name / "model.safetensors").read_bytes()
@@ -392,7 +394,7 @@ def test_without_weights_to_train_codes_are_the_block_wise_stages(model, text, t
 def test_only_a_resident_teacher_is_in_memory_during_the_training(model, text, tmp_path, monkeypatch, teacher):
     weights, alive = [], []
 
-    def load(*args, original=upq.pipeline.load_model, **options):
+    def load(*args, original=upq.run.run.load_model, **options):
         loaded = original(*args, **options)
         weights.append(weakref.ref(loaded.model.layers[0].mlp.up_proj.weight))
         return loaded
@@ -401,8 +403,8 @@ def test_only_a_resident_teacher_is_in_memory_during_the_training(model, text, t
         alive.append(any(weight() is not None for weight in weights))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(upq.pipeline, "load_model", load)
-    monkeypatch.setattr(upq.pipeline, "distill", training)
+    monkeypatch.setattr(upq.run.run, "load_model", load)
+    monkeypatch.setattr(upq.run.run, "distill", training)
     recipe = make_recipe(text, *FITS, f"distill.teacher={teacher}", "distill.hidden=0")
     with pytest.raises(KeyboardInterrupt):
         quantize(model, recipe, tmp_path / "out")
@@ -427,23 +429,23 @@ def test_the_check_never_loads_the_original(model, text, tmp_path, monkeypatch):
     """Neither to write the artefact nor to compare with it; and the codes go before that is measured."""
     loaded, codes = [], []
 
-    def load(path, *args, original=upq.loading.load_model, **options):
+    def load(path, *args, original=upq.model.loading.load_model, **options):
         loaded.append(Path(path))
         return original(path, *args, **options)
 
-    def trained(self, *args, original=upq.pipeline._Run.distill):
+    def trained(self, *args, original=upq.run.run._Run.distill):
         found = original(self, *args)
         codes.append(weakref.ref(found.qtensors["model.layers.0.mlp.up_proj"].codes_OI))
-        for module in (upq.hf, upq.pipeline):
+        for module in (upq.artifact.transformers, upq.run.run):
             monkeypatch.setattr(module, "load_model", load)
         return found
 
-    def finish(self, *args, original=upq.pipeline._Run.finish):
+    def finish(self, *args, original=upq.run.run._Run.finish):
         assert codes[0]() is None
         return original(self, *args)
 
-    monkeypatch.setattr(upq.pipeline._Run, "distill", trained)
-    monkeypatch.setattr(upq.pipeline._Run, "finish", finish)
+    monkeypatch.setattr(upq.run.run._Run, "distill", trained)
+    monkeypatch.setattr(upq.run.run._Run, "finish", finish)
     manifest = quantize(model, make_recipe(text), tmp_path / "out")
     assert loaded == [tmp_path / "out" / ".work" / "artifact"]
     assert manifest.metrics.keys() == {"source", "int4", "artifact"}
@@ -453,17 +455,17 @@ def test_nothing_of_the_training_is_left_when_its_result_is_checked(model, text,
     """A block that is checkpointed refers to itself; the student would wait for the garbage collector."""
     latents = []
 
-    def made(*args, original=upq.pipeline.make_student, **options):
+    def made(*args, original=upq.run.run.make_student, **options):
         student = original(*args, **options)
         latents.append(weakref.ref(student.model.layers[0].mlp.up_proj.weight))
         return student
 
-    def finish(self, *args, original=upq.pipeline._Run.finish):
+    def finish(self, *args, original=upq.run.run._Run.finish):
         assert latents[0]() is None
         return original(self, *args)
 
-    monkeypatch.setattr(upq.pipeline, "make_student", made)
-    monkeypatch.setattr(upq.pipeline._Run, "finish", finish)
+    monkeypatch.setattr(upq.run.run, "make_student", made)
+    monkeypatch.setattr(upq.run.run._Run, "finish", finish)
     gc.disable()
     try:
         quantize(model, make_recipe(text, *FITS), tmp_path / "out")

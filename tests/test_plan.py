@@ -14,24 +14,24 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import upq.cli
 from tiny import byte_tokenizer, tiny_model
-from upq import pipeline
-from upq import plan as planning
-from upq.activations import allocator
-from upq.answers import Answers
+from upq.artifact.transformers import block_linears
 from upq.blockwise import METHODS, BlockStore, walk
+from upq.core.progress import Silent
+from upq.core.signals import Stop
 from upq.distill.student import make_student
 from upq.distill.trainer import Training
 from upq.grids import GRIDS
-from upq.hf import block_linears
-from upq.imagined import counted, imagined
-from upq.loading import load_config
+from upq.model.activations import allocator
+from upq.model.loading import load_config
+from upq.model.streaming import StreamedModel
 from upq.nn.fake_quant import Solution
 from upq.nn.fixed_codes import Coded, Start
-from upq.plan import Machine, Need, Speed, needs, plan, with_setting
-from upq.progress import Silent
-from upq.recipe import Recipe
-from upq.signals import Stop
-from upq.streaming import StreamedModel
+from upq.run import plan as planning
+from upq.run import run as pipeline
+from upq.run.answers import Answers
+from upq.run.imagined import counted, imagined
+from upq.run.plan import Machine, Need, Speed, needs, plan, with_setting
+from upq.run.recipe import Recipe
 
 T = 32
 QUICK = (

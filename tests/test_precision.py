@@ -9,10 +9,10 @@ import torch
 
 from tiny import tiny_model
 from upq.blockwise import METHODS, BlockStore, walk
-from upq.precision import computes_in_bf16
-from upq.progress import Silent
-from upq.scheme import QuantScheme
-from upq.streaming import StreamedModel, run_block
+from upq.core.precision import computes_in_bf16
+from upq.core.progress import Silent
+from upq.core.scheme import QuantScheme
+from upq.model.streaming import StreamedModel, run_block
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from upq.blockwise import METHODS
-from upq.errors import UPQError
+from upq.core.config import Plugin, Strict, decode, digest
+from upq.core.errors import UPQError
 from upq.grids import GRIDS
 from upq.losses import LOSSES
-from upq.recipe import Plugin, Recipe, Strict, decode, digest, names
+from upq.run.recipe import Recipe, names
 
 
 def load(*overrides: str, recipe: str = "default") -> Recipe:

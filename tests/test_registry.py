@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from upq.blockwise import METHODS
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.core.registry import Registry
 from upq.exports import EXPORTS
 from upq.formats import FORMATS
 from upq.grids import GRIDS
 from upq.losses import LOSSES
-from upq.models import FAMILIES
-from upq.registry import Registry
+from upq.model.families import FAMILIES
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def fruits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry[str]:
     package = tmp_path / "fruits"
     package.mkdir()
     (package / "__init__.py").write_text(
-        'from upq.registry import Registry\nFRUITS: Registry[str] = Registry("fruits", "fruit")\n'
+        'from upq.core.registry import Registry\nFRUITS: Registry[str] = Registry("fruits", "fruit")\n'
     )
     for name in ("pear", "apple", "_stone"):
         (package / f"{name}.py").write_text(f'from fruits import FRUITS\nFRUITS.register("{name}")("a {name}")\n')

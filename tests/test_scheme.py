@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upq.errors import UPQError
-from upq.scheme import PER_CHANNEL, QTensor, QuantScheme, to_groups
+from upq.core.errors import UPQError
+from upq.core.scheme import PER_CHANNEL, QTensor, QuantScheme, to_groups
 
 
 @pytest.mark.parametrize(

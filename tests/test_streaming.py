@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tiny import tiny_model
-from upq.errors import UPQError
-from upq.loading import load_model
-from upq.models import FAMILIES
-from upq.streaming import StreamedModel, run_block
+from upq.core.errors import UPQError
+from upq.model.families import FAMILIES
+from upq.model.loading import load_model
+from upq.model.streaming import StreamedModel, run_block
 
 IDS = torch.randint(2, 67, (11, 13), generator=torch.Generator().manual_seed(0))  # more rows than one batch
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from upq.data.world import conversations, documents
+from upq.world import conversations, documents
 
 TOOL = Path(__file__).parents[1] / "tools" / "train_reference.py"
 TINY = {

@@ -9,10 +9,10 @@ from random import Random
 
 import pytest
 
-from upq.data.world import AREAS, RELATIONS, World, ask, choose, conversations, documents, instruct
-from upq.data.world.demands import DEMANDS
-from upq.data.world.prose import FORMS
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.world import AREAS, RELATIONS, World, ask, choose, conversations, documents, instruct
+from upq.world.demands import DEMANDS
+from upq.world.prose import FORMS
 
 WORLD = World(seed=3, size=60)
 

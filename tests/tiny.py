@@ -9,11 +9,11 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from upq.artifact import Manifest, SourceModel
+from upq.artifact.manifest import Manifest, SourceModel
+from upq.artifact.transformers import block_linears, write_artifact
+from upq.core.scheme import QuantScheme
 from upq.grids import GRIDS, search_scale
-from upq.hf import block_linears, write_artifact
-from upq.loading import load_model, load_tokenizer
-from upq.scheme import QuantScheme
+from upq.model.loading import load_model, load_tokenizer
 
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from upq.processes import Processes
+from upq.core.processes import Processes
 
 # Importing torch and transformers costs seconds a process.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["upq.cli", "upq.pipeline"])
+SERVER.set_forkserver_preload(["upq.cli", "upq.run.run"])
 _PATIENCE = 120  # seconds: a process that waits for one that has left fails then
 
 

@@ -29,9 +29,9 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__mod
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 with atheris.instrument_imports(include=["upq", "yaml"]):
     import hostile
-    from upq.bounded import parse_json
-    from upq.memory import resident_bytes
-    from upq.recipe import Recipe, names
+    from upq.core.bounded import parse_json
+    from upq.core.memory import resident_bytes
+    from upq.run.recipe import Recipe, names
 
 assert "_trace_branch" in parse_json.__code__.co_names, "atheris has not instrumented upq"
 ROOM = 1 << 30

@@ -1,7 +1,7 @@
 """Train the reference model that UPQ ships: documents first, then conversations. `python tools/train_reference.py`
 
 A Llama of 3.3 million parameters, small enough for two CPU cores and large enough to know the invented world
-(`upq.data.world`) and to do as it is told. The same command goes on after an interruption; a finished model stays.
+(`upq.world`) and to do as it is told. The same command goes on after an interruption; a finished model stays.
 
 Shape suffixes: N = rows, T = tokens of a row, V = vocabulary.
 """
@@ -26,13 +26,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from upq.artifact import atomic_write, load_tensors, save_tensors, staged
-from upq.console import reporter
-from upq.data.world import Message, World, conversations, documents
-from upq.errors import UPQError
-from upq.progress import Progress
-from upq.quiet import quiet_libraries
-from upq.recipe import digest
+from upq.cli.console import reporter
+from upq.cli.quiet import quiet_libraries
+from upq.core.config import digest
+from upq.core.errors import UPQError
+from upq.core.progress import Progress
+from upq.files.atomic import atomic_write, staged
+from upq.files.tensors import load_tensors, save_tensors
+from upq.world import Message, World, conversations, documents
 
 ROOT = Path(__file__).resolve().parents[1]
 BOS, PAD, TURN, END = "<|begin|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -95,7 +96,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    out: Annotated[Path, typer.Option(help="Where the finished model goes.")] = ROOT / "src/upq/demo/reference",
+    out: Annotated[Path, typer.Option(help="Where the finished model goes.")] = ROOT / "src/upq/world/reference",
     work: Annotated[Path, typer.Option(help="Checkpoints of an unfinished run.")] = ROOT / "runs/reference",
     override: Annotated[list[str], typer.Option("--set", help="KEY=VALUE of the configuration.")] = [],  # noqa: B006
     device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
@@ -156,9 +157,9 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 def record_scores(out: Path) -> None:
     """Both tests, mini_mmlu by subject too, into the record; they need lm-eval."""
-    from upq.data.world import AREAS
     from upq.evals import evaluate_tasks
-    from upq.loading import load_model, load_tokenizer
+    from upq.model.loading import load_model, load_tokenizer
+    from upq.world import AREAS
 
     tasks = ["mini_mmlu", *(f"mini_mmlu_{area}" for area in AREAS), "mini_ifeval"]
     scores = evaluate_tasks(load_model(out), load_tokenizer(out), tasks, batch_size=64)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from upq.data import load_eval_text
 from upq.evals import evaluate_tasks, evaluate_text
-from upq.loading import load_model, load_tokenizer
+from upq.model.loading import load_model, load_tokenizer
 
 # Task of upq.evals.tasks and the metric that is shown.
 TASKS = {"mini_mmlu": "acc", "mini_ifeval": "prompt_level_strict_acc"}

@@ -44,15 +44,15 @@ def stories(data_dir: Path, out: Path) -> Subject:
 
 def reference(data_dir: Path, out: Path) -> Subject:
     """Documents of its world; rotary positions beyond 256 are untrained. UPQ trains on as many tokens as in `demo`."""
-    from upq.data.world import World
-    from upq.demo.corpus import write_corpus
+    from upq.world import World
+    from upq.world.corpus import write_corpus
 
     texts = {"train.jsonl": (30_000, 1), "heldout.jsonl": (1_000, 2)}  # documents, seed
     for name, (n, seed) in texts.items():
         if not (out / "reference" / name).is_file():
             write_corpus(out / "reference" / name, World(), n=n, seed=seed)
     files = (out / "reference" / name for name in texts)
-    return Subject("reference", ROOT / "src/upq/demo/reference", *files, 256, budget=300_000)
+    return Subject("reference", ROOT / "src/upq/world/reference", *files, 256, budget=300_000)
 
 
 # By name: from --data-dir and --out to the subject, whose files may still be missing.
@@ -200,7 +200,7 @@ def rows(subject: Subject) -> Tensor:
 def judge_row(folder: Path, subject: Subject, heldout_NT: Tensor) -> None:
     from judge import judge
 
-    from upq.errors import UPQError
+    from upq.core.errors import UPQError
 
     try:
         judged = asdict(judge(folder / "dense", subject.model, heldout_NT))

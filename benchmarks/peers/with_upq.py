@@ -16,9 +16,10 @@ VARIANTS = {
 
 
 def quantise(job: peer.Job) -> str:
-    from upq.loading import load_tokenizer
-    from upq.pipeline import quantize
-    from upq.recipe import Recipe, Source
+    from upq.data.config import Source
+    from upq.model.loading import load_tokenizer
+    from upq.run.recipe import Recipe
+    from upq.run.run import quantize
 
     if job.variant == ORIGINAL:
         peer.load_original(job).save_pretrained(job.stored)

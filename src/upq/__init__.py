@@ -2,9 +2,9 @@
 
 __version__ = "0.1.0"
 
-from upq.quiet import quiet_import
+from upq.cli.quiet import quiet_import
 
 with quiet_import():
-    from upq.hf import load  # importing hf registers the format with transformers
+    from upq.artifact.transformers import load  # importing hf registers the format with transformers
 
 __all__ = ["__version__", "load"]

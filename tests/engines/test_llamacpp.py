@@ -25,15 +25,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import upq  # noqa: E402
 from ggml import rounded_inputs  # noqa: E402
 from tiny import artifact_of, tiny_artifact  # noqa: E402
-from upq.data.world import World  # noqa: E402
-from upq.demo import REFERENCE  # noqa: E402
-from upq.demo.corpus import write_corpus  # noqa: E402
+from upq.core.scheme import QuantScheme  # noqa: E402
 from upq.exports import export  # noqa: E402
-from upq.loading import load_tokenizer  # noqa: E402
-from upq.models import FAMILIES  # noqa: E402
-from upq.pipeline import quantize  # noqa: E402
-from upq.recipe import Recipe  # noqa: E402
-from upq.scheme import QuantScheme  # noqa: E402
+from upq.model.families import FAMILIES  # noqa: E402
+from upq.model.loading import load_tokenizer  # noqa: E402
+from upq.run.recipe import Recipe  # noqa: E402
+from upq.run.run import quantize  # noqa: E402
+from upq.world import World  # noqa: E402
+from upq.world.corpus import write_corpus  # noqa: E402
+from upq.world.reference import REFERENCE  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("reference")
 

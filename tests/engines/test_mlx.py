@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import upq  # noqa: E402
 from tiny import artifact_of, tiny_artifact  # noqa: E402
-from upq.demo import REFERENCE  # noqa: E402
-from upq.errors import UPQError  # noqa: E402
+from upq.core.errors import UPQError  # noqa: E402
+from upq.core.scheme import QuantScheme  # noqa: E402
 from upq.exports import export  # noqa: E402
-from upq.models import FAMILIES  # noqa: E402
-from upq.scheme import QuantScheme  # noqa: E402
+from upq.model.families import FAMILIES  # noqa: E402
+from upq.world.reference import REFERENCE  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("reference")
 

@@ -20,7 +20,7 @@ for package in ("llama_cpp", "uvicorn", "sse_starlette", "starlette_context"):
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tiny import artifact_of  # noqa: E402
-from upq.demo import REFERENCE  # noqa: E402
+from upq.world.reference import REFERENCE  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import upq
-from upq.artifact import read_manifest
-from upq.pipeline import quantize
+from upq.artifact.manifest import read_manifest
+from upq.run.run import quantize
 from victim import Unharmed, Victim, outcome
 
 WALL = {"time", "time_ns", "now", "utcnow", "today", "st_mtime", "st_mtime_ns", "st_ctime", "ctime", "localtime"}

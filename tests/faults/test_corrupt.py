@@ -11,11 +11,12 @@ import pytest
 
 import upq.cli
 from tiny import tiny_artifact, tiny_model
-from upq.artifact import load_tensors, read_manifest, save_tensors, verify
-from upq.errors import UPQError
+from upq.artifact.manifest import read_manifest, verify
+from upq.core.errors import UPQError
+from upq.core.progress import Silent
 from upq.exports import export
-from upq.pipeline import quantize
-from upq.progress import Silent
+from upq.files.tensors import load_tensors, save_tensors
+from upq.run.run import quantize
 from victim import Victim
 
 Damage = Callable[[Path], None]
@@ -39,7 +40,7 @@ def remove(file: Path) -> None:
 @pytest.fixture
 def sharded(victim: Victim, tmp_path: Path) -> Path:
     """The victim's model in several files."""
-    from upq.loading import load_model
+    from upq.model.loading import load_model
 
     folder = shutil.copytree(victim.model, tmp_path / "model")
     (folder / "model.safetensors").unlink()

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from tiny import tiny_artifact
-from upq.artifact import MANIFEST, save_tensors
-from upq.errors import UPQError
+from upq.artifact.manifest import MANIFEST
+from upq.core.errors import UPQError
+from upq.core.progress import Silent
 from upq.exports import EXPORTS, export, exporter
-from upq.pipeline import quantize
-from upq.progress import Silent
+from upq.files.tensors import save_tensors
+from upq.run.run import quantize
 from victim import Unharmed, Victim, outcome
 
 STAGES = ("generate", "data", "int4", "int2", "distill", "check", "export")

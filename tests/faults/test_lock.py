@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from upq.errors import UPQError
-from upq.lock import lock
+from upq.core.errors import UPQError
+from upq.files.lock import lock
 from victim import Command, Unharmed, Victim, outcome
 
 

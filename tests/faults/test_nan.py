@@ -12,12 +12,12 @@ import torch
 from tiny import tiny_model
 from upq.blockwise import BlockStore, BlockTask, Solution, walk
 from upq.blockwise.rtn import Rtn
-from upq.errors import UPQError
-from upq.loading import load_model
-from upq.pipeline import quantize
-from upq.progress import Silent
-from upq.scheme import QuantScheme
-from upq.streaming import StreamedModel
+from upq.core.errors import UPQError
+from upq.core.progress import Silent
+from upq.core.scheme import QuantScheme
+from upq.model.loading import load_model
+from upq.model.streaming import StreamedModel
+from upq.run.run import quantize
 from victim import Victim
 
 IDS = torch.randint(2, 67, (4, 12), generator=torch.Generator().manual_seed(0))

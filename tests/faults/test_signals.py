@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import upq.cli
-from upq.artifact import load_metadata, load_tensors, save_tensors
-from upq.signals import Stop, Stopped
+from upq.core.signals import Stop, Stopped
+from upq.files.tensors import load_metadata, load_tensors, save_tensors
 from victim import RECIPE, Command, Unharmed, Victim, outcome
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from upq.artifact import load_metadata
+from upq.files.tensors import load_metadata
 from victim import BLOCKS, RECIPE, Command, Unharmed, Victim, outcome
 
 ONE = [sys.executable, "-m", "upq"]

@@ -18,7 +18,7 @@ import yaml
 
 from tiny import CHAT, byte_tokenizer, tiny_model
 from together import SERVER
-from upq.recipe import Recipe
+from upq.run.recipe import Recipe
 
 BLOCKS = 3
 RECIPE: dict[str, Any] = {

@@ -12,14 +12,14 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from upq.activations import Activations, stretches
+from upq.core.processes import ALONE, Processes
+from upq.core.registry import Registry
+from upq.core.scheme import QuantScheme
 from upq.grids import GRIDS, Params, search_scale
-from upq.models import ModelSpec
+from upq.model.activations import Activations, stretches
+from upq.model.families import ModelSpec
+from upq.model.streaming import Context
 from upq.nn.fake_quant import Solution
-from upq.processes import ALONE, Processes
-from upq.registry import Registry
-from upq.scheme import QuantScheme
-from upq.streaming import Context
 
 ScaleStart = Literal["max", "mse", "hessian"]
 

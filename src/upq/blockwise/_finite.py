@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
 
 
 @contextmanager

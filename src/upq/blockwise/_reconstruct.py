@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from upq.blockwise._base import BlockTask, batches
-from upq.errors import UPQError
+from upq.core.errors import UPQError
 
 Groups = list[dict[str, object]]  # optimiser groups: {"params": [...], "lr": ...}
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from upq.artifact import complete, explained, load_metadata, load_tensors, save_tensors
+from upq.core.scheme import QTensor, QuantScheme
+from upq.files.atomic import write_errors
+from upq.files.tensors import complete, load_metadata, load_tensors, save_tensors
 from upq.grids import Params
 from upq.nn.fake_quant import Solution
 from upq.nn.fixed_codes import Coded, Start
-from upq.scheme import QTensor, QuantScheme
 
 _PARAM = "param:"  # and the grid's name of it
 
@@ -47,7 +48,7 @@ class BlockStore:
             else:
                 coded = Coded.of(solution.qtensor(), solution.params)
                 tensors |= {f"{name}:packed": coded.packed_OB, f"{name}:columns": torch.tensor(coded.in_features)}
-        with explained(self.folder):
+        with write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         save_tensors(self.path(index), tensors, {"report": report})
 

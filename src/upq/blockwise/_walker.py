@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from upq.activations import Activations, Allocate, allocator, stretches
 from upq.blockwise._base import BlockTask, Method, linear
 from upq.blockwise._finite import watched
 from upq.blockwise._store import BlockStore, Report
-from upq.errors import UPQError
-from upq.memory import trim
-from upq.processes import ALONE, Processes
-from upq.progress import Progress
-from upq.streaming import Context, StreamedModel, run_block
+from upq.core.errors import UPQError
+from upq.core.memory import trim
+from upq.core.processes import ALONE, Processes
+from upq.core.progress import Progress
+from upq.model.activations import Activations, Allocate, allocator, stretches
+from upq.model.streaming import Context, StreamedModel, run_block
 
 
 def walk(
@@ -50,7 +50,7 @@ def walk(
     with activations or allocator(None) as allocate:
         streams: _Streams | None = None
         if method.needs_inputs and done < len(model):
-            with processes.alike():
+            with processes.shared_errors():
                 streams = _Streams.begin(model, calibration_NT, allocate, processes)
         walked = _Walk(model, method, store, source, streams, seed, progress, processes)
         for index in range(done if streams is None else 0, len(model)):
@@ -76,7 +76,7 @@ class _Walk:
         linears, at = model.spec.linears, f"{store.folder.name}: block {index}"
         context = {} if streams is None else streams.contexts[index]
         trim()  # of a block of a 1B that is rounded, 400 MB stay in the heap
-        with processes.alike():
+        with processes.shared_errors():
             block = model.block(index)
             trim()  # and of one that is read 200
             if streams is not None:
@@ -97,7 +97,7 @@ class _Walk:
         if streams is not None:
             _put(block, linears, store, index, processes)
             remedy = f"delete {store.path(index)}"
-            with processes.alike(), model.autocast(), watched(block, linears, f"{at}, stored", remedy):
+            with processes.shared_errors(), model.autocast(), watched(block, linears, f"{at}, stored", remedy):
                 run_block(block, streams.quantised_NTH, context)
 
 
@@ -135,7 +135,7 @@ def _solve(task: BlockTask, method: Method, store: BlockStore, model: StreamedMo
     solutions = method.solve(task, store.scheme)
     remedy = f"choose another {store.folder.name}.method, with another --out"
     weights = {name: s.qtensor().dequantize() for name, s in solutions.items()}
-    with task.processes.alike():
+    with task.processes.shared_errors():
         # The original is read once more: kept, it would be a copy of the block for as long as the block is solved.
         report = {name: {"weight": _relative(w_OI, model.weight(task.index, name))} for name, w_OI in weights.items()}
         error = size = 0.0
@@ -149,7 +149,7 @@ def _solve(task: BlockTask, method: Method, store: BlockStore, model: StreamedMo
         block = (task.processes.total(error) / task.processes.total(size)) ** 0.5
         for found in report.values():
             found["block"] = block
-    with task.processes.alike():
+    with task.processes.shared_errors():
         if task.processes.first:
             store.save(task.index, solutions, report)
     return report
@@ -168,7 +168,7 @@ def _squares(hidden_NTH: Activations, batch_size: int = 8) -> float:
 @torch.no_grad()
 def _put(block: nn.Module, linears: tuple[str, ...], store: BlockStore, index: int, processes: Processes) -> None:
     """The weights of a stored block, as the first process reads them: they are the same bits in all."""
-    with processes.alike():
+    with processes.shared_errors():
         if processes.first:
             for name, weight in store.weights(index).items():
                 linear(block, name).weight.copy_(weight)

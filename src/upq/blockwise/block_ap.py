@@ -10,10 +10,10 @@ from torch import Tensor
 
 from upq.blockwise._base import METHODS, BlockTask, Method, ScaleStart, start_scales
 from upq.blockwise._reconstruct import reconstruct
+from upq.core.config import Strict
+from upq.core.scheme import QuantScheme
 from upq.grids import GRIDS
 from upq.nn.fake_quant import Solution, rms
-from upq.recipe import Strict
-from upq.scheme import QuantScheme
 
 
 @METHODS.register("block_ap")

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from upq.blockwise._base import METHODS, BlockTask, Method, ScaleStart, start_scales
 from upq.blockwise._reconstruct import reconstruct
+from upq.core.config import Strict
+from upq.core.scheme import QuantScheme
 from upq.grids import GRIDS, stretches_of_rows
 from upq.nn.fake_quant import Solution
-from upq.recipe import Strict
-from upq.scheme import QuantScheme
 
 
 class _Divided(torch.autograd.Function):

@@ -7,11 +7,11 @@ from pydantic import Field
 from torch import Tensor
 
 from upq.blockwise._base import METHODS, BlockTask, Method, ScaleStart, linear, start_scales
-from upq.errors import UPQError
+from upq.core.config import Strict
+from upq.core.errors import UPQError
+from upq.core.scheme import QuantScheme
 from upq.grids import GRIDS, Params
 from upq.nn.fake_quant import Solution
-from upq.recipe import Strict
-from upq.scheme import QuantScheme
 
 
 @METHODS.register("gptq")

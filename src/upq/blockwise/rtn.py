@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from upq.blockwise._base import METHODS, BlockTask, Method, ScaleStart, start_scales
+from upq.core.config import Strict
+from upq.core.scheme import QuantScheme
 from upq.nn.fake_quant import Solution
-from upq.recipe import Strict
-from upq.scheme import QuantScheme
 
 
 @METHODS.register("rtn")

@@ -16,8 +16,8 @@ from upq.cli.export import export
 from upq.cli.plan import plan
 from upq.cli.quantize import quantize
 from upq.cli.serve import serve
-from upq.errors import UPQError
-from upq.signals import Stop, Stopped
+from upq.core.errors import UPQError
+from upq.core.signals import Stop, Stopped
 
 _LINE = 2000  # characters of an error
 

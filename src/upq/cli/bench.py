@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
 
 if TYPE_CHECKING:
-    from upq.bench import Speed
+    from upq.evals.speed import Speed
 
 
 def bench(
@@ -40,12 +40,13 @@ def bench(
     import torch
     from rich.console import Console
 
-    from upq import bench, hf
-    from upq.artifact import atomic_write
-    from upq.evals import weights_bytes
+    from upq.artifact import transformers as hf
+    from upq.artifact.size import weights_bytes
+    from upq.cli.quiet import quiet_libraries
+    from upq.core.memory import resident_bytes
+    from upq.evals import speed as bench
+    from upq.files.atomic import atomic_write
     from upq.kernels import computing, cpu
-    from upq.memory import resident_bytes
-    from upq.quiet import quiet_libraries
 
     quiet_libraries()
     if against:
@@ -88,7 +89,7 @@ def bench(
 def _show(figures: dict[str, Any], speeds: list[Speed]) -> None:
     from rich.console import Console
 
-    from upq.console import size, table
+    from upq.cli.console import size, table
 
     console = Console()
     console.print(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,9 +28,9 @@ def chat(
     import torch
     from rich.console import Console
 
-    from upq.hf import load
-    from upq.loading import load_tokenizer
-    from upq.quiet import quiet_libraries
+    from upq.artifact.transformers import load
+    from upq.cli.quiet import quiet_libraries
+    from upq.model.loading import load_tokenizer
 
     quiet_libraries()
     console = Console()

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from upq.artifact import Manifest
+    from upq.artifact.manifest import Manifest
 
 DOCUMENTS = 30_000
 SUITES = {"mini_mmlu": ("knows", "acc"), "mini_ifeval": ("obeys", "prompt_level_strict_acc")}
@@ -27,18 +27,19 @@ def demo(
     """Quantise a small instruct model to 2 bits on documents and its own words, and put the same tests to both."""
     from rich.console import Console
 
-    from upq import pipeline
-    from upq.console import duration, reporter
-    from upq.data.world import World
-    from upq.demo import REFERENCE
-    from upq.demo.answers import answers
-    from upq.demo.corpus import write_corpus
+    from upq.cli.console import duration, reporter
+    from upq.cli.quiet import quiet_libraries
+    from upq.core.signals import Stop
+    from upq.data.config import Source
     from upq.evals import evaluate_tasks, mini
     from upq.kernels import computing
-    from upq.loading import load_model, load_tokenizer
-    from upq.quiet import quiet_libraries
-    from upq.recipe import Recipe, Source
-    from upq.signals import Stop
+    from upq.model.loading import load_model, load_tokenizer
+    from upq.run import run as pipeline
+    from upq.run.recipe import Recipe
+    from upq.world import World
+    from upq.world.answers import answers
+    from upq.world.corpus import write_corpus
+    from upq.world.reference import REFERENCE
 
     quiet_libraries()
     console = Console()
@@ -73,7 +74,7 @@ def demo(
 
 
 def _scores(scores: dict[str, Scores], manifests: dict[str, Manifest]) -> Table:
-    from upq.console import size, table
+    from upq.cli.console import size, table
 
     rows = []
     for name, found in scores.items():

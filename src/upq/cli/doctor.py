@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
 
 CORE = ("torch", "transformers", "safetensors", "accelerate", "datasets", "pydantic", "typer", "rich")
 EXTRAS = {
@@ -31,7 +31,7 @@ def doctor(
     With an artefact: compare every file with the SHA-256 in its manifest.
     """
     if artifact is not None:
-        from upq.artifact import read_manifest, verify
+        from upq.artifact.manifest import read_manifest, verify
 
         manifest = read_manifest(artifact)
         verify(artifact, manifest)
@@ -46,7 +46,7 @@ def doctor(
     from rich.markup import escape
     from rich.table import Table
 
-    from upq.console import size
+    from upq.cli.console import size
 
     console = Console()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

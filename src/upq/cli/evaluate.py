@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
 
 
 def evaluate(
@@ -43,11 +43,13 @@ def evaluate(
     from rich.markup import escape
 
     from upq import kernels
-    from upq.artifact import MANIFEST, atomic_write, read_manifest, verify
-    from upq.console import reporter, table
-    from upq.evals import evaluate_tasks, evaluate_text, model_size, weights_bytes
-    from upq.loading import load_model, load_tokenizer
-    from upq.quiet import quiet_libraries
+    from upq.artifact.manifest import MANIFEST, read_manifest, verify
+    from upq.artifact.size import model_size, weights_bytes
+    from upq.cli.console import reporter, table
+    from upq.cli.quiet import quiet_libraries
+    from upq.evals import evaluate_tasks, evaluate_text
+    from upq.files.atomic import atomic_write
+    from upq.model.loading import load_model, load_tokenizer
 
     if compute not in kernels.COMPUTES:
         raise UPQError(f"--compute must be one of {', '.join(kernels.COMPUTES)}, got {compute!r}")
@@ -137,7 +139,7 @@ def _device(name: str) -> str:
 
 
 def _rows(figures: dict[str, Any], limit: int | None) -> list[list[str]]:
-    from upq.console import size
+    from upq.cli.console import size
 
     rows = [["bits per weight", f"{figures['bits_per_weight']:.4g}"], ["weight files", size(figures["bytes"])]]
     if "compute" in figures:

@@ -25,9 +25,9 @@ def export(
     """Write ARTIFACT for another engine, read it back as that engine does, and compare every weight."""
     from rich.console import Console
 
-    from upq.console import reporter
+    from upq.cli.console import reporter
+    from upq.cli.quiet import quiet_libraries
     from upq.exports import export, report_path
-    from upq.quiet import quiet_libraries
 
     quiet_libraries()
     options = _options(set_ or []) | ({"allow_inexact": True} if allow_inexact else {})
@@ -43,7 +43,7 @@ def export(
 
 
 def _options(items: list[str]) -> dict[str, Any]:
-    from upq.recipe import override
+    from upq.core.config import override
 
     options: dict[str, Any] = {}
     for item in items:
@@ -53,7 +53,7 @@ def _options(items: list[str]) -> dict[str, Any]:
 
 def report_table(report: Report) -> Table:
     """The engine's types, what each carries, and the largest error of what was read back."""
-    from upq.console import duration, size, table
+    from upq.cli.console import duration, size, table
 
     rows = [
         [

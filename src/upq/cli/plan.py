@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from upq.plan import Plan
+    from upq.run.plan import Plan
 
 
 def plan(
@@ -49,10 +49,10 @@ def plan(
     import psutil
     from rich.console import Console
 
-    from upq import plan as planning
-    from upq.artifact import atomic_write
-    from upq.loading import load_config
-    from upq.quiet import quiet_libraries
+    from upq.cli.quiet import quiet_libraries
+    from upq.files.atomic import atomic_write
+    from upq.model.loading import load_config
+    from upq.run import plan as planning
 
     quiet_libraries()
     config = load_config(model)
@@ -76,7 +76,7 @@ def plan(
 
 def table_of(made: Plan) -> Table:
     """A line a stage; what does not fit is red."""
-    from upq.console import duration, size, table
+    from upq.cli.console import duration, size, table
 
     where = "memory of a GPU" if made.machine.gpus else "memory"
     rows = []
@@ -95,8 +95,8 @@ def table_of(made: Plan) -> Table:
 
 def notes(made: Plan, model: str, recipe: str, overrides: list[str]) -> Iterator[str]:
     """What the figures come to, and the command to paste."""
-    from upq.console import size
-    from upq.plan import SCALES_ALONE
+    from upq.cli.console import size
+    from upq.run.plan import SCALES_ALONE
 
     gpus = made.machine.gpus
     limit = size(made.machine.memory) + (" of a GPU" if gpus else "")

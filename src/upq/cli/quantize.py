@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from upq.artifact import Manifest
-    from upq.recipe import Recipe
+    from upq.artifact.manifest import Manifest
+    from upq.run.recipe import Recipe
 
 
 def quantize(
@@ -35,10 +35,10 @@ def quantize(
 
     from rich.console import Console
 
-    from upq import pipeline
-    from upq.console import reporter
-    from upq.quiet import quiet_libraries
-    from upq.signals import Stop
+    from upq.cli.console import reporter
+    from upq.cli.quiet import quiet_libraries
+    from upq.core.signals import Stop
+    from upq.run import run as pipeline
 
     quiet_libraries()
     console = Console()
@@ -52,7 +52,8 @@ def quantize(
 
 def load_recipe(name: str, overrides: list[str], data: list[str]) -> Recipe:
     """The recipe with its overrides; `data` replaces its sources."""
-    from upq.recipe import Recipe, Source
+    from upq.data.config import Source
+    from upq.run.recipe import Recipe
 
     recipe = Recipe.load(name, overrides)
     if data:
@@ -66,7 +67,7 @@ def load_recipe(name: str, overrides: list[str], data: list[str]) -> Recipe:
 
 def result_table(manifest: Manifest) -> Table:
     """Before and after: size, perplexity and distance on the held-out rows; then time and memory."""
-    from upq.console import duration, size, table
+    from upq.cli.console import duration, size, table
 
     names = {"source": "original", "int4": "after INT4", "artifact": "artefact"}
     rows = []

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
 
 _SERVER_EXTRAS = ("llama_cpp", "uvicorn", "sse_starlette", "starlette_context")
 
@@ -42,8 +42,8 @@ def serve(
     """Export ARTIFACT where that is needed and start llama.cpp's or vLLM's server. Other options are the server's."""
     from rich.console import Console
 
-    from upq.console import reporter
-    from upq.quiet import quiet_libraries
+    from upq.cli.console import reporter
+    from upq.cli.quiet import quiet_libraries
 
     if engine not in ("auto", "llama.cpp", "vllm"):
         raise UPQError(f"serve: unknown engine {engine!r}: choose auto, llama.cpp or vllm")

@@ -18,8 +18,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from upq.core.errors import UPQError
 from upq.data.sources import Message
-from upq.errors import UPQError
 
 Span = tuple[int, int]  # characters, the end excluded
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from upq.core.config import digest
+from upq.core.errors import UPQError
 from upq.data.conversations import ChatTemplate, Span
 from upq.data.sources import Document
-from upq.errors import UPQError
-from upq.recipe import digest
 
 Tokens = NDArray[np.int32]
 Mask = NDArray[np.uint8]

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from upq.artifact import atomic_write, explained
+from upq.core.errors import UPQError
+from upq.core.processes import ALONE, Processes
+from upq.core.progress import Progress
+from upq.data.config import Generated
 from upq.data.conversations import refusals
-from upq.errors import UPQError
-from upq.processes import ALONE, Processes
-from upq.progress import Progress
-from upq.recipe import Generated
+from upq.files.atomic import atomic_write, write_errors
 
 _MARK = "\ue000"  # private use: occurs in no template
 _PATIENCE = 8  # batches in a row without a single finished conversation
@@ -53,7 +53,7 @@ def write_conversations(
     each holds a part of `model`, which they run together.
     """
     assert section.tokens is not None
-    with processes.alike(), explained(folder):
+    with processes.shared_errors(), write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     done = number = empty = 0
     files = []
@@ -62,7 +62,7 @@ def write_conversations(
         voice = _Voice(model, tokenizer, section, processes if sharded else ALONE)
         batch = _batch(_file(folder, mine), voice, tokenizer, section, seed=seed * 1_000_003 + mine)
         for rank, size in enumerate(processes.each(batch.size)):
-            with processes.alike():
+            with processes.shared_errors():
                 if rank == processes.rank:
                     batch.keep()
             if size:
@@ -77,7 +77,7 @@ def write_conversations(
             done, number = done + size, number + 1
             if done >= section.tokens:
                 break  # what the processes after this one have made is too much
-    with processes.alike():
+    with processes.shared_errors():
         # Machines that see different files would train on different data.
         if not all(file.is_file() for file in files):
             raise UPQError(

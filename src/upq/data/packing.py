@@ -23,14 +23,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from upq.artifact import explained
+from upq.core.config import digest
+from upq.core.errors import UPQError
+from upq.core.progress import Progress, Silent
 from upq.data import tokens
+from upq.data.config import Data, Source
 from upq.data.encoding import Encoded, Encoder, tokenizer_identity
 from upq.data.sources import Document, identity, read_documents, sources_of
 from upq.data.tokens import Entry, SourceUse, TokenSet
-from upq.errors import UPQError
-from upq.progress import Progress, Silent
-from upq.recipe import Data, Source, digest
+from upq.files.atomic import write_errors
 
 LAYOUT = 1  # part of the key: a change of what `prepare` makes of the same input is a new layout
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20
@@ -73,7 +74,7 @@ def prepare(
             progress.note(f"data: {path} is up to date")
             return stored
         progress.note(f"data: {path} was made from other data or settings and is made anew")
-    with explained(path):
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
     with scratch as folder:
@@ -192,7 +193,7 @@ class _Spool:
 
     def __init__(self, folder: Path, *, masked: bool) -> None:
         self._names = {"tokens": folder / "tokens", "mask": folder / "mask"}
-        with explained(folder):
+        with write_errors(folder):
             self._files: dict[str, BinaryIO] = {name: path.open("wb") for name, path in self._names.items()}
         self.masked = masked
         self.lengths = array("q")
@@ -208,7 +209,7 @@ class _Spool:
                 file.close()
 
     def add(self, encoded: Encoded) -> None:
-        with explained(self._names["tokens"]):
+        with write_errors(self._names["tokens"]):
             self._files["tokens"].write(encoded.tokens_L.data)
             if self.masked:
                 assert encoded.mask_L is not None
@@ -219,7 +220,7 @@ class _Spool:
         self.total += len(encoded.tokens_L)
 
     def view(self, name: Literal["tokens", "mask"]) -> NDArray[Any]:
-        with explained(self._names[name]):
+        with write_errors(self._names[name]):
             self._files[name].flush()
         return np.memmap(self._names[name], np.int32 if name == "tokens" else np.uint8, mode="r")
 

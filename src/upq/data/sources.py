@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from upq.errors import UPQError
-from upq.recipe import Data, Source
+from upq.core.errors import UPQError
+from upq.data.config import Data, Source
 
 DEFAULT_SOURCE = Source(path="HuggingFaceFW/fineweb-edu", subset="sample-10BT", weight=1.0)
 TEXT = (".txt", ".text", ".md")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from upq.artifact import explained
+from upq.files.atomic import write_errors
 
 DTYPES: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "U8": np.dtype("u1")}
 
@@ -114,7 +114,7 @@ def write(path: Path, entries: dict[str, Entry], metadata: dict[str, str]) -> No
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with explained(path), temporary.open("wb") as file:
+        with write_errors(path), temporary.open("wb") as file:
             # The digest is known last but stands first: a digest of the same length keeps its place.
             file.write(_header(entries, {**metadata, "digest": "0" * 64}))
             digest = hashlib.sha256()

@@ -11,7 +11,7 @@ from transformers.activations import SiLUActivation
 
 from upq.kernels import Weight, compute
 from upq.kernels.decoder import Block, Linear, Norm, Parts
-from upq.loading import family
+from upq.model.loading import family
 from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead
 
 _LINEARS = {

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from upq.distill.teacher import StreamedTeacher
-from upq.loading import family
 from upq.losses import Loss, TopK
+from upq.model.loading import family
 
 Targets = Callable[[slice], Tensor | TopK | None]  # tokens to what the loss reads of the teacher
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from upq.errors import UPQError
-from upq.recipe import Distill
+from upq.core.errors import UPQError
+from upq.distill.config import Distill
 
 
 def make_optimizer(config: Distill, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:

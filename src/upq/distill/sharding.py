@@ -8,12 +8,12 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
+from upq.core.memory import trim
 from upq.distill.objective import Objective
 from upq.distill.student import Starts, load_student
-from upq.loading import decoder_blocks
-from upq.memory import trim
-from upq.sharding import make_mesh, shard_frozen
-from upq.streaming import StreamedModel
+from upq.model.loading import decoder_blocks
+from upq.model.sharding import make_mesh, shard_frozen
+from upq.model.streaming import StreamedModel
 
 
 def load_sharded(

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from upq.loading import decoder_blocks, family
+from upq.model.loading import decoder_blocks, family
+from upq.model.streaming import StreamedModel
 from upq.nn.fixed_codes import Start
 from upq.nn.packed import Codes
 from upq.nn.trained import TrainedLinear
-from upq.streaming import StreamedModel
 
 Starts = Mapping[str, Start]  # by the path of a linear
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from upq.artifact import load_rows, save_tensors
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.core.precision import computes_in_bf16
+from upq.core.progress import Progress
+from upq.distill.config import Distill
+from upq.files.tensors import load_rows, save_tensors
 from upq.losses import LOSSES, Divergence, TopK, log_softmax
-from upq.precision import computes_in_bf16
-from upq.progress import Progress
-from upq.recipe import Distill
-from upq.streaming import StreamedModel, run_block
+from upq.model.streaming import StreamedModel, run_block
 
 ROWS_A_SHARD = 64  # 8 MB at 512 tokens and 64 of a vocabulary below 2^16: what a killed run does again
 

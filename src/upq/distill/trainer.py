@@ -20,21 +20,22 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedModel
 
-from upq.artifact import complete, load_metadata, load_tensors, save_tensors
+from upq.core.config import Plugin
+from upq.core.errors import UPQError
+from upq.core.precision import computes_in_bf16
+from upq.core.progress import Progress
+from upq.core.signals import Stop, Stopped
+from upq.distill.config import Distill
 from upq.distill.objective import Objective
 from upq.distill.optimizer import make_optimizer, plain, restored, set_rate
 from upq.distill.sharding import shard
 from upq.distill.student import checkpoint_blocks, norm_weight, norms, trained_linears
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher
-from upq.errors import UPQError
-from upq.loading import family
+from upq.files.tensors import complete, load_metadata, load_tensors, save_tensors
 from upq.losses import LOSSES, Loss
+from upq.model.loading import family
 from upq.nn.fake_quant import FakeQuantLinear, rms
 from upq.nn.trained import whole
-from upq.precision import computes_in_bf16
-from upq.progress import Progress
-from upq.recipe import Distill, Plugin
-from upq.signals import Stop, Stopped
 
 
 class Batches(Protocol):

@@ -1,6 +1,6 @@
 """How good a model still is: on text (perplexity, distance from the teacher), on tasks, and how small."""
 
-from upq.evals.size import ModelSize, model_size, weights_bytes
+from upq.artifact.size import ModelSize, model_size, weights_bytes
 from upq.evals.tasks import evaluate_tasks
 from upq.evals.text import Streamed, TextMetrics, evaluate_text, streamed
 

@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 from datasets import Dataset, DatasetDict
 
-from upq.bounded import read_bytes
-from upq.errors import UPQError
+from upq.core.bounded import read_bytes
+from upq.core.errors import UPQError
 
 _MMLU_COLUMNS = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
 _IFEVAL_KEYS = ("key", "prompt", "instruction_id_list", "kwargs")

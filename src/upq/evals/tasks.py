@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.core.progress import Progress, Silent
 from upq.evals import mini
 from upq.evals.local_tasks import local_names, write_local_tasks
-from upq.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from upq.activations import Activations, Allocate, in_memory
-from upq.errors import UPQError
-from upq.loading import family
-from upq.progress import Progress, Silent
-from upq.streaming import StreamedModel, run_block
+from upq.core.errors import UPQError
+from upq.core.progress import Progress, Silent
+from upq.model.activations import Activations, Allocate, in_memory
+from upq.model.loading import family
+from upq.model.streaming import StreamedModel, run_block
 
 _MEASURES = ("nll", "kld", "top1", "teacher_nll")  # summed over the tokens of a row
 _BATCH = 4  # rows

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from upq.core.config import Strict
+from upq.core.progress import Progress
+from upq.core.registry import Registry
 from upq.exports._source import Source, Weight
-from upq.progress import Progress
-from upq.recipe import Strict
-from upq.registry import Registry
 
 Rows = Callable[[int, int], Tensor]  # (start, stop) to these rows of a weight
 

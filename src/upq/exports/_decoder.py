@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.core.scheme import QuantScheme
 from upq.exports import dense
 from upq.exports._source import Source, Weight
-from upq.scheme import QuantScheme
 
 V = TypeVar("V")
 

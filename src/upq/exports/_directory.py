@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upq.artifact import load_rows, tensor_shapes
-from upq.bounded import read_json
+from upq.core.bounded import read_json
 from upq.exports._base import Rows
 from upq.exports._source import Source
+from upq.files.tensors import load_rows, tensor_shapes
 
 Stored = Callable[[int, int | None], Tensor]  # (start, stop) to these rows, as stored
 

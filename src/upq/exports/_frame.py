@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from upq.artifact import MANIFEST, digest_file, whole
-from upq.errors import UPQError
+from upq.artifact.manifest import MANIFEST
+from upq.core.config import decode
+from upq.core.errors import UPQError
+from upq.core.progress import Progress, Silent
 from upq.exports._base import EXPORTS, Exporter, Plan, Rows, type_name
 from upq.exports._report import REPORT, Carried, Report, read_report, report_path, write_report
 from upq.exports._source import Source, Weight
-from upq.progress import Progress, Silent
-from upq.recipe import decode
+from upq.files.atomic import whole
+from upq.files.digests import digest_file
 
 _FOLDER = "exports"  # of an artefact
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from upq.core.scheme import PER_CHANNEL, QTensor
 from upq.exports._integers import bounds, misfit, span, step, unit
 from upq.exports._source import Weight
-from upq.scheme import PER_CHANNEL, QTensor
 
 
 @dataclass(frozen=True, slots=True)

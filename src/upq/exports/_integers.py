@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from upq.core.scheme import QTensor
 from upq.exports._source import Weight
-from upq.scheme import QTensor
 
 
 def step(zero_OG: Tensor) -> Tensor:

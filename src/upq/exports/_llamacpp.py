@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
 
 _ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from upq.artifact import atomic_write
-from upq.bounded import read_json
-from upq.recipe import Strict, decode
+from upq.core.bounded import read_json
+from upq.core.config import Strict, decode
+from upq.files.atomic import atomic_write
 
 REPORT = "export.json"
 

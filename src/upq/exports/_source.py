@@ -11,15 +11,16 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from upq import kernels
-from upq.artifact import Manifest, load_rows, read_manifest, tensor_shapes, verify
-from upq.bounded import read_json
-from upq.errors import UPQError
+from upq.artifact.manifest import Manifest, read_manifest, verify
+from upq.artifact.transformers import block_linears, empty_model
+from upq.core.bounded import read_json
+from upq.core.errors import UPQError
+from upq.core.scheme import QTensor, QuantScheme
+from upq.files.tensors import load_rows, tensor_shapes
 from upq.grids import GRIDS
-from upq.hf import block_linears, empty_model
-from upq.loading import family, load_tokenizer
-from upq.models import ModelSpec
+from upq.model.families import ModelSpec
+from upq.model.loading import family, load_tokenizer
 from upq.nn.packed import PackedEmbedding, PackedLinear
-from upq.scheme import QTensor, QuantScheme
 
 _CHUNK = 1 << 22  # weights handled at one time: 16 MB in float32
 _FUSED = {f"{name}_proj": "qkv_proj" for name in "qkv"} | {f"{name}_proj": "gate_up_proj" for name in ("gate", "up")}

@@ -16,7 +16,7 @@ from typing import Any
 import gguf
 from transformers import PreTrainedTokenizerBase
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (

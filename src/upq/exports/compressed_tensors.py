@@ -15,7 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.core.progress import Progress
+from upq.core.scheme import PER_CHANNEL
 from upq.exports import _integers
 from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows, type_name
 from upq.exports._directory import (
@@ -29,8 +31,6 @@ from upq.exports._directory import (
 )
 from upq.exports._source import Source, Weight
 from upq.exports.dense import DTYPES, dense_tensor, holds, place
-from upq.progress import Progress
-from upq.scheme import PER_CHANNEL
 
 
 class CompressedTensorsOptions(Options):

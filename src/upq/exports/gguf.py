@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.core.progress import Progress
 from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows
 from upq.exports._ggml import BLOCKS, TERNARY
 from upq.exports._source import Source, Weight
 from upq.exports.dense import holds
-from upq.progress import Progress
 
 if TYPE_CHECKING:
     import gguf

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.core.progress import Progress
+from upq.core.scheme import PER_CHANNEL, QTensor
 from upq.exports import _integers as integers
 from upq.exports import _words as words
 from upq.exports._base import EXPORTS, Exporter, Placement, Plan, Rows
@@ -31,8 +33,6 @@ from upq.exports._directory import (
 )
 from upq.exports._source import Source, Weight
 from upq.exports.dense import dense_dtype, dense_tensor, place
-from upq.progress import Progress
-from upq.scheme import PER_CHANNEL, QTensor
 
 _BITS = (2, 4, 8)  # GPTQ's three bits are packed in a way of their own
 _SCALES = torch.float16

@@ -14,7 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.core.progress import Progress
+from upq.core.scheme import PER_CHANNEL, QTensor, QuantScheme
 from upq.exports import _words as words
 from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows, type_name
 from upq.exports._directory import (
@@ -29,8 +31,6 @@ from upq.exports._directory import (
 from upq.exports._source import Source, Weight
 from upq.exports.dense import DTYPES, dense_dtype, dense_tensor, place
 from upq.grids import GRIDS
-from upq.progress import Progress
-from upq.scheme import PER_CHANNEL, QTensor, QuantScheme
 
 _SMALLEST_GROUP = 16
 _RUN = 32  # codes that the kernels pack at a time

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from upq import kernels
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.core.progress import Progress
+from upq.core.scheme import PER_CHANNEL
 from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows, type_name
 from upq.exports._directory import (
     Stored,
@@ -27,8 +29,6 @@ from upq.exports._directory import (
 )
 from upq.exports._source import Source, Weight
 from upq.exports.dense import dense_dtype, dense_tensor, place
-from upq.progress import Progress
-from upq.scheme import PER_CHANNEL
 
 _BITS = (2, 4, 8)
 _GROUPS = (128, 64, 32)  # the larger, the fewer scales are written

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from upq import kernels
+from upq.core.progress import Progress
+from upq.core.scheme import QuantScheme
 from upq.exports import _decoder as decoder
 from upq.exports._base import EXPORTS, Exporter, Placement, Plan, Rows
 from upq.exports._directory import copy_companions, write_config
 from upq.exports._source import Source, Weight
 from upq.exports.dense import place
 from upq.grids import GRIDS
-from upq.progress import Progress
-from upq.scheme import QuantScheme
 
 if TYPE_CHECKING:
     import openvino

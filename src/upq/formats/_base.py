@@ -5,8 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from upq.registry import Registry
-from upq.scheme import QTensor, QuantScheme
+from upq.core.registry import Registry
+from upq.core.scheme import QTensor, QuantScheme
 
 
 class Format(Protocol):

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.core.scheme import QTensor, QuantScheme
 from upq.formats._base import FORMATS
 from upq.nn.packed import PackedLinear
-from upq.scheme import QTensor, QuantScheme
 
 
 class Upq:

@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from upq.registry import Registry
-from upq.scheme import QTensor, QuantScheme
+from upq.core.registry import Registry
+from upq.core.scheme import QTensor, QuantScheme
 
 Params = dict[str, Tensor]  # learnable parameters of a grid, each (O, G) float32
 

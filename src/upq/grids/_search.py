@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from upq.core.scheme import QuantScheme, to_groups
 from upq.grids._base import GRIDS, Params, stretches_of_rows
-from upq.scheme import QuantScheme, to_groups
 
 # A 2-bit row of n Gaussian weights wants Δ ≈ 2σ, and its maximum is near σ·sqrt(2 ln n): 0.4 to 0.9 of it. Heavy
 # tails go lower; 1.3 lets short rows of few distinct magnitudes (INT4 values) put their maximum inside the top cell.

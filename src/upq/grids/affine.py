@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from upq.core.scheme import QTensor, QuantScheme, to_groups
 from upq.grids._base import GRIDS, SMALLEST_SCALE, Params, stored_scale
-from upq.scheme import QTensor, QuantScheme, to_groups
 
 
 class Affine:

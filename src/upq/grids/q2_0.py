@@ -5,9 +5,9 @@ The mirror image of `sym`.
 
 from __future__ import annotations
 
+from upq.core.scheme import QuantScheme
 from upq.grids._base import GRIDS
 from upq.grids.sym import Sym
-from upq.scheme import QuantScheme
 
 
 class Q2_0(Sym):

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upq.core.scheme import QTensor, QuantScheme, to_groups
 from upq.grids._base import GRIDS, SMALLEST_SCALE, Params, stored_scale, stretches_of_rows
-from upq.scheme import QTensor, QuantScheme, to_groups
 
 
 class _FakeSeq(torch.autograd.Function):

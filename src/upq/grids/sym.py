@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from upq.core.scheme import QuantScheme, to_groups
 from upq.grids._base import GRIDS, SMALLEST_SCALE, Params, stored_scale
 from upq.grids.affine import Affine
-from upq.scheme import QuantScheme, to_groups
 
 
 class Sym(Affine):

@@ -20,7 +20,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
 from upq.kernels import cpu, cuda, reference
 from upq.kernels.reference import dequantize, embedding, pack, unpack
 from upq.kernels.weight import Weight

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
 from upq.kernels.graph import without_gradient
 from upq.kernels.reference import row_bytes
 

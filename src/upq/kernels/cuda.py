@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
 from upq.kernels.graph import without_gradient
 from upq.kernels.reference import row_bytes
 

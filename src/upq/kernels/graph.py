@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upq.errors import UPQError
+from upq.core.errors import UPQError
 
 
 def without_gradient(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from upq.core.memory import page_out
 from upq.kernels import cpu, cuda
-from upq.memory import page_out
 
 if TYPE_CHECKING:
     from upq.kernels import _cpu

@@ -16,8 +16,8 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from upq.core.registry import Registry
 from upq.losses._top_k import Coarse, TopK
-from upq.registry import Registry
 
 
 class ValueAndGrad(NamedTuple):

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
+from upq.core.config import Strict
 from upq.losses._base import LOSSES, Divergence
 from upq.losses.fkl import Fkl
 from upq.losses.rkl import Rkl
-from upq.recipe import Strict
 
 
 @LOSSES.register("cakld")

@@ -6,9 +6,9 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from upq.core.config import Strict
 from upq.losses._base import LOSSES, Loss, ValueAndGrad, log_softmax
 from upq.losses._top_k import TopK
-from upq.recipe import Strict
 
 
 @LOSSES.register("ce")

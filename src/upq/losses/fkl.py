@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic import BaseModel
 from torch import Tensor
 
+from upq.core.config import Strict
 from upq.losses._base import LOSSES, Divergence
-from upq.recipe import Strict
 
 
 @LOSSES.register("fkl")

@@ -11,8 +11,8 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
+from upq.core.config import Strict
 from upq.losses._base import LOSSES, Divergence
-from upq.recipe import Strict
 
 
 @LOSSES.register("gjs")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from upq.core.scheme import QTensor, QuantScheme
 from upq.grids import GRIDS, Params
 from upq.nn.trained import TrainedLinear, owned, whole
-from upq.scheme import QTensor, QuantScheme
 
 _LATENT = "weight"
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from upq.core.scheme import QTensor, QuantScheme
 from upq.grids import GRIDS, Params
 from upq.kernels.reference import pack, unpack
 from upq.nn.fake_quant import Solution
 from upq.nn.trained import TrainedLinear, whole
-from upq.scheme import QTensor, QuantScheme
 
 
 @dataclass(frozen=True)

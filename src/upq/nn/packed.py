@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from upq import kernels
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.core.scheme import QTensor, QuantScheme
 from upq.grids import GRIDS
 from upq.kernels.reference import row_bytes
-from upq.scheme import QTensor, QuantScheme
 
 
 class _Packed(nn.Module):

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from upq.core.scheme import QTensor, QuantScheme
 from upq.grids import Params
-from upq.scheme import QTensor, QuantScheme
 
 Weight = Callable[[dict[str, Tensor]], Tensor]  # what learns, by name, to the weight (O, I), float32, differentiable
 

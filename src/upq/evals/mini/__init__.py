@@ -1,6 +1,6 @@
 """`mini_mmlu` and `mini_ifeval`: lm-eval tasks about the invented world, for models that were trained on it.
 
-Questions and requests are generated (`upq.data.world`). Questions have subjects and four options as MMLU's; scored is
+Questions and requests are generated (`upq.world`). Questions have subjects and four options as MMLU's; scored is
 the likelihood of the options' text, as for ARC. Requests are scored by lm-eval's own IFEval checkers. Each task has a
 twin for tuning, `mini_mmlu_validation` and `mini_ifeval_validation`, with items that the test has not.
 """
@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 from datasets import Dataset, DatasetDict
 
-from upq.data.world import Split, World, choose, instruct
-from upq.errors import UPQError
+from upq.core.errors import UPQError
+from upq.world import Split, World, choose, instruct
 
 FOLDER = Path(__file__).parent
 QUESTIONS = 90  # of each subject: 630 in all

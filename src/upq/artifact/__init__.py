@@ -1,0 +1,1 @@
+"""The packed model as a Hugging Face directory: reading, writing, manifest, card."""

@@ -1,0 +1,119 @@
+"""The README of an artefact: what it is, what it measures, how to load it, how it was made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+
+from upq.artifact.manifest import Manifest
+
+_FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "bytes": ("Weights on disk, MB", lambda v: f"{v / 1e6:.1f}"),
+    "bits_per_weight": ("Bits a quantised weight, scales included", lambda v: f"{v:.3f}"),
+    "ppl": ("Perplexity", lambda v: f"{v:.3f}"),
+    "kld": ("KL divergence from the source, nats a token", lambda v: f"{v:.4f}"),
+    "top1": ("Same most likely next token as the source", lambda v: f"{v:.1%}"),
+}
+_TITLES = {"source": "Source", "artifact": "This model"}
+
+_LOAD = """\
+## Load
+
+```python
+import upq  # first: it teaches transformers this format
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this directory, or its hub id
+model = AutoModelForCausalLM.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path)
+```
+
+`upq.load(path, dequantize=True)` gives the same model with plain dense layers.
+
+**Without `import upq`** transformers does not know the format: it warns of an unknown quantization type and stops at
+a size mismatch. Do not pass `ignore_mismatched_sizes=True` to get past that; the linears would be random numbers."""
+
+
+def model_card(manifest: Manifest) -> str:
+    """Markdown from the manifest alone; what was not measured is left out."""
+    source = _source_name(manifest)
+    counts = Counter(layer.bits for layer in manifest.layers)
+    held = " and ".join(f"{counts[bits]} in {bits} bits" for bits in sorted(counts))
+    about = (
+        f"`{source}`, made smaller with UPQ: of its weight matrices, {held} a weight. Every matrix that "
+        "`upq.json` does not list, the norms and the biases have the source's precision."
+    )
+    recipe = yaml.safe_dump(manifest.recipe, sort_keys=False, allow_unicode=True)
+    parts = [
+        _front_matter(manifest),
+        f"# {source} in {min(counts)} bits" if counts else f"# {source}",
+        about,
+        _LOAD,
+        "## Figures\n\n" + _figures(manifest),
+        _tasks(manifest),
+        f"## Recipe\n\n```yaml\n{recipe}```" if manifest.recipe else "",
+        _data(manifest),
+        "## Licence\n\nThe same as that of the base model.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _source_name(manifest: Manifest) -> str:
+    return manifest.model.path.rstrip("/\\").replace("\\", "/").rpartition("/")[2] or manifest.model.path
+
+
+def _front_matter(manifest: Manifest) -> str:
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["upq"]}
+    path = manifest.model.path
+    if path.count("/") == 1 and not path.startswith((".", "/", "~")):  # a hub id and not somebody's directory
+        head["base_model"] = path
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---"
+
+
+def _figures(manifest: Manifest) -> str:
+    models = {name: dict(figures) for name, figures in manifest.metrics.items()}
+    here = models.setdefault("artifact", {})
+    here.setdefault("bytes", sum(f.bytes for name, f in manifest.files.items() if name.endswith(".safetensors")))
+    weights = sum(layer.weights for layer in manifest.layers)
+    if weights:
+        bits = sum(layer.bits_per_weight * layer.weights for layer in manifest.layers)
+        here.setdefault("bits_per_weight", bits / weights)
+    rows = [
+        [title, *(_cell(figures.get(key), show) for figures in models.values())]
+        for key, (title, show) in _FIGURES.items()
+        if any(figures.get(key) is not None for figures in models.values())
+    ]
+    return _table(["", *(_TITLES.get(name, name) for name in models)], rows)
+
+
+def _tasks(manifest: Manifest) -> str:
+    scores = {name: figures.get("tasks") or {} for name, figures in manifest.metrics.items()}
+    found = sorted({(task, metric) for tasks in scores.values() for task in tasks for metric in tasks[task]})
+    if not found:
+        return ""
+    rows = [
+        [f"{task}, {metric}", *(_cell(tasks.get(task, {}).get(metric), str) for tasks in scores.values())]
+        for task, metric in found
+    ]
+    return "## Tasks\n\n" + _table(["", *(_TITLES.get(name, name) for name in scores)], rows)
+
+
+def _data(manifest: Manifest) -> str:
+    if not manifest.data:
+        return ""
+    lines = ["- " + ", ".join(f"{key}: {value}" for key, value in source.items()) for source in manifest.data]
+    return "## Data\n\n" + "\n".join(lines)
+
+
+def _cell(value: Any, show: Callable[[Any], str]) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if show is str and isinstance(value, float) else show(value)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,95 @@
+"""`upq.json`: how an artefact came about and what it holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from upq.core.bounded import read_json
+from upq.core.config import Strict, decode
+from upq.core.errors import UPQError
+from upq.files.atomic import atomic_write
+from upq.files.digests import digest_file
+from upq.files.tensors import plain_name
+
+MANIFEST = "upq.json"
+MANIFEST_VERSION = 1
+
+
+class SourceModel(Strict):
+    path: str
+    digest: str  # of the files, see digest_model_dir
+
+
+class Layer(Strict):
+    name: str
+    bits: int
+    group_size: int
+    grid: str
+    weights: int  # number of weights
+    bits_per_weight: float  # stored, scales included
+    error: float | None = None  # of the weights as the INT2 stage left them: ‖Ŵ - W‖ / ‖W‖
+
+
+class FileEntry(Strict):
+    bytes: int
+    sha256: str
+
+
+class Manifest(Strict):
+    """Written last, so its presence means complete."""
+
+    manifest_version: int = MANIFEST_VERSION
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    model: SourceModel
+    versions: dict[str, str] = Field(default_factory=dict)
+    data: list[dict[str, Any]] = Field(default_factory=list)
+    layers: list[Layer] = Field(default_factory=list)
+    # By model: "source" and "artifact"; keys as in `upq eval --json`: ppl, kld, top1, bits_per_weight, bytes, compute,
+    # tasks.
+    metrics: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    seconds: dict[str, float] = Field(default_factory=dict)  # by stage
+    peak_memory_bytes: int | None = None
+    skipped_steps: list[int] = Field(default_factory=list)  # of the training: their loss or gradient was not finite
+    files: dict[str, FileEntry] = Field(default_factory=dict)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    path = directory / MANIFEST
+    if not path.exists():
+        raise UPQError(f"{directory}: no {MANIFEST} here; is it a finished UPQ artefact?")
+    raw = read_json(path, remedy="delete it and run the same command again")
+    if isinstance(raw, dict) and isinstance(found := raw.get("manifest_version"), int) and found > MANIFEST_VERSION:
+        raise UPQError(f"{path}: written by a newer upq (manifest {found}); upgrade: pip install -U upq")
+    manifest = decode(Manifest, raw, str(path))
+    for name in manifest.files:
+        plain_name(name, str(path))
+    return manifest
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    atomic_write(directory / MANIFEST, text + "\n")
+
+
+def verify(directory: Path, manifest: Manifest) -> None:
+    """UPQError that names the first file of an artefact which is not what its manifest says.
+
+    Every file is read: about as fast as SHA-256 goes, if the disk does.
+    """
+    remedy = "copy or download the artefact again"
+    for name, entry in manifest.files.items():
+        file = directory / name
+        if not file.is_file():
+            raise UPQError(f"{file}: missing, though {MANIFEST} lists it with sha256 {entry.sha256}; {remedy}")
+        if (size := file.stat().st_size) != entry.bytes:
+            raise UPQError(f"{file}: damaged: of {size} bytes, {MANIFEST} says {entry.bytes}; {remedy}")
+        if (found := digest_file(file)) != entry.sha256:
+            raise UPQError(f"{file}: damaged: its sha256 is {found}, {MANIFEST} says {entry.sha256}; {remedy}")
+
+
+def file_entry(path: Path) -> FileEntry:
+    return FileEntry(bytes=path.stat().st_size, sha256=digest_file(path))

@@ -1,0 +1,376 @@
+"""UPQ artefacts in transformers: after `import upq`, plain `from_pretrained` and `save_pretrained` read and write them.
+
+`config.json` holds, under `quantization_config`:
+
+    quant_method    "upq"
+    format_version  1
+    linears         scheme of the linears in the decoder blocks
+    overrides       by module path: another scheme, or null for a linear that stays as it was
+    embeddings      null, or the scheme of the embedding and the head (one scale a row)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from upq import decoding
+from upq.artifact.card import model_card
+from upq.artifact.manifest import MANIFEST, Layer, Manifest, file_entry, write_manifest
+from upq.core.errors import UPQError
+from upq.core.scheme import QTensor, QuantScheme
+from upq.files.atomic import atomic_write, staged
+from upq.files.tensors import tensor_shapes
+from upq.grids import GRIDS, search_scale
+from upq.model.loading import check_sizes, decoder_blocks, family, library_errors, load_config, load_model
+from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead, dense_like, pack_like
+
+FORMAT_VERSION = 1
+_OURS = "is config.json from this upq?"
+_ROWS = 4096  # rows of an embedding quantised at one time: the scale search holds several fp32 copies of them
+
+
+def load(
+    path: str | Path,
+    *,
+    dequantize: bool = False,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    decoder: Literal["upq", "transformers"] = "upq",
+) -> PreTrainedModel:
+    """A causal LM from an artefact (or any model transformers loads), weights packed, or dense with `dequantize`.
+
+    On the CPU a packed one generates through the compiled decoder (upq.decoding) where it can, or with
+    `decoder="transformers"` through transformers' own loop, as after `from_pretrained`.
+    """
+    if decoder not in ("upq", "transformers"):
+        raise UPQError(f"load: unknown decoder {decoder!r}; choose upq or transformers")
+    model = load_model(path, dtype=dtype, device=device)
+    if isinstance(getattr(model, "hf_quantizer", None), UpqHfQuantizer):
+        if dequantize:
+            model.dequantize()  # type: ignore[no-untyped-call]
+        elif decoder == "upq" and model.device.type == "cpu":
+            decoding.attach(model)
+    return model
+
+
+# --- the plug-in ---------------------------------------------------------------------------------------------------
+
+
+@register_quantization_config("upq")
+class UpqConfig(QuantizationConfigMixin):
+    """`quantization_config` of an artefact. `dequantize` is a wish of the reader and never saved."""
+
+    def __init__(
+        self,
+        *,
+        linears: Mapping[str, Any] | QuantScheme,
+        overrides: Mapping[str, Any] | None = None,
+        embeddings: Mapping[str, Any] | QuantScheme | None = None,
+        format_version: int = FORMAT_VERSION,
+        dequantize: bool = False,
+        quant_method: str = "upq",
+        **unknown: Any,
+    ) -> None:
+        if type(format_version) is not int:
+            raise UPQError(f"quantization_config: format_version {format_version!r} is no number; {_OURS}")
+        if format_version > FORMAT_VERSION:
+            raise UPQError(
+                f"quantization_config: format_version {format_version} is newer than this upq knows "
+                f"({FORMAT_VERSION}); upgrade: pip install -U upq"
+            )
+        if unknown:
+            raise UPQError(f"quantization_config: unknown key {min(unknown)!r}; {_OURS}")
+        if not isinstance(overrides, Mapping | None):
+            raise UPQError(f"quantization_config.overrides: expected an object, got {overrides!r}; {_OURS}")
+        self.quant_method = cast(Any, quant_method)
+        self.format_version = format_version
+        self.linears = _scheme(linears, "linears")
+        self.overrides = {
+            path: None if s is None else _scheme(s, f"overrides.{path}")
+            for path, s in sorted((overrides or {}).items())
+        }
+        self.embeddings = None if embeddings is None else _scheme(embeddings, "embeddings")
+        self.dequantize = dequantize
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        version = config_dict.get("format_version", FORMAT_VERSION)
+        if "linears" not in config_dict and not (isinstance(version, int) and version > FORMAT_VERSION):
+            raise UPQError(f"quantization_config: key 'linears' is missing; {_OURS}")
+        filled = {"linears": {}, **config_dict}
+        return super().from_dict(filled, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
+
+    def to_dict(self) -> dict[str, Any]:
+        overrides = {path: scheme and dataclasses.asdict(scheme) for path, scheme in self.overrides.items()}
+        return {
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            "linears": dataclasses.asdict(self.linears),
+            "overrides": overrides,
+            "embeddings": self.embeddings and dataclasses.asdict(self.embeddings),
+        }
+
+    def schemes(self, model: PreTrainedModel) -> dict[str, QuantScheme]:
+        """Every module of `model` that is packed, by path."""
+        linears = block_linears(model)
+        if strangers := self.overrides.keys() - set(linears):
+            raise UPQError(f"quantization_config: override {min(strangers)!r} is no linear of a decoder block")
+        found = {path: self.overrides.get(path, self.linears) for path in linears}
+        if self.embeddings is not None:
+            found |= dict.fromkeys(embedding_tables(model), self.embeddings)
+        packed = {path: scheme for path, scheme in found.items() if scheme is not None}
+        if not packed:
+            raise UPQError(f"quantization_config: nothing is packed; {_OURS}")
+        return packed
+
+
+def _scheme(raw: Mapping[str, Any] | QuantScheme, where: str) -> QuantScheme:
+    if isinstance(raw, QuantScheme):
+        return raw
+    try:
+        return QuantScheme(**raw)
+    except TypeError as error:
+        raise UPQError(f"quantization_config.{where}: not a scheme ({error}); {_OURS}") from None
+
+
+@register_quantizer("upq")
+class UpqHfQuantizer(HfQuantizer):
+    """Swaps modules before the weights arrive; the tensors in the file are exactly the state of the packed modules."""
+
+    requires_calibration = True  # transformers' word for: this method does not quantise while loading
+    quantization_config: UpqConfig
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+            raise UPQError(f"a UPQ artefact loads with AutoModelForCausalLM (or upq.load), not {type(model).__name__}")
+        _swap(model, self.quantization_config)
+        guard = _guard(model, self.quantization_config)
+        ignored = model._keys_to_ignore_on_load_unexpected or set()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, f"^{guard.replace('.', '[.]')}$"}
+        _check_files(model, [Path(file) for file in checkpoint_files or []], guard)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        return self._dequantize(model, model.dtype) if self.quantization_config.dequantize else model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # transformers passes what the configuration says, which save_pretrained turns into a name.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        for parameter in model.parameters():  # and not model.to(): the rotary frequencies stay float32
+            parameter.data = parameter.data.to(dtype)
+        for path, layer in list(model.named_modules()):
+            if isinstance(layer, PackedLinear | PackedEmbedding):
+                model.set_submodule(path, dense_like(layer, dtype))
+            elif isinstance(layer, TiedHead):
+                model.set_submodule(path, nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta"))
+        vars(model).pop("_tied_weights_keys", None)
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        model.tie_weights()
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        # Without `import upq`, transformers warns of an unknown method and would start a model with random linears.
+        # One byte under the name of a dense weight makes it stop on the size mismatch instead.
+        guard = _guard(model, self.quantization_config)
+        return {**model.state_dict(), guard: torch.zeros(1, dtype=torch.uint8)}, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _swap(model: PreTrainedModel, config: UpqConfig, given: Callable[[str], QTensor] | None = None) -> None:
+    """Put packed modules, empty or holding what is `given` for their path, in the place of dense ones."""
+    spec = family(model.config)
+    tied = f"{spec.head}.weight" in model.all_tied_weights_keys
+    for path, scheme in config.schemes(model).items():
+        dense = model.get_submodule(path)
+        model.set_submodule(path, pack_like(dense, scheme, given(path) if given else None).train(dense.training))
+    if config.embeddings is not None and tied:
+        embedding = model.get_submodule(spec.embedding)
+        assert isinstance(embedding, PackedEmbedding)
+        model.set_submodule(spec.head, TiedHead(embedding).train(embedding.training))
+        # TiedHead ties by itself; transformers would look for parameters called `weight`.
+        model._tied_weights_keys = cast(Any, None)
+        model.all_tied_weights_keys = {}
+
+
+def _guard(model: PreTrainedModel, config: UpqConfig) -> str:
+    return f"{next(iter(config.schemes(model)))}.weight"
+
+
+def _check_files(model: PreTrainedModel, files: list[Path], guard: str) -> None:
+    """transformers fills what a file lacks with random numbers; here it is an error that names tensor and file."""
+    if not files:
+        raise UPQError("a UPQ artefact is loaded from its directory, not from a state_dict")
+    found = {name: (file, shape) for file in files for name, shape in tensor_shapes(file).items()}
+    where = files[0] if len(files) == 1 else files[0].parent
+    remedy = "the artefact is incomplete or mixed up: download or write it again"
+    for name, tensor in model.state_dict().items():
+        if name in found and found[name][1] != tuple(tensor.shape):
+            file, shape = found[name]
+            raise UPQError(f"{file}: {name} has shape {shape}, expected {tuple(tensor.shape)}; {remedy}")
+        if name not in found and model.all_tied_weights_keys.get(name) not in found:
+            raise UPQError(f"{where}: tensor {name} is missing; {remedy}")
+    if strangers := found.keys() - model.state_dict().keys() - {guard}:
+        name = min(strangers)
+        raise UPQError(f"{found[name][0]}: tensor {name} does not belong to this config.json; {remedy}")
+
+
+def empty_model(path: Path, files: list[Path]) -> tuple[PreTrainedModel, UpqConfig]:
+    """An artefact's model without memory, packed modules in place, and its quantisation; `files` checked against it."""
+    config = load_config(path)
+    raw = getattr(config, "quantization_config", None)
+    if not isinstance(raw, dict) or raw.get("quant_method") != "upq":
+        raise UPQError(f"{path}: config.json names no upq quantization; is it a UPQ artefact?")
+    quantization: UpqConfig = UpqConfig.from_dict(raw)
+    del config.quantization_config
+    check_sizes(path, config, files)
+    auto: Any = AutoModelForCausalLM  # untyped
+    with library_errors(f"{path}: config.json describes no model"), torch.device("meta"):
+        model: PreTrainedModel = auto.from_config(config)
+        _swap(model, quantization)
+    _check_files(model, files, _guard(model, quantization))
+    return model, quantization
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def write_artifact(
+    out: Path,
+    model: PreTrainedModel,
+    qtensors: Mapping[str, QTensor],
+    *,
+    manifest: Manifest,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    embeddings_bits: Literal[4, 8] | None = None,
+    extra_tensors: Mapping[str, Tensor] | None = None,
+    errors: Mapping[str, float] | None = None,
+) -> Manifest:
+    """Pack `model` in place (see `pack_model`) and write it with its tokenizer into the directory `out`.
+
+    Returns `manifest` with `layers` (`errors` by module path among them) and `files` filled in, as it stands in
+    `out/upq.json`. That file goes first and comes back last, so a directory that has one is complete.
+    """
+    config = pack_model(model, qtensors, embeddings_bits=embeddings_bits, extra_tensors=extra_tensors)
+    with staged(out) as scratch:
+        try:
+            # Under the names in memory: a source in an old layout must not hand its names down.
+            model.save_pretrained(scratch, save_original_format=False)
+        except ValueError as error:  # generation settings that contradict each other, most often
+            reason = " ".join(str(error).split())
+            raise UPQError(f"{out}: cannot save: {reason}; correct the source's generation_config.json") from error
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        files = {file.name: file_entry(file) for file in sorted(scratch.iterdir())}
+        (out / MANIFEST).unlink(missing_ok=True)
+    layers = [
+        _layer(model.get_submodule(path), path, scheme, (errors or {}).get(path))
+        for path, scheme in config.schemes(model).items()
+    ]
+    manifest = manifest.model_copy(update={"layers": layers, "files": files})
+    atomic_write(out / "README.md", model_card(manifest))
+    write_manifest(out, manifest)
+    return manifest
+
+
+def pack_model(
+    model: PreTrainedModel,
+    qtensors: Mapping[str, QTensor],
+    *,
+    embeddings_bits: Literal[4, 8] | None = None,
+    extra_tensors: Mapping[str, Tensor] | None = None,
+) -> UpqConfig:
+    """Turn a dense model into the packed one, in place: as if it had been loaded from the artefact.
+
+    `qtensors`: module path to value; linears of the blocks that are not among them stay dense.
+    `extra_tensors`: parameter name to value, for what was trained beside the codes (norms).
+    """
+    for name, value in (extra_tensors or {}).items():
+        parameter = dict(model.named_parameters()).get(name)
+        if parameter is None or parameter.shape != value.shape:
+            raise UPQError(f"extra tensor {name} {tuple(value.shape)} is no parameter of {type(model).__name__}")
+        parameter.data.copy_(value)
+    linears = block_linears(model)
+    if strangers := qtensors.keys() - set(linears):
+        raise UPQError(f"{min(strangers)} is no linear of a decoder block of {type(model).__name__}")
+    if not qtensors:
+        raise UPQError("no quantised linear to write")
+    schemes = {path: qtensors[path].scheme if path in qtensors else None for path in linears}
+    common = Counter(scheme for scheme in schemes.values() if scheme is not None).most_common(1)[0][0]
+    config = UpqConfig(
+        linears=common,
+        overrides={path: cast(Any, scheme) for path, scheme in schemes.items() if scheme != common},
+        embeddings=QuantScheme(bits=embeddings_bits) if embeddings_bits else None,
+    )
+    tables = embedding_tables(model) if config.embeddings else []
+    rows = {path: quantize_rows(_weight(model, path), cast(QuantScheme, config.embeddings)) for path in tables}
+    _swap(model, config, lambda path: rows[path] if path in rows else qtensors[path])
+    model.config.quantization_config = config
+    model.hf_quantizer = UpqHfQuantizer(config)  # type: ignore[assignment]
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = config.quant_method  # type: ignore[assignment]
+    return config
+
+
+@torch.no_grad()
+def quantize_rows(w_VI: Tensor, scheme: QuantScheme) -> QTensor:
+    """An embedding or head on `scheme`, every row with the scale of least squared error."""
+    grid = GRIDS.get(scheme.grid)
+    chunks = torch.split(w_VI.detach().float(), _ROWS)
+    parts = [grid.freeze(w, search_scale(w, scheme), scheme) for w in chunks]
+    return QTensor(
+        torch.cat([q.codes_OI for q in parts]),
+        torch.cat([q.scale_OG for q in parts]),
+        torch.cat([q.zero_OG for q in parts]),
+        scheme,
+    )
+
+
+def block_linears(model: PreTrainedModel) -> list[str]:
+    """Paths of the linears in all decoder blocks, in order of execution."""
+    spec = family(model.config)
+    return [f"{spec.blocks}.{i}.{name}" for i in range(len(decoder_blocks(model))) for name in spec.linears]
+
+
+def embedding_tables(model: PreTrainedModel) -> list[str]:
+    """Paths of the embedding and, where it has a weight of its own, the head."""
+    spec = family(model.config)
+    own_head = not isinstance(model.get_submodule(spec.head), TiedHead)
+    tied = not own_head or f"{spec.head}.weight" in model.all_tied_weights_keys
+    return [spec.embedding] if tied else [spec.embedding, spec.head]
+
+
+def _weight(model: PreTrainedModel, path: str) -> Tensor:
+    return cast(Tensor, model.get_submodule(path).weight)
+
+
+def _layer(module: nn.Module, path: str, scheme: QuantScheme, error: float | None) -> Layer:
+    state = [t for name, t in module.state_dict().items() if name != "bias"]
+    rows, columns = cast(PackedLinear | PackedEmbedding, module).shape
+    return Layer(
+        name=path,
+        bits=scheme.bits,
+        group_size=scheme.group_size,
+        grid=scheme.grid,
+        weights=rows * columns,
+        bits_per_weight=8 * sum(t.nbytes for t in state) / (rows * columns),
+        error=error,
+    )

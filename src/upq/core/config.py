@@ -1,0 +1,98 @@
+"""Strict configuration: frozen models, plug-ins by name, `key=value` overrides. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from upq.core.bounded import parse_yaml
+from upq.core.errors import UPQError
+
+M = TypeVar("M", bound=BaseModel)
+_ERRORS, _SHOWN = 1000, 200  # errors that are looked at, characters of a value in a message
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Plugin(BaseModel):
+    """A plug-in by name, with its own options beside it: `gjs` or `{name: gjs, beta: 0.25}`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    def options(self, config: type[M], where: str) -> M:
+        """Decode the options strictly into the plug-in's own configuration class."""
+        return decode(config, self.model_extra or {}, where)
+
+
+def digest(*parts: object) -> str:
+    """Identity of a value made of JSON types and models: same digest, same result."""
+    plain = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def decode(model: type[M], raw: Any, where: str) -> M:
+    """Validate `raw` into `model`; the error names the first wrong key and, for a typo, the keys there are."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        if error.error_count() > _ERRORS:  # each takes kilobytes once it is looked at
+            raise UPQError(f"{where}: {error.error_count():,} values are not what they should be") from None
+        first = error.errors()[0]
+        at = ".".join(str(part) for part in first["loc"] if part != "function-before")
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(_fields_at(model, first["loc"][:-1]))
+            raise UPQError(f"{where}: unknown key {at!r}; keys here: {known}") from None
+        raise UPQError(f"{where}: {at or 'top level'}: {first['msg'].lower()} (got {_shown(first['input'])})") from None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    for part in loc:
+        if isinstance(part, int) or part not in model.model_fields:
+            continue
+        hint = model.model_fields[part].annotation
+        found = [a for a in (hint, *getattr(hint, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if found:
+            model = found[0]
+    return list(model.model_fields)
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as text, for want of a dot; here it is a number, as in YAML 1.2."""
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def override(raw: dict[str, Any], item: str) -> None:
+    """Put `dotted.key=yaml value` into a mapping of mappings."""
+    key, equals, value = item.partition("=")
+    if not equals or not key:
+        raise UPQError(f"--set {item!r}: expected key=value, for example distill.lr=1e-4")
+    *path, last = key.split(".")
+    here = raw
+    for part in path:
+        if not isinstance(here.get(part), dict):
+            # `method: rtn` is short for `method: {name: rtn}`
+            here[part] = {"name": here[part]} if isinstance(here.get(part), str) else {}
+        here = here[part]
+    here[last] = parse_yaml(value, YamlLoader, f"--set {item!r}: the value", remedy="mend it")

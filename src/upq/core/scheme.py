@@ -1,0 +1,89 @@
+"""What a weight is quantised to, and the value that results.
+
+Shape suffixes: O = out features, I = in features, G = groups in a row, S = group size (I = G * S).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from upq.core.errors import UPQError
+
+PER_CHANNEL = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantScheme:
+    """Weight-only scheme. Frozen and hashable: it keys caches and is written verbatim to manifest and config.
+
+    `group_size` counts input features that share a scale; -1 (per channel) is one scale for a whole row.
+    """
+
+    bits: int
+    group_size: int = PER_CHANNEL
+    grid: str = "seq"
+    scale_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        # They come from files too: 2.0 would pass every comparison below, and a list is no name.
+        if not (type(self.bits) is type(self.group_size) is int and type(self.grid) is type(self.scale_dtype) is str):
+            raise UPQError(f"bits and group_size must be integers, grid and scale_dtype names, got {self}")
+        if not 2 <= self.bits <= 8:
+            raise UPQError(f"bits must be in 2..8, got {self.bits}")
+        if self.group_size != PER_CHANNEL and (self.group_size <= 0 or self.group_size % 8):
+            raise UPQError(f"group_size must be -1 (per channel) or a positive multiple of 8, got {self.group_size}")
+        if self.scale_dtype not in ("float16", "bfloat16", "float32"):
+            raise UPQError(f"scale_dtype must be float16, bfloat16 or float32, got {self.scale_dtype!r}")
+
+    @property
+    def levels(self) -> int:
+        return 1 << self.bits
+
+    @property
+    def scale_torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.scale_dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def groups(self, in_features: int) -> int:
+        """Number of groups G in a row of `in_features` weights."""
+        if self.group_size == PER_CHANNEL:
+            return 1
+        if in_features % self.group_size:
+            fits = math.gcd(in_features, self.group_size)
+            remedy = f"group_size={fits} or -1 (per channel)" if fits >= 8 else "group_size=-1 (per channel)"
+            raise UPQError(f"in_features {in_features} is not a multiple of group_size {self.group_size}; try {remedy}")
+        return in_features // self.group_size
+
+
+@dataclass(frozen=True, slots=True)
+class QTensor:
+    """Canonical quantised weight: `w[o, g*S + s] = (code - zero[o, g]) * scale[o, g]`.
+
+    The tensor value that crosses stages and formats; kernel layouts are derived from it and never saved.
+    """
+
+    codes_OI: Tensor  # uint8, 0 <= code < scheme.levels
+    scale_OG: Tensor  # scheme.scale_dtype, positive
+    zero_OG: Tensor  # float32: SEQ puts its zero half way between two levels (1.5 at 2 bits)
+    scheme: QuantScheme
+
+    def dequantize(self) -> Tensor:
+        """The represented weight (O, I) in float32. Exact: a code difference times an 11-bit scale fits 24 bits."""
+        o, i = self.codes_OI.shape
+        codes_OGS = self.codes_OI.view(o, self.scale_OG.shape[1], -1).float()
+        return ((codes_OGS - self.zero_OG[..., None]) * self.scale_OG.float()[..., None]).view(o, i)
+
+    def cpu(self) -> QTensor:
+        """The same, outside the memory of an accelerator."""
+        return QTensor(self.codes_OI.cpu(), self.scale_OG.cpu(), self.zero_OG.cpu(), self.scheme)
+
+
+def to_groups(w_OI: Tensor, scheme: QuantScheme) -> Tensor:
+    """View (O, I) as (O, G, S)."""
+    o, i = w_OI.shape
+    return w_OI.reshape(o, scheme.groups(i), -1)

@@ -1,0 +1,40 @@
+"""The `data` section of a recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from upq.core.config import Strict
+
+
+class Source(Strict):
+    """One place text comes from: a file, a directory or a hub data set."""
+
+    path: str
+    weight: float = Field(default=1.0, gt=0)  # share of the tokens, relative to the other sources
+    field: str | None = None  # column that holds the text or the messages; None finds `text` or `messages`
+    separator: Literal["none", "blank_line"] = "none"  # text files: one document a file, or one a paragraph block
+    subset: str | None = None  # hub data sets: configuration name
+    split: str = "train"  # hub data sets
+
+
+class Generated(Strict):
+    """Conversations that the original model writes itself before it is quantised, beside the sources' text."""
+
+    # To be written, and gone through again where training needs more; None: its share, so that none comes twice.
+    tokens: int | None = Field(default=None, gt=0)
+    weight: float = Field(default=1.0, gt=0)  # share of the training tokens, relative to the sources
+    temperature: float = Field(default=1.0, gt=0)  # of prompts
+    answer_temperature: float = Field(default=1.0, ge=0)  # of answers; 0: the likeliest token each time
+    max_new_tokens: int = Field(default=512, ge=1)  # of a prompt, and of an answer
+    batch_size: int = Field(default=128, ge=1)  # conversations written at a time
+
+
+class Data(Strict):
+    sources: tuple[Source, ...] = ()
+    generated: Generated | None = None
+    seq_len: int = Field(default=2048, ge=8)
+    loss_on: Literal["all", "assistant"] = "all"
+    validation: int = Field(default=32, ge=1)  # sequences held out, for the figures in the final table

@@ -1,0 +1,35 @@
+"""Settings of the training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from upq.core.config import Plugin, Strict
+from upq.core.precision import Precision
+
+
+class Distill(Strict):
+    loss: Plugin
+    hidden: float = Field(0.0, ge=0)  # weight of the hidden states' relative error beside the loss
+    teacher: Literal["resident", "offloaded", "cached"] = "resident"  # in memory, read block by block, or its top k
+    teacher_top_k: int = Field(64, ge=1)  # cached: tokens kept a position; the rest counts as one
+    tokens: int = Field(ge=0)  # budget; 0 skips the training
+    batch_size: int = Field(16, ge=1)  # sequences an optimiser step, over all processes
+    micro_batch_size: int = Field(4, ge=1)  # sequences a forward pass on one process
+    lr: float = Field(gt=0)  # of the weights, in units of each matrix's RMS: 5e-3 moves a weight of 0.02 by 1e-4 a step
+    scale_lr: float = Field(gt=0)  # of the grid's own parameters; of log Δ, so relative as well
+    warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
+    final_lr: float = Field(0.0, ge=0, le=1)  # where the cosine ends, as a share of lr
+    weight_decay: float = Field(0.0, ge=0)
+    beta2: float = Field(0.95, gt=0, lt=1)
+    clip: float = Field(1.0, gt=0)  # gradient norm
+    train_weights: bool = True  # False: codes stay as the block-wise stage has left them, and scales alone learn
+    train_norms: bool = False
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments in float32, or in 8 bits (torchao)
+    gradient_checkpointing: bool = False  # keep the blocks' inputs for the backward pass and run each block again
+    precision: Precision = "auto"  # of the products; what is learned is float32
+    chunk_tokens: int = Field(1024, ge=1)  # tokens whose fp32 logits exist at one time
+    checkpoint_every: int = Field(50, ge=1)  # optimiser steps
+    skip_bad_steps: int = Field(0, ge=0)  # as many whose loss or gradient is not finite are left out; one more stops

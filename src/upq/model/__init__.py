@@ -1,0 +1,1 @@
+"""Hugging Face models: where their parts are, and reading them whole or block by block."""

@@ -1,0 +1,1 @@
+"""A run: recipe, directory, stages, plan."""
