@@ -20,7 +20,6 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -67,7 +66,6 @@ def load(
 # --- the plug-in ---------------------------------------------------------------------------------------------------
 
 
-@register_quantization_config("upq")
 class UpqConfig(QuantizationConfigMixin):
     """`quantization_config` of an artefact. `dequantize` is a wish of the reader and never saved."""
 
@@ -144,7 +142,6 @@ def _scheme(raw: Mapping[str, Any] | QuantScheme, where: str) -> QuantScheme:
         raise UPQError(f"quantization_config.{where}: not a scheme ({error}); {_OURS}") from None
 
 
-@register_quantizer("upq")
 class UpqHfQuantizer(HfQuantizer):
     """Swaps modules before the weights arrive; the tensors in the file are exactly the state of the packed modules."""
 

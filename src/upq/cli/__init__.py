@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+import upq
 from upq.cli.bench import bench
 from upq.cli.chat import chat
 from upq.cli.demo import demo
@@ -40,8 +42,19 @@ app.command("demo")(demo)
 app.command("doctor")(doctor)
 
 
+def _show_version(shown: bool) -> None:
+    if shown:
+        print(f"upq {upq.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
     if debug:
         os.environ["UPQ_DEBUG"] = "1"
 

@@ -30,8 +30,11 @@ def doctor(
 
     With an artefact: compare every file with the SHA-256 in its manifest.
     """
+    from upq.run.reporter import loading
+
     if artifact is not None:
-        from upq.artifact.manifest import read_manifest, verify
+        with loading():
+            from upq.artifact.manifest import read_manifest, verify
 
         manifest = read_manifest(artifact)
         verify(artifact, manifest)
@@ -41,12 +44,14 @@ def doctor(
     import platform
     import shutil
 
-    import torch
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from upq.cli.console import size
+
+    with loading("auto", "torch"):
+        import torch
 
     console = Console()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

@@ -42,15 +42,16 @@ def serve(
     """Export ARTIFACT where that is needed and start llama.cpp's or vLLM's server. Other options are the server's."""
     from rich.console import Console
 
-    from upq.cli.console import reporter
-    from upq.cli.quiet import quiet_libraries
+    from upq.run.reporter import loading, reporter
 
     if engine not in ("auto", "llama.cpp", "vllm"):
         raise UPQError(f"serve: unknown engine {engine!r}: choose auto, llama.cpp or vllm")
     server = find_server(engine)
-    quiet_libraries()
-    from upq.exports import beside
+    with loading():
+        from upq.exports import beside
+        from upq.run.quiet import quiet_libraries
 
+    quiet_libraries()
     console = Console()
     with reporter(console) as progress:
         model = beside(artifact, server.form, progress=progress)

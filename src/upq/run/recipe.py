@@ -54,6 +54,13 @@ class Recipe(Strict):
             override(raw, item)
         return decode(cls, raw, f"recipe {name_or_file}")
 
+    def changed(self, overrides: list[str]) -> Recipe:
+        """With the same overrides as `load` takes."""
+        raw = self.model_dump(mode="json")
+        for item in overrides:
+            override(raw, item)
+        return decode(type(self), raw, f"recipe {self.name}")
+
     def dump(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
