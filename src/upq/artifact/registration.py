@@ -5,11 +5,13 @@ Law (tests/test_import.py): an artefact loads with `from_pretrained`, whether up
 
 from __future__ import annotations
 
-import logging
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wrapt import register_post_import_hook
+
+if TYPE_CHECKING:
+    import logging
 
 # transformers.quantizers.auto imports torchao where it is installed, which warns of every CUDA library that a CPU
 # cannot load, and of its own deprecated calls.
@@ -23,12 +25,16 @@ def register() -> None:
 
 
 def _silence(_transformers: ModuleType) -> None:
+    import logging  # transformers has imported it
+
     for name in _NOISY:
         logging.getLogger(name).addFilter(_is_error)
 
 
 def _add_format(auto: ModuleType) -> None:
     """The tables get stand-ins: the classes need transformers' models, which are not imported yet."""
+    import logging
+
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["upq"] = _Config
     auto.AUTO_QUANTIZER_MAPPING["upq"] = _quantizer
     for name in _NOISY:
@@ -36,7 +42,7 @@ def _add_format(auto: ModuleType) -> None:
 
 
 def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
+    return record.levelno >= 40  # logging.ERROR
 
 
 class _Config:

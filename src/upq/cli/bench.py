@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def bench(
-    artifact: Annotated[str, typer.Argument(help="An artefact: the --out of upq quantize, or a hub id.")],
+    artifact: Annotated[
+        str, typer.Argument(metavar="ARTIFACT", help="An artefact: the --out of upq quantize, or a hub id.")
+    ],
     against: Annotated[
         str | None, typer.Option(help="gguf: llama.cpp on the export of the same artefact, in turns with it.")
     ] = None,

@@ -16,7 +16,7 @@ Message = dict[str, str]
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="An artefact, or any model transformers loads.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="An artefact, or any model transformers loads.")],
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Ask this once and exit, instead of a conversation.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,

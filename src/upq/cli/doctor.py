@@ -23,7 +23,9 @@ ENOUGH_DISK = 5e9  # bytes; a 1B model's run needs about that
 
 
 def doctor(
-    artifact: Annotated[Path | None, typer.Argument(help="Check this artefact's files instead of the machine.")] = None,
+    artifact: Annotated[
+        Path | None, typer.Argument(metavar="ARTIFACT", help="Check this artefact's files instead of the machine.")
+    ] = None,
     strict: Annotated[bool, typer.Option(help="Exit with code 2 if anything is missing, extras included.")] = False,
 ) -> None:
     """Show versions, cores, memory, accelerator and optional parts, each with a remedy where it is missing.

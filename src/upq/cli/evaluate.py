@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Directory or hub id: full precision, fake-quantised or packed.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Directory or hub id: full precision, fake-quantised or packed.")
+    ],
     against: Annotated[str | None, typer.Option(help="Teacher to compare with on --text: directory or hub id.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text file for perplexity and distance from the teacher.")] = None,
     separator: Annotated[

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def export(
-    artifact: Annotated[Path, typer.Argument(help="A finished artefact: the --out of upq quantize.")],
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="A finished artefact: the --out of upq quantize.")
+    ],
     to: Annotated[str, typer.Option(help="Format: gguf, compressed-tensors, dense … (docs/engines.md).")],
     out: Annotated[Path, typer.Option(help="The file or directory to write; nothing there is overwritten.")],
     set_: Annotated[

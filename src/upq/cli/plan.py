@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="Hugging Face causal LM: directory or hub id. Only its config is read.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Hugging Face causal LM: directory or hub id. Only its config is read."),
+    ],
     recipe: Annotated[str, typer.Option(help="Recipe of the package (default, paper) or a YAML file.")] = "default",
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")

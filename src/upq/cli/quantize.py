@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Hugging Face causal LM: directory or hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face causal LM: directory or hub id.")],
     out: Annotated[Path, typer.Option(help="Directory of the artefact; the same command again resumes.")],
     recipe: Annotated[str, typer.Option(help="Recipe of the package (default, paper) or a YAML file.")] = "default",
     set_: Annotated[
@@ -24,7 +24,7 @@ def quantize(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text, JSON lines, parquet, a directory or a hub data set; repeatable."),
+        typer.Option(metavar="TEXT", help="Text, JSON lines, parquet, a directory or a hub data set; repeatable."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     keep_work: Annotated[bool, typer.Option(help="Keep solved blocks and checkpoints after the end.")] = False,

@@ -34,7 +34,9 @@ class Server:
 
 def serve(
     context: typer.Context,
-    artifact: Annotated[Path, typer.Argument(help="A finished artefact: the --out of upq quantize.")],
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="A finished artefact: the --out of upq quantize.")
+    ],
     engine: Annotated[str, typer.Option(help="auto, llama.cpp or vllm. auto: vllm where there is a GPU.")] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
