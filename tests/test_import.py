@@ -74,14 +74,11 @@ def test_artefacts_load_in_either_order_of_imports(artifact: Path, order: str) -
     ],
 )
 def test_a_command_shows_a_line_before_it_imports_torch(arguments: str, tmp_path: Path) -> None:
-    """On a terminal. The import of torch ends the process here."""
+    """On a terminal. A torch in the place of the real one waits a second and ends the process."""
+    (tmp_path / "torch.py").write_text("import os, time\ntime.sleep(1)\nos._exit(7)\n")
     done = python(
         f"import os, sys, upq.cli\nsys.argv[:] = ['upq', *{arguments.split()}]\n"
-        "class Torch:\n"
-        "    def find_spec(self, name, *rest):\n"
-        "        if name == 'torch':\n            os._exit(7)\n"
-        "sys.meta_path.insert(0, Torch())\n"
-        f"os.chdir({str(tmp_path)!r})\nupq.cli.main()",
+        f"sys.path.insert(0, {str(tmp_path)!r})\nos.chdir(sys.path[0])\nupq.cli.main()",
         environment={"TTY_COMPATIBLE": "1", "TERM": "xterm"},
     )
     assert done.returncode == 7, done.stderr
