@@ -92,8 +92,10 @@ def plain_app(lines: Sequence[str]) -> str:
 def seconds(arguments: Sequence[str]) -> float:
     """User and system time of a Python process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *arguments], capture_output=True)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode in (0, 2), done.stderr  # 2: the typo
+    assert "Traceback" not in done.stderr, done.stderr
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
