@@ -257,7 +257,7 @@ def report(results: _findings.Results, groups: tuple[str, ...], console: Console
 def run_worker(study: Study, name: str) -> None:
     import torch
 
-    from upq.cli.quiet import quiet_libraries
+    from upq.run.quiet import quiet_libraries
 
     quiet_libraries()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -292,7 +292,7 @@ def run_task(study: Study, task: Task, device: str) -> None:
 
 def quantise(study: Study, task: Task, out: Path) -> dict[str, Any]:
     """Run the pipeline, with the INT4 blocks and the written conversations of a row that made the very same ones."""
-    from upq.cli.console import PlainLines
+    from upq.run.reporter import PlainLines
     from upq.run.run import WORK, quantize
 
     recipe = study.recipe(task)

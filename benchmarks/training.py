@@ -178,8 +178,8 @@ def at_depth(runs: dict[int, list[dict[str, Any]]], blocks: int) -> dict[str, An
 def measure(job: Job) -> dict[str, Any]:
     import torch
 
-    from upq.cli.quiet import quiet_libraries
     from upq.core.memory import peak_memory_bytes
+    from upq.run.quiet import quiet_libraries
 
     quiet_libraries()
     torch.manual_seed(0)

@@ -26,13 +26,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from upq.cli.console import reporter
-from upq.cli.quiet import quiet_libraries
 from upq.core.config import digest
 from upq.core.errors import UPQError
 from upq.core.progress import Progress
 from upq.files.atomic import atomic_write, staged
 from upq.files.tensors import load_tensors, save_tensors
+from upq.run.quiet import quiet_libraries
+from upq.run.reporter import reporter
 from upq.world import Message, World, conversations, documents
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -73,6 +73,13 @@ class Recipe(Header):
     def _dump_stages(self, stages: dict[str, Stage]) -> dict[str, Any]:
         return {name: {"stage": stage.kind, **stage.model_dump(mode="json")} for name, stage in stages.items()}
 
+    def changed(self, overrides: list[str]) -> Recipe:
+        """With the same overrides as `load` takes."""
+        raw = self.model_dump(mode="json")
+        for item in overrides:
+            override(raw, item)
+        return decode(type(self), raw, f"recipe {self.name}")
+
     def dump(self) -> str:
         """As YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
