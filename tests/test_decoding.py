@@ -438,6 +438,7 @@ def test_copies_and_pickles_generate_for_themselves() -> None:
         assert type(twin) is type(model)
         assert torch.equal(compiled(twin, max_new_tokens=6, do_sample=False), expected)
         assert session(twin) is not session(model)
+        assert session(twin).parts.blocks[0].q.weight is not session(model).parts.blocks[0].q.weight  # kernels.Weight
 
 
 def test_inference_mode() -> None:

@@ -16,7 +16,7 @@ from upq.core.processes import Processes
 # Importing torch and transformers costs seconds a process.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["upq.cli", "upq.run.run"])
-_PATIENCE = 120  # seconds: a process that waits for one that has left fails then
+_TIMEOUT = 120  # seconds: a process that waits for one that has left fails then
 
 
 def together(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -29,7 +29,7 @@ def together(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
 def _process(rank: int, world: int, place: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=place, rank=rank, world_size=world, timeout=timedelta(seconds=_PATIENCE)
+        "gloo", init_method=place, rank=rank, world_size=world, timeout=timedelta(seconds=_TIMEOUT)
     )
     try:
         found = work(Processes(rank, world), *arguments)

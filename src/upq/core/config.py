@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from upq.core.bounded import parse_yaml
@@ -89,15 +87,6 @@ def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-class YamlLoader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text, for want of a dot; here it is a number, as in YAML 1.2."""
-
-
-YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def override(raw: dict[str, Any], item: str) -> None:
     """Put `dotted.key=yaml value` into a mapping of mappings."""
     key, equals, value = item.partition("=")
@@ -110,4 +99,4 @@ def override(raw: dict[str, Any], item: str) -> None:
             # `method: rtn` is short for `method: {name: rtn}`
             here[part] = {"name": here[part]} if isinstance(here.get(part), str) else {}
         here = here[part]
-    here[last] = parse_yaml(value, YamlLoader, f"--set {item!r}: the value", remedy="mend it")
+    here[last] = parse_yaml(value, f"--set {item!r}: the value", remedy="mend it")

@@ -65,6 +65,3 @@ class Weight:
     def _current_versions(self) -> list[int]:
         tensors = [t for t in (self.packed_OB, self.scale_OG, self.zero) if isinstance(t, Tensor)]
         return [0 if t.is_inference() else t._version for t in tensors]
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()  # copies and pickles of a layer leave it out: it is made again from their own tensors

@@ -21,7 +21,7 @@ import yaml
 from pydantic import SerializeAsAny, field_serializer
 
 from upq.core.bounded import YAML_BYTES, parse_yaml, read_bytes
-from upq.core.config import Plugin, Strict, YamlLoader, decode, fixed, free, override
+from upq.core.config import Plugin, Strict, decode, fixed, free, override
 from upq.core.errors import UPQError
 from upq.data.config import Data
 from upq.stages import STAGES, Memory, Stage
@@ -120,7 +120,7 @@ def _read(name_or_file: str) -> dict[str, Any]:
             raise UPQError(f"recipe {name_or_file}: not UTF-8 text at byte {error.start}; is it a recipe?") from None
     else:
         raise UPQError(f"recipe {name_or_file!r} is neither a file nor one of: {', '.join(names())}")
-    raw = parse_yaml(text, YamlLoader, f"recipe {name_or_file}: the text", remedy="mend it")
+    raw = parse_yaml(text, f"recipe {name_or_file}: the text", remedy="mend it")
     if not isinstance(raw, dict):
         raise UPQError(f"recipe {name_or_file}: expected a mapping of sections, got {type(raw).__name__}")
     return raw

@@ -38,7 +38,7 @@ _CLASHES = (
 )
 
 
-_PATIENCE = 50  # requests tried for a set of demands: a demand for bullet points waits for a list
+_TRIES = 50  # requests tried for a set of demands: a demand for bullet points waits for a list
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def instruct(world: World, rng: Random, split: Split) -> Instruction:
         demands = [DEMANDS[i] for i in chosen]
         if _clash(demands):
             continue
-        for _ in range(_PATIENCE):
+        for _ in range(_TRIES):
             made = _demanding(world, rng, split, demands)
             if made is not None:
                 return made
