@@ -1,6 +1,6 @@
 """Choose a grid's scale by search instead of by range: the one thing 2 bits cannot do without.
 
-On Gaussian rows the range (Δ = max) costs a relative error of 0.53, the searched Δ 0.35 (docs/design.md).
+On Gaussian rows the range (Δ = max) costs a relative error of 0.53, the searched Δ 0.35 (docs/numerics.md).
 """
 
 from __future__ import annotations
