@@ -63,7 +63,7 @@ def parse_yaml(text: str, loader: type[yaml.SafeLoader], where: str, *, remedy: 
         _measure(text, loader, where, remedy)
         value = yaml.load(text, Loader=loader)
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        # PyYAML lets through what Python says of a number or a date that cannot be: 2001-99-99.
+        # PyYAML passes on Python's ValueError for an impossible number or date: 2001-99-99.
         raise UPQError(f"{where} is not valid YAML: {' '.join(str(error).split())}; {remedy}") from None
     _check_integers(value, where, remedy)
     return value
