@@ -1,4 +1,4 @@
-"""Which questions belong to which split: training text, validation items and test items never share a wording or a combination."""
+"""Which questions belong to which split: training, validation and test items share no wording and no combination."""
 
 from __future__ import annotations
 
