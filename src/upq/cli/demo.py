@@ -57,7 +57,7 @@ def demo(
     rounding = rounding.model_copy(update={"data": chosen.data})
     plain = pipeline.quantize(REFERENCE, rounding, nearest)
 
-    console.rule("2. does it still know, does it still do as it is told?", align="left")
+    console.rule("2. does it still know, does it still obey?", align="left")
     tokenizer = load_tokenizer(REFERENCE)
     prompts = mini.ifeval_docs(split="validation")["test"]["prompt"][:PROMPTS]
     scores: dict[str, Scores] = {}
@@ -93,8 +93,8 @@ def _scores(scores: dict[str, Scores], manifests: dict[str, Manifest]) -> Table:
                 ),
             ]
         )
-    told = [word for word, _ in SUITES.values()]
-    return table("", ["model", "size", "bits", "KL", *told], rows)
+    scores = [word for word, _ in SUITES.values()]
+    return table("", ["model", "size", "bits", "KL", *scores], rows)
 
 
 def _answers(said: dict[str, list[str]], prompts: list[str]) -> Table:

@@ -2,7 +2,7 @@
 
 transformers prepares everything itself, as always: it is asked to generate with a decoding loop of ours (its
 `custom_generate`), which looks at what was prepared and either decodes or declines, before anything has happened.
-Declining is told, once for each reason, and stands in `model.why_not_compiled`.
+Declining gives a warning, once for each reason, and stands in `model.why_not_compiled`.
 
 Law (tests/test_decoding.py): greedy tokens are those of transformers' own loop on the model in float32, up to the
 rounding of float32, and so are sampled ones from the same seed.
@@ -65,7 +65,7 @@ class _State:
     def __init__(self) -> None:
         self.session: Session | None = None
         self.busy = Lock()
-        self.told: set[str] = set()
+        self.warned: set[str] = set()
         self.why_not: str | None = None
 
     def __reduce__(self) -> tuple[type[_State], tuple[()]]:
@@ -82,8 +82,8 @@ class _State:
 
     def declined(self, reason: Unsuitable) -> None:
         self.why_not = str(reason)
-        if self.why_not not in self.told:
-            self.told.add(self.why_not)
+        if self.why_not not in self.warned:
+            self.warned.add(self.why_not)
             _log.warning("transformers generates, not the compiled decoder: %s", reason)
 
 

@@ -1,4 +1,4 @@
-"""One process at a time in a directory: a file that the kernel locks, with its owner's record for whoever is refused.
+"""Directory lock: a file that the kernel locks (flock). The file also names its owner, for the error message.
 
 The lock is flock(2)'s: it ends with its process, however that ends. The record decides only what the kernel does not
 know: on a shared file system, whether the owner is another machine whose locks do not come through, or which died.
@@ -70,7 +70,7 @@ def lock(path: Path, note: Callable[[str], None]) -> Iterator[None]:
         try:
             yield
         finally:
-            # Before the lock goes: whoever has opened the file by then sees that it has no name any more.
+            # Before the lock goes: a process that has opened the file by then sees that it has no name any more.
             path.unlink(missing_ok=True)
     finally:
         os.close(file)
