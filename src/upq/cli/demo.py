@@ -93,8 +93,8 @@ def _scores(scores: dict[str, Scores], manifests: dict[str, Manifest]) -> Table:
                 ),
             ]
         )
-    scores = [word for word, _ in SUITES.values()]
-    return table("", ["model", "size", "bits", "KL", *scores], rows)
+    titles = [word for word, _ in SUITES.values()]
+    return table("", ["model", "size", "bits", "KL", *titles], rows)
 
 
 def _answers(said: dict[str, list[str]], prompts: list[str]) -> Table:
