@@ -324,7 +324,7 @@ def size_of(model: Path) -> dict[str, Any]:
 
 
 def keep(work: Path, pattern: str, place: Path, seconds: float) -> float:
-    """Keep what a stage made for other rows, with the seconds it took; returns those seconds, whoever spent them."""
+    """Keep what a stage made for other rows, with the seconds it took; returns those seconds, for each row."""
     if not place.is_dir():
         made = work / "kept"
         shutil.rmtree(made, ignore_errors=True)  # what a killed row left half copied

@@ -345,8 +345,8 @@ def test_what_it_does_not_know_goes_to_transformers(
         torch.manual_seed(0)
         ours = generate(PROMPT, max_new_tokens=5, **options)
     assert model.why_not_compiled == reason
-    told = [record.message for record in caplog.records if record.name == "upq"]
-    assert told == [f"transformers generates, not the compiled decoder: {reason}"]  # once
+    warnings = [record.message for record in caplog.records if record.name == "upq"]
+    assert warnings == [f"transformers generates, not the compiled decoder: {reason}"]  # once
     torch.manual_seed(0)
     theirs = by_transformers(model, max_new_tokens=5, **options)
     if reason == "return_dict_in_generate":

@@ -1,4 +1,4 @@
-"""GGUF: block types against gguf's own reader, the whole file against transformers', what llama.cpp is told."""
+"""GGUF: block types against gguf's own reader, the whole file against transformers', the keys for llama.cpp."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Train the reference model that UPQ ships: documents first, then conversations. `python tools/train_reference.py`
 
 A Llama of 3.3 million parameters, small enough for two CPU cores and large enough to know the invented world
-(`upq.world`) and to do as it is told. The same command goes on after an interruption; a finished model stays.
+(`upq.world`) and to follow orders. The same command goes on after an interruption; a finished model stays.
 
 Shape suffixes: N = rows, T = tokens of a row, V = vocabulary.
 """

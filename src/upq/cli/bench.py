@@ -1,4 +1,4 @@
-"""`upq bench`: how fast an artefact writes on this machine."""
+"""`upq bench`: the speed of an artefact on this machine."""
 
 from __future__ import annotations
 

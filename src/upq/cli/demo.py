@@ -55,7 +55,7 @@ def demo(
     rounding = Recipe.load(recipe, ["int4=null", "int2.method=rtn", "int2.grid=affine", "distill.tokens=0"])
     plain = quantize(REFERENCE, nearest, rounding, data=corpus, progress=None)
 
-    console.rule("2. does it still know, does it still do as it is told?", align="left")
+    console.rule("2. does it still know, does it still obey?", align="left")
     tokenizer = load_tokenizer(REFERENCE)
     prompts = mini.ifeval_docs(split="validation")["test"]["prompt"][:PROMPTS]
     scores: dict[str, Scores] = {}
@@ -91,8 +91,8 @@ def _scores(scores: dict[str, Scores], manifests: dict[str, Manifest]) -> Table:
                 ),
             ]
         )
-    told = [word for word, _ in SUITES.values()]
-    return table("", ["model", "size", "bits", "KL", *told], rows)
+    titles = [word for word, _ in SUITES.values()]
+    return table("", ["model", "size", "bits", "KL", *titles], rows)
 
 
 def _answers(said: dict[str, list[str]], prompts: list[str]) -> Table:

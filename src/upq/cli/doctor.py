@@ -1,4 +1,4 @@
-"""`upq doctor`: what this machine has, what is missing, and the remedy."""
+"""`upq doctor`: parts of this machine that are there or missing, each with a remedy."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def parse_yaml(text: str, where: str, *, remedy: str) -> Any:
     except _Refused as error:
         raise UPQError(f"{where}: {error}; {remedy}") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        # PyYAML lets through what Python says of a number or a date that cannot be: 2001-99-99.
+        # PyYAML passes on Python's ValueError for an impossible number or date: 2001-99-99.
         raise UPQError(f"{where} is not valid YAML: {' '.join(str(error).split())}; {remedy}") from None
 
 

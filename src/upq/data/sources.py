@@ -59,7 +59,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text, or the messages of one conversation; `where` names its place for whoever has to mend it."""
+    """A text, or the messages of one conversation; `where` names its place in error messages."""
 
     content: str | tuple[Message, ...]
     where: str
