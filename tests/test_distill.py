@@ -256,18 +256,18 @@ def test_next_token_training_never_runs_the_teacher(tmp_path):
 
 
 def ranked(_, folder, sharded):
-    """One of two processes: the losses of a new training, and of one that goes on to step 17."""
+    """One of two processes: the losses of a new training, and of one that goes on to step 7."""
     new = parallel(folder / "new.safetensors", sharded=sharded)
-    return new, parallel(folder / "c.safetensors", stop=17, sharded=sharded)
+    return new, parallel(folder / "c.safetensors", stop=7, sharded=sharded)
 
 
 def parallel(checkpoint, stop=-1, sharded=False):
-    """The losses of a training of 20 steps that goes on from `checkpoint` and ends before step `stop`."""
+    """The losses of a training of 8 steps that goes on from `checkpoint` and ends before step `stop`."""
     teacher, seen = make_teacher(), Losses()
     config = make_config(micro_batch_size=2, hidden=0.25, train_norms=True)
     student = make(teacher, train_norms=True)
     with contextlib.suppress(KeyboardInterrupt):
-        train(student, teacher, config, checkpoint, 20, data=StopsAt(stop), progress=seen, sharded=sharded)
+        train(student, teacher, config, checkpoint, 8, data=StopsAt(stop), progress=seen, sharded=sharded)
     return seen.values
 
 
@@ -275,11 +275,11 @@ def parallel(checkpoint, stop=-1, sharded=False):
 def test_two_processes_train_as_one_does(tmp_path, weights):
     """Two gloo processes: the losses of one, and each goes on from the other's checkpoint."""
     one, shared = parallel(tmp_path / "one.safetensors"), tmp_path / "c.safetensors"
-    assert parallel(shared, stop=8) == one[:8]
+    assert parallel(shared, stop=4) == one[:4]
     new, resumed = together(2, ranked, tmp_path, weights == "sharded")[0]
     assert new == pytest.approx(one, rel=1e-5)
-    assert resumed == pytest.approx(one[6:17], rel=1e-5)  # there is a checkpoint every three steps
-    assert parallel(shared) == pytest.approx(one[15:], rel=1e-5)
+    assert resumed == pytest.approx(one[3:7], rel=1e-5)  # there is a checkpoint every three steps
+    assert parallel(shared) == pytest.approx(one[6:], rel=1e-5)
 
 
 class BadAt(Random):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pairwise import pairwise
 from upq.core.scheme import PER_CHANNEL, QuantScheme, to_groups
 from upq.grids import GRIDS, Params, search_scale
 from upq.grids._search import SHRINK
@@ -31,10 +32,12 @@ def shrunk(name: str, w_OI: Tensor, scheme: QuantScheme, factor: float = 0.6) ->
 
 @pytest.mark.parametrize("name", GRIDS.names())
 class TestLaws:
-    @pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("group_size", GROUPS)
-    @pytest.mark.parametrize("bits", BITS)
+    @pairwise(
+        bits=BITS,
+        group_size=GROUPS,
+        dtype=[torch.float32, torch.bfloat16],
+        scale_dtype=["float16", "bfloat16", "float32"],
+    )
     def test_fake_equals_frozen(
         self, name: str, bits: int, group_size: int, dtype: torch.dtype, scale_dtype: str, device: str
     ) -> None:
@@ -105,9 +108,7 @@ class TestLaws:
             assert torch.equal(alone.codes_OI, whole.codes_OI[row : row + 1, start : start + 8])
             assert torch.equal(alone.scale_OG[0], whole.scale_OG[row, start // 8, None])
 
-    @pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16"])
-    @pytest.mark.parametrize("bits", BITS)
-    @pytest.mark.parametrize("size", [0.0, 1e-38, 1e-8, 1e4, 1e30])
+    @pairwise(size=[0.0, 1e-38, 1e-8, 1e4, 1e30], bits=BITS, scale_dtype=["float16", "bfloat16"])
     def test_empty_tiny_and_huge_rows_stay_finite(self, name: str, size: float, bits: int, scale_dtype: str) -> None:
         scheme, grid = QuantScheme(bits=bits, group_size=8, grid=name, scale_dtype=scale_dtype), GRIDS.get(name)
         w_OI = weight()
