@@ -22,7 +22,7 @@ test-slow: $(VENV)/.installed
 
 # Killed at random moments, over and over.
 soak: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/faults -m "not gpu"
+	$(BIN)/python $(PYTEST) tests/faults -m "not gpu"
 
 test-engines: $(ENGINES)/.installed
 	$(ENGINES)/bin/python -m pytest tests/engines tests/test_exports*.py
