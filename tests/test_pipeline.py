@@ -2,10 +2,9 @@
 
 import gc
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -16,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import upq
+import upq.blockwise._store
 import upq.distill.teacher
 import upq.distill.trainer
 import upq.stages.distill
 from tiny import byte_tokenizer
+from together import alone, together
 from upq.blockwise import BlockStore
 from upq.core.errors import UPQError
 from upq.core.progress import Silent
@@ -102,36 +103,32 @@ def finished(model, text, tmp_path_factory):
     return out
 
 
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-import upq.blockwise._store, upq.distill.trainer
-from upq.kernels import computing
-from upq.run.run import quantize
-from upq.core.progress import Silent
-from upq.run.frame import Frame
-from upq.run.recipe import Recipe
-import json
-model, out, recipe, victim, count = sys.argv[1:]
-recipe = Recipe.of(json.loads(recipe), "test")
-seen = 0
-def wrapped(original):
-    def save(path, *args):
-        global seen
-        original(path, *args)
-        seen += path.name == victim
-        if seen == int(count):
-            os.kill(os.getpid(), signal.SIGKILL)
-    return save
-for module in (upq.blockwise._store, upq.distill.trainer):
-    module.save_tensors = wrapped(module.save_tensors)
-quantize(model, recipe, out)
-"""
+def in_a_child(model, recipe, out, victim, count):
+    """A run that is killed as soon as it has written the file `victim` so many times."""
+    seen = 0
+
+    def wrapped(original):
+        def save(path, *args):
+            nonlocal seen
+            original(path, *args)
+            seen += path.name == victim
+            if seen == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return save
+
+    for module in (upq.blockwise._store, upq.distill.trainer):
+        module.save_tensors = wrapped(module.save_tensors)
+    quantize(model, recipe, out)
 
 
-def run_child(model, out, recipe, victim="", count=-1):
-    arguments = [str(model), str(out), json.dumps(recipe.model_dump(mode="json")), victim, str(count)]
-    return subprocess.run([sys.executable, "-c", CHILD, *arguments], check=False, capture_output=True, text=True)
+def run_child(model, out, recipe, victim, count):
+    return alone(in_a_child, model, recipe, out, victim, count)
+
+
+def shared(_, model, recipe, out):
+    """What each of several processes does."""
+    quantize(model, recipe, out)
 
 
 def test_what_cannot_change_the_result_may_change_later(model, text, finished, tmp_path):
@@ -155,7 +152,7 @@ def test_where_activations_lie_may_change_at_any_time(model, text, finished, tmp
     """Killed with activations on disk and resumed with them in memory: the bytes of a run that was always in memory."""
     out, on_disk = tmp_path / "out", make_recipe(text, "memory.activations=disk")
     killed = run_child(model, out, on_disk, "block-0001.safetensors", 1)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert killed.returncode == -signal.SIGKILL, killed.output
     known = {"run.json", "tokens.safetensors", "int4"}
     assert {path.name for path in (out / ".work").iterdir()} == known  # the activations are gone
     quantize(model, make_recipe(text), out)
@@ -272,23 +269,18 @@ def test_changed_data_is_refused_on_resume(model, text, tmp_path):
 
 
 @pytest.mark.parametrize(("weights", "train_weights"), [("replicated", True), ("sharded", True), ("replicated", False)])
-def test_torchrun_shares_the_work(model, text, finished, tmp_path, weights, train_weights):
+def test_two_processes_share_the_work(model, text, finished, tmp_path, weights, train_weights):
     """Two processes make the artefact of one, up to the rounding of the summed gradients."""
     learns = f"distill.train_weights={train_weights}"
     out, recipe = tmp_path / "out", make_recipe(text, f"memory.weights={weights}", learns)
     if not train_weights:
         finished = tmp_path / "alone"
         quantize(model, make_recipe(text, learns), finished)
-    arguments = [str(model), str(out), json.dumps(recipe.model_dump(mode="json")), "", "-1"]
-    script = tmp_path / "child.py"
-    script.write_text(CHILD)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run([*launcher, *arguments], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    shared, alone = (json.loads((folder / "upq.json").read_text()) for folder in (out, finished))
-    assert shared["metrics"]["int4"] == pytest.approx(alone["metrics"]["int4"], rel=1e-3)
-    kld = alone["metrics"]["artifact"]["kld"]
-    assert shared["metrics"]["artifact"]["kld"] == pytest.approx(kld, rel=0.02)
+    together(2, shared, model, recipe, out)
+    two, one = (json.loads((folder / "upq.json").read_text()) for folder in (out, finished))
+    assert two["metrics"]["int4"] == pytest.approx(one["metrics"]["int4"], rel=1e-3)
+    kld = one["metrics"]["artifact"]["kld"]
+    assert two["metrics"]["artifact"]["kld"] == pytest.approx(kld, rel=0.02)
     assert not (out / ".work").exists()
 
 
