@@ -61,7 +61,7 @@ from upq.losses import LOSSES
 from upq.model.activations import Allocate, allocator
 from upq.model.loading import check_finite, family, generation_config, load_config, load_model, load_tokenizer
 from upq.model.sharding import load_original, make_mesh
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.nn.packed import Codes
 from upq.nn.trained import whole
 from upq.run.recipe import Recipe
@@ -219,7 +219,7 @@ class _Run:
         config = load_config(path)
         family(config)
         check_original(config, name)
-        check_plugins(recipe, StreamedModel(path))
+        check_plugins(recipe, Source(path))
         if out.exists() and not out.is_dir():
             raise UPQError(f"{out}: is a file; --out wants a directory")
         finished = (out / MANIFEST).is_file()
@@ -363,7 +363,7 @@ class _Run:
             model = load_model(self.model, dtype=dtype, device=self.device)
             check_finite(model, self.model)
         else:
-            model = load_original(StreamedModel(self.model, device=self.device, dtype=dtype), mesh)
+            model = load_original(Source(self.model, device=self.device, dtype=dtype), mesh)
             model.generation_config = generation_config(self.model)
         return model
 
@@ -402,16 +402,17 @@ class _Run:
         return data
 
     def blockwise(self, name: str, stage: Blockwise, data: TokenSet, processes: Processes) -> None:
-        store, model = self.store(name), StreamedModel(self.model, device=self.device, precision=stage.precision)
+        store, model = self.store(name), Source(self.model, device=self.device)
         self.progress.start(name, done=store.done(len(model)))
         walk(
             model,
             data.calibration(stage.samples),
             _method(stage),
             store,
-            source=self.store("int4") if name == "int2" and self.recipe.int4 is not None else None,
+            given=self.store("int4") if name == "int2" and self.recipe.int4 is not None else None,
             seed=self.recipe.seed,
             progress=self.progress,
+            precision=stage.precision,
             activations=self.activations(),
             processes=processes,
         )
@@ -436,8 +437,8 @@ class _Run:
         size = cache.bytes(config.teacher_top_k, vocabulary, self.recipe.data.seq_len)
         kept = f"the {min(config.teacher_top_k, vocabulary)} likeliest of {vocabulary} tokens"
         self.progress.note(f"teacher: {kept} at each position of {len(cache.rows)} rows, {size / 1e6:,.2f} MB on disk")
-        model = StreamedModel(self.model, device=self.device)
-        teacher = StreamedTeacher(model, *model.ending())
+        model = Source(self.model, device=self.device)
+        teacher = StreamedTeacher(model, *model.norm_and_head())
         write_cache(cache, teacher, data.tokens_NT, config, progress=self.progress)
 
     def models(self, *, sharded: bool) -> tuple[PreTrainedModel, PreTrainedModel | StreamedTeacher]:
@@ -450,7 +451,7 @@ class _Run:
             check_finite(original, self.model)
             student = make_student(original, self.by_path(store.solutions), train_norms=norms)
             return student, original
-        model = StreamedModel(self.model, device=self.device)
+        model = Source(self.model, device=self.device)
         if sharded:
             student, original = load_sharded(model, store.solutions, train_norms=norms, keep=resident)
         else:
@@ -511,7 +512,7 @@ class _Run:
             versions={p: version(p) for p in ("upq", "torch", "transformers")} | {"python": platform.python_version()},
             data=[*(asdict(use) for use in data.sources), {"digest": data.digest, "rows": len(data.tokens_NT)}],
         )
-        model = StreamedModel(self.model, dtype="auto").without_linears()
+        model = Source(self.model, dtype="auto").without_linears()
         model.generation_config = generation_config(self.model)
         shutil.rmtree(self.made, ignore_errors=True)  # what a killed run left half done
         with write_errors(self.made):
@@ -529,7 +530,7 @@ class _Run:
 
     def finish(self, data: TokenSet) -> Manifest:
         """Load the artefact as a user would and measure it against the original, which is read block by block."""
-        model, rows_NT = StreamedModel(self.model, device=self.device, dtype="auto"), data.validation_tokens_NT
+        model, rows_NT = Source(self.model, device=self.device, dtype="auto"), data.validation_tokens_NT
         with self.activations() as allocate:
             original = streamed(model, rows_NT, allocate=allocate)
             self.progress.advance(1)
@@ -557,7 +558,7 @@ class _Run:
                 file.replace(self.out / file.name)
 
     def int4_metrics(
-        self, model: StreamedModel, original: Streamed, data: TokenSet, allocate: Allocate
+        self, model: Source, original: Streamed, data: TokenSet, allocate: Allocate
     ) -> dict[str, dict[str, Any]]:
         """What the INT4 stage had reached, as a row of its own."""
         if self.recipe.int4 is None:
@@ -646,7 +647,7 @@ def check_lengths(recipe: Recipe, config: PretrainedConfig) -> None:
         raise UPQError(f"distill.tokens={recipe.distill.tokens} is less than one step of {step} tokens")
 
 
-def check_plugins(recipe: Recipe, model: StreamedModel) -> None:
+def check_plugins(recipe: Recipe, model: Source) -> None:
     """Decode every plug-in's options and try every group size now, so that a typo shows before hours of work."""
     for stage in (recipe.int4, recipe.int2):
         if stage is not None:
