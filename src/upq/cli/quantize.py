@@ -38,7 +38,7 @@ def quantize(
     with loading():
         from upq.run.recipe import Recipe
 
-    chosen = Recipe.load(recipe, set_)
+    chosen = Recipe.load(recipe, set_ or [])
     with Stop().listening() as stop:
         manifest = quantize(model, out, chosen, data=data, device=device, keep_work=keep_work, stop=stop)
     console = Console()

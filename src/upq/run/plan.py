@@ -27,7 +27,7 @@ from upq.blockwise import METHODS, BlockStore, Solution, walk
 from upq.core.config import decode, override
 from upq.core.errors import UPQError
 from upq.core.memory import resident_bytes
-from upq.core.precision import Precision, computes_in_bf16
+from upq.core.precision import computes_in_bf16
 from upq.core.progress import Silent
 from upq.core.scheme import QTensor, QuantScheme
 from upq.core.signals import Stop
@@ -43,7 +43,7 @@ from upq.kernels.reference import row_bytes
 from upq.losses import TopK
 from upq.model.activations import Activations, in_memory
 from upq.model.loading import family
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.nn.fixed_codes import Coded, Start
 from upq.nn.packed import Codes
 from upq.run.answers import Answers
@@ -203,15 +203,13 @@ def _settled(recipe: Recipe, device: torch.device, width: int) -> Recipe:
 # ---- models without memory
 
 
-class _Layout(StreamedModel):
+class _Layout(Source):
     """A model whose checkpoint need not be there. To be made before its blocks are imagined: a copy is made of each."""
 
-    def __init__(
-        self, config: PretrainedConfig, dtype: torch.dtype = torch.float32, precision: Precision = "fp32"
-    ) -> None:
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> None:
         self._whole: PreTrainedModel | None = None
-        self._lay_out(Path(config.name_or_path or ""), config, "cpu", dtype, precision)
-        self._files = dict.fromkeys(self._skeleton.state_dict().keys() - self._skeleton.all_tied_weights_keys, Path())
+        self._lay_out(Path(config.name_or_path or ""), config, "cpu", dtype)
+        self._files = dict.fromkeys(self._layout.state_dict().keys() - self._layout.all_tied_weights_keys, Path())
 
     def empty(self) -> PreTrainedModel:
         # A copy but for its buffers: of imagined tensors, what is made for the meta device would count as memory.
@@ -309,7 +307,7 @@ def _blockwise(
     samples = -(-stage.samples // processes)
     few = min(samples, max(_ROWS, getattr(options, "batch_size", 0)))
     on_disk = recipe.memory.activations == "disk"
-    model = _Layout(_of_depth(config, 1), precision=stage.precision)
+    model = _Layout(_of_depth(config, 1))
     store = _Nowhere(Path(), scheme, shapes=model.shapes())
 
     def run(rows: int, iterations: int, **changed: Any) -> Figures:
@@ -320,7 +318,8 @@ def _blockwise(
                 torch.zeros(rows, seq_len, dtype=torch.long),
                 cls(options.model_copy(update=changed)),
                 store,
-                source=store if name == "int2" and recipe.int4 is not None else None,
+                precision=stage.precision,
+                given=store if name == "int2" and recipe.int4 is not None else None,
                 seed=0,
                 progress=Silent(),
                 activations=nullcontext(lambda shape, _device: _Elsewhere(shape)) if on_disk else None,
@@ -613,7 +612,7 @@ def _teacher(config: PretrainedConfig, recipe: Recipe, answers: Answers | None =
     def run(shallow: PretrainedConfig) -> Figures:
         layout = _Layout(shallow)
         with imagined(answers) as tally, torch.no_grad():
-            teacher = StreamedTeacher(layout, *layout.ending())
+            teacher = StreamedTeacher(layout, *layout.norm_and_head())
             with torch.autocast("cpu", torch.bfloat16, enabled=chosen.precision == "bf16"):
                 (states_BTH,) = teacher.states(torch.zeros(micro, seq_len, dtype=torch.long), every_block=False)
                 likeliest(states_BTH, teacher.head, k, chosen.chunk_tokens)

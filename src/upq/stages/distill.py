@@ -22,7 +22,7 @@ from upq.distill.trainer import distill, settled, skipped_steps, steps
 from upq.files.tensors import save_tensors
 from upq.losses import LOSSES
 from upq.model.loading import check_finite, family, load_model
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.nn.trained import whole
 from upq.stages._base import Demands, Job, ModelState, Reading, Stage, register
 
@@ -35,7 +35,7 @@ class Distill(Settings, Stage):
 
     trains: ClassVar[bool] = True
 
-    def check(self, name: str, model: StreamedModel, data: Data) -> None:
+    def check(self, name: str, model: Source, data: Data) -> None:
         teacher.check(self)
         optimizer.check(self)
         loss = LOSSES.get(self.loss.name)
@@ -46,8 +46,7 @@ class Distill(Settings, Stage):
 
     def demands(self, data: Data) -> Demands:
         number = steps(self, data.seq_len)
-        start = "latents" if self.train_weights and number else "codes"
-        return Demands(rows=number * self.batch_size, start=start)
+        return Demands(rows=number * self.batch_size, start="latents" if self.train_weights and number else "codes")
 
     @property
     def caches_teacher(self) -> bool:
@@ -119,7 +118,7 @@ class Distill(Settings, Stage):
         size = cache.bytes(self.teacher_top_k, vocabulary, job.reading.seq_len)
         kept = f"the {min(self.teacher_top_k, vocabulary)} likeliest of {vocabulary} tokens"
         job.progress.note(f"teacher: {kept} at each position of {len(cache.rows)} rows, {size / 1e6:,.2f} MB on disk")
-        write_cache(cache, StreamedTeacher(model, *model.ending()), data.tokens_NT, self, progress=job.progress)
+        write_cache(cache, StreamedTeacher(model, *model.norm_and_head()), data.tokens_NT, self, progress=job.progress)
 
     def _models(self, job: Job, solved: BlockStore) -> tuple[PreTrainedModel, PreTrainedModel | StreamedTeacher]:
         """Student and teacher before the training: whole, or with no more in memory than stays there."""
