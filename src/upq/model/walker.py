@@ -49,7 +49,7 @@ class Replay:
         self._source = source
         self.dtype = source.dtype
         model = source.skeleton()
-        self._decoder: nn.Module = model.get_decoder()
+        self._decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
         self._blocks = list(block_list(model))
         self._tuples = False
         # Two tokens whose embeddings are NaN: an argument that is made of embeddings holds NaN.
