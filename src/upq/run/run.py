@@ -27,8 +27,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig, PreTrainedModel
 
-from upq.artifact.card import model_card
-from upq.artifact.manifest import MANIFEST, Manifest, SourceModel, read_manifest, write_manifest
+from upq.artifact.manifest import MANIFEST, Manifest, SourceModel, read_manifest
+from upq.artifact.publish import publish
 from upq.artifact.size import model_size, weights_bytes
 from upq.artifact.transformers import load, write_artifact
 from upq.blockwise import METHODS, BlockStore, Method, walk
@@ -63,7 +63,7 @@ from upq.model.loading import check_finite, family, generation_config, load_conf
 from upq.model.sharding import load_original, make_mesh
 from upq.model.streaming import StreamedModel
 from upq.nn.packed import Codes
-from upq.nn.trained import whole
+from upq.nn.trained import full_tensor
 from upq.run.recipe import Recipe
 from upq.stages.blockwise import Blockwise
 
@@ -488,7 +488,7 @@ class _Run:
                 stop=stop,
             )
         trained = norms(student) if config.train_norms else {}
-        extra = {f"{name}.weight": whole(norm_weight(norm).detach()) for name, norm in trained.items()}
+        extra = {f"{name}.weight": full_tensor(norm_weight(norm).detach()) for name, norm in trained.items()}
         return _Trained(freeze(student, keep=self.writes), extra)
 
     def untrained(self) -> Codes:
@@ -550,11 +550,7 @@ class _Run:
     def publish(self, manifest: Manifest) -> None:
         """Move the artefact out of the work directory, the manifest last."""
         manifest = manifest.model_copy(update={"seconds": self.seconds, "peak_memory_bytes": peak_memory_bytes()})
-        atomic_write(self.made / "README.md", model_card(manifest))
-        write_manifest(self.made, manifest)
-        with write_errors(self.out):
-            for file in sorted(self.made.iterdir(), key=lambda path: path.name == MANIFEST):
-                file.replace(self.out / file.name)
+        publish(self.made, self.out, manifest)
 
     def int4_metrics(
         self, model: StreamedModel, original: Streamed, data: TokenSet, allocate: Allocate
