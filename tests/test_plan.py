@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM
+from upq.model.streaming import StreamedModel
 
 import upq.cli
 from tiny import byte_tokenizer, tiny_model
@@ -23,7 +24,6 @@ from upq.distill.trainer import Training
 from upq.grids import GRIDS
 from upq.model.activations import allocator
 from upq.model.loading import load_config
-from upq.model.streaming import StreamedModel
 from upq.nn.fake_quant import Solution
 from upq.nn.fixed_codes import Coded, Start
 from upq.run import plan as planning

@@ -81,6 +81,14 @@ def _own(norms: dict[str, nn.Module]) -> None:
         norm.weight = nn.Parameter(norm_weight(norm).detach().float().clone())
 
 
+def start_norms(student: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Put in norms that an earlier training left, by parameter name. Nothing is shared with the teacher afterwards."""
+    for name, weight in weights.items():
+        norm = student.get_submodule(name.removesuffix(".weight"))
+        old = norm_weight(norm)
+        norm.weight = nn.Parameter(weight.to(old.device, old.dtype), requires_grad=old.requires_grad)
+
+
 def checkpoint_blocks(student: PreTrainedModel) -> None:
     """From here on each decoder block keeps its inputs for the backward pass, and runs again in it."""
     for block in decoder_blocks(student):

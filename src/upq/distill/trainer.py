@@ -31,11 +31,11 @@ from upq.distill.optimizer import make_optimizer, plain, restored, set_rate
 from upq.distill.sharding import shard
 from upq.distill.student import checkpoint_blocks, norm_weight, norms, trained_linears
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher
-from upq.files.tensors import complete, load_metadata, load_tensors, save_tensors
+from upq.files.tensors import keys_required, load_metadata, load_tensors, save_tensors
 from upq.losses import LOSSES, Loss
 from upq.model.loading import family
 from upq.nn.fake_quant import FakeQuantLinear, rms
-from upq.nn.trained import whole
+from upq.nn.trained import full_tensor
 
 
 class Batches(Protocol):
@@ -75,6 +75,7 @@ def distill(
     progress: Progress,
     sharded: bool = False,
     stop: Stop | None = None,
+    name: str = "distill",
 ) -> list[float]:
     """Train `student` in place; returns the loss of each step (nats a token) since the last resume.
 
@@ -88,7 +89,7 @@ def distill(
     """
     training, stop = Training(student, teacher, data, config, sharded=sharded), stop or Stop()
     first, skipped = _resume(checkpoint, training, progress) if checkpoint.is_file() else (0, [])
-    progress.start("distill", done=first)
+    progress.start(name, done=first)
     losses: list[float] = []
     for step in range(first, total_steps):
         value, norm, stopping = training.step(step, learning_rate_factor(step, total_steps, config), stop)
@@ -99,18 +100,18 @@ def distill(
                     _save(checkpoint, training, step, skipped)
                 kept = f"; the state before it is kept in {checkpoint}" if checkpoint.is_file() else ""
                 raise UPQError(
-                    f"distill: step {step}: {wrong}; raise distill.skip_bad_steps (now {config.skip_bad_steps}) to go "
-                    f"on without it, or lower distill.lr or distill.scale_lr with another --out{kept}"
+                    f"{name}: step {step}: {wrong}; raise {name}.skip_bad_steps (now {config.skip_bad_steps}) to go "
+                    f"on without it, or lower {name}.lr or {name}.scale_lr with another --out{kept}"
                 )
             skipped.append(step)
-            progress.note(f"distill: step {step} is left out: {wrong} ({len(skipped)} of {config.skip_bad_steps})")
+            progress.note(f"{name}: step {step} is left out: {wrong} ({len(skipped)} of {config.skip_bad_steps})")
         losses.append(value)
         finished = step + 1
         if finished % config.checkpoint_every == 0 or finished == total_steps or stopping:
             _save(checkpoint, training, finished, skipped)
         progress.advance(1, loss=value)
         if stopping:
-            progress.note(f"distill: stopped after step {step}; its state is in {checkpoint}")
+            progress.note(f"{name}: stopped after step {step}; its state is in {checkpoint}")
             raise Stopped(stop.signum or signal.SIGTERM)  # another process's, under torchrun
     return losses
 
@@ -173,7 +174,7 @@ class Training:
                     )
                 accelerator.backward(value * world)
             total += value.detach()
-        norm = float(whole(accelerator.clip_grad_norm_(self.learned, config.clip)))
+        norm = float(full_tensor(accelerator.clip_grad_norm_(self.learned, config.clip)))
         asked = torch.full_like(total, stop.signum is not None)
         value, stopping = accelerator.reduce(torch.stack([total, asked]), reduction="sum").tolist()
         if math.isfinite(value) and math.isfinite(norm):
@@ -263,7 +264,7 @@ def _resume(path: Path, training: Training, progress: Progress) -> tuple[int, li
     options = StateDictOptions(full_state_dict=True, strict=False, ignore_frozen_params=True)
     set_model_state_dict(objective, model, options=options)
     fresh: Any = get_optimizer_state_dict(objective, inner, options=options)  # moments of zeros, in the right form
-    with complete(path):
+    with keys_required(path):
         step = int(metadata["step"])
         state: Any = {
             name: {k: restored(f"optimizer:{name}:{k}", form, tensors) for k, form in moments.items()}

@@ -53,6 +53,8 @@ def quantize(
     data: Text | Sequence[Text] | None = None,
     device: str = "auto",
     keep_work: bool = False,
+    redo: bool = False,
+    work: str | Path | None = None,
     progress: Progress | Literal["auto"] | None = "auto",
     stop: Stop | None = None,
     **settings: Any,
@@ -68,6 +70,8 @@ def quantize(
     data: text to learn from, in place of the recipe's: paths, hub data sets, or TextSource values.
     device: "auto", "cpu" or "cuda".
     keep_work: solved blocks and checkpoints stay on disk after the end.
+    redo: do stages anew whose settings differ from those of the run in `out`. Without it, that is an error.
+    work: directory in which several runs keep their stages and take one another's.
     progress: "auto" shows bars on a terminal and lines elsewhere, None nothing; or an object like upq.core.Progress.
     stop: a listener for signals (upq.core.signals). Without one, Ctrl-C interrupts at once; the same call resumes.
     settings: keys of the recipe with dots and their values, as `--set` of the command line.
@@ -81,7 +85,17 @@ def quantize(
         from upq.run.run import quantize as run
 
     with quietly(), reporting(progress) as shown:
-        return run(model, chosen, out, device=device, keep_work=keep_work, progress=shown, stop=stop)
+        return run(
+            model,
+            chosen,
+            out,
+            device=device,
+            keep_work=keep_work,
+            redo=redo,
+            work=work,
+            progress=shown,
+            stop=stop,
+        )
 
 
 def plan(

@@ -16,14 +16,14 @@ from upq.data.tokens import TokenSet
 from upq.distill import optimizer, teacher
 from upq.distill.config import Distill as Settings
 from upq.distill.sharding import load_sharded
-from upq.distill.student import load_student, make_student, norm_weight, norms, trained_blocks
+from upq.distill.student import load_student, make_student, norm_weight, norms, start_norms, trained_blocks
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher, write_cache
 from upq.distill.trainer import distill, settled, skipped_steps, steps
-from upq.files.tensors import save_tensors
+from upq.files.tensors import load_tensors, save_tensors
 from upq.losses import LOSSES
 from upq.model.loading import check_finite, family, load_model
 from upq.model.source import Source
-from upq.nn.trained import whole
+from upq.nn.trained import full_tensor
 from upq.stages._base import Demands, Job, ModelState, Reading, Stage, register
 
 T = TypeVar("T")
@@ -72,6 +72,13 @@ class Distill(Settings, Stage):
         data = job.rows()
         cache = self._cached(job, data) if self.caches_teacher else None
         student, original = self._models(job, state.solved)
+        before = {} if state.norms is None else load_tensors(state.norms)[0]
+        if before and job.sharded:
+            raise UPQError(
+                f"{job.name}: an earlier stage trained the norms, and a sharded training cannot start from them; "
+                "set memory.weights=replicated"
+            )
+        start_norms(student, before)
         config = settled(self, original, data)
         targets: Teacher = original if cache is None else cache
         del original  # what the student does not share of it goes, unless it gives the `targets`
@@ -87,6 +94,7 @@ class Distill(Settings, Stage):
                 progress=job.progress,
                 sharded=job.sharded,
                 stop=job.stop,
+                name=job.name,
             )
         solved, norms_file = job.folder / "blocks", job.folder / "norms.safetensors"
         store = replace(state.solved, folder=solved, latents=job.keep == "latents")
@@ -94,7 +102,7 @@ class Distill(Settings, Stage):
             if job.processes.first:
                 store.save(index, solutions, state.solved.report(index))
         trained = norms(student) if self.train_norms else {}
-        weights = {f"{path}.weight": whole(norm_weight(norm).detach()) for path, norm in trained.items()}
+        weights = before | {f"{path}.weight": full_tensor(norm_weight(norm).detach()) for path, norm in trained.items()}
         if weights and job.processes.first:
             save_tensors(norms_file, weights)
         skipped = (*state.skipped_steps, *skipped_steps(checkpoint)) if job.processes.first else ()
