@@ -136,7 +136,7 @@ class Source:
     def empty(self) -> PreTrainedModel:
         """The model without memory."""
         auto: Any = AutoModelForCausalLM  # untyped
-        config = copy.deepcopy(self.config)  # it is told the type, and may be told more
+        config = copy.deepcopy(self.config)  # from_config writes the type into it
         # Parameters on meta, buffers real: the rotary frequencies are not in the checkpoint.
         with library_errors(f"{self.path}: config.json describes no model"), init_empty_weights(include_buffers=False):
             model: PreTrainedModel = auto.from_config(config, dtype=self.dtype)
