@@ -53,17 +53,18 @@ def plan(
     from upq.files.atomic import atomic_write
     from upq.model.loading import load_config
     from upq.run import plan as planning
+    from upq.stages.sizes import Machine, Speed
 
     quiet_libraries()
     config = load_config(model)
     planning.check(config, chosen, model)
-    with Console(stderr=True).status("running the stages without memory"):
+    with Console(stderr=True).status("adding up"):
         if gpu_memory is not None:
-            speed = planning.Speed(gpu_tflops * 1e12, gpu_bandwidth * 1e9) if gpu_tflops and gpu_bandwidth else None
-            machine = planning.Machine(int(gpu_memory * 1e9), gpus, speed)
+            speed = Speed(gpu_tflops * 1e12, gpu_bandwidth * 1e9) if gpu_tflops and gpu_bandwidth else None
+            machine = Machine(int(gpu_memory * 1e9), gpus, speed)
         else:
             size = psutil.virtual_memory().total if memory is None else int(memory * 1e9)
-            machine = planning.Machine(size, speed=planning.this_speed())
+            machine = Machine(size, speed=planning.this_speed())
         made = planning.plan(config, chosen, machine)
     console = Console()
     console.print(table_of(made))

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from accelerate import init_empty_weights
@@ -46,6 +46,14 @@ class StreamedModel:
         self._files = tensor_files(path)
         check_sizes(path, config, self._files.values())
         self._lay_out(path, config, device, self._own_dtype(config) if dtype == "auto" else dtype, precision)
+
+    @classmethod
+    def without_files(cls, config: PretrainedConfig) -> Self:
+        """The layout of a model whose checkpoint need not be there: none of its tensors can be read."""
+        model = cls.__new__(cls)
+        model._files = {}
+        model._lay_out(Path(config.name_or_path or ""), config, "cpu", torch.float32, "fp32")
+        return model
 
     def _lay_out(
         self, path: Path, config: PretrainedConfig, device: str, dtype: torch.dtype, precision: Precision
