@@ -1,6 +1,6 @@
 """A device that is far away, without one: tensors on `meta` stand for those of a GPU.
 
-They have no values: what is read is 1 and a mask picks everything, as in upq.run.imagined. What would fail on a
+They have no values: what is read is 1 and a mask picks everything. What would fail on a
 GPU fails here: an operation on tensors of both sides. As there, scalars and indices may come from the CPU.
 """
 

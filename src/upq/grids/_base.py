@@ -61,7 +61,7 @@ CHUNK = 1 << 18
 
 
 def stretches_of_rows(w: Tensor) -> Iterator[slice]:
-    """All rows of `w`, as many at a time as a processor's caches hold; elsewhere, and for imagined ones, in one go."""
+    """All rows of `w`, as many at a time as a processor's caches hold; elsewhere, and for subclasses of Tensor, in one go."""
     rows = len(w)
     if type(w) is Tensor and w.device.type == "cpu" and w.numel() > CHUNK:
         rows = max(1, CHUNK * len(w) // w.numel())

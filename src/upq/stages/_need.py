@@ -33,7 +33,6 @@ def generate_need(section: Generated, sizes: Sizes, machine: Machine, *, tokens:
     weights = Bytes(size * sizes.all)
     if sharded and machine.processes > 1:  # whole while it computes: a block, and once more as it was sent
         weights = Bytes(size * (sizes.rest + sizes.block * (2 + sizes.blocks / machine.processes)))
-    loading = Bytes() if gpu or sharded or sizes.itemsize == FP32 else Bytes(sizes.itemsize * sizes.all)
     of_a_layer = size * rows * sizes.fp32.cache  # bytes a token, keys and values
     logits = tensors(3, FP32 * rows * sizes.vocabulary)
     prompt = tensors(2 * sizes.blocks, of_a_layer * limit / 2) + sizes.forward(rows, limit, size)
@@ -47,7 +46,8 @@ def generate_need(section: Generated, sizes: Sizes, machine: Machine, *, tokens:
     # Half of the steps, twice (prompt and answer): each reads the cache and copies it.
     step = Work(sizes.fp32.flops(rows, 1), 3 * of_a_layer * limit + size * sizes.block) * sizes.blocks + head
     work = (once + step * (2 * limit)) * batches
-    peak = weights + largest(loading, prompt + logits, answer + logits)
+    # Pages of the checkpoint are mapped while it loads: the system may take them back.
+    peak = weights + largest(prompt + logits, answer + logits)
     return need(tokens, peak, 6 * tokens, flops=work.flops, moved=work.moved)
 
 
