@@ -5,17 +5,24 @@ BIN := $(VENV)/bin
 
 ENGINES := .venv-engines
 
-.PHONY: demo test soak test-engines check bench sanitize cross fuzz clean
+.PHONY: demo test test-slow soak test-engines check bench sanitize cross fuzz clean
 
 demo: $(VENV)/.installed
 	$(BIN)/upq demo
 
+# A worker a core; each takes tests from the other when it has none left.
+PYTEST := -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not gpu and not soak"
+	$(BIN)/python $(PYTEST) -m "not gpu and not soak and not slow"
+
+# What CI runs in addition.
+test-slow: $(VENV)/.installed
+	$(BIN)/python $(PYTEST) -m "slow and not gpu and not soak"
 
 # Killed at random moments, over and over.
 soak: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/faults -m "not gpu"
+	$(BIN)/python $(PYTEST) tests/faults -m "not gpu"
 
 test-engines: $(ENGINES)/.installed
 	$(ENGINES)/bin/python -m pytest tests/engines tests/test_exports*.py

@@ -250,13 +250,13 @@ def _told(results: Results, comparison: Comparison, found: Difference) -> str:
     measure = comparison.measure
     values = [results.mean(row, measure.key) for row in (comparison.first, comparison.second)]
     a, b = (measure.show(value) for value in values if value is not None)
-    told = f"{measure.title}: {name_of(comparison.first)} {a}, {name_of(comparison.second)} {b}"
+    line = f"{measure.title}: {name_of(comparison.first)} {a}, {name_of(comparison.second)} {b}"
     seeds = f"{found.seeds} seed{'s' if found.seeds > 1 else ''}"
     if not found.stderr:
-        return f"{told} ({seeds})"
-    # Weights come out nearly alike on every seed, and thousands of standard errors say no more than a hundred.
+        return f"{line} ({seeds})"
+    # Weights come out nearly equal on every seed, and thousands of standard errors say no more than a hundred.
     errors = f"{found.errors:+.1f}" if abs(found.errors) < 100 else f"more than {math.copysign(100, found.errors):+.0f}"
-    return f"{told} ({errors} standard errors, {seeds})"
+    return f"{line} ({errors} standard errors, {seeds})"
 
 
 def name_of(row: str) -> str:

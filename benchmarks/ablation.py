@@ -257,7 +257,7 @@ def report(results: _findings.Results, groups: tuple[str, ...], console: Console
 def run_worker(study: Study, name: str) -> None:
     import torch
 
-    from upq.cli.quiet import quiet_libraries
+    from upq.run.quiet import quiet_libraries
 
     quiet_libraries()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -292,7 +292,7 @@ def run_task(study: Study, task: Task, device: str) -> None:
 
 def quantise(study: Study, task: Task, out: Path) -> dict[str, Any]:
     """Run the pipeline, with the INT4 blocks and the written conversations of a row that made the very same ones."""
-    from upq.cli.console import PlainLines
+    from upq.run.reporter import PlainLines
     from upq.run.run import WORK, quantize
 
     recipe = study.recipe(task)
@@ -324,7 +324,7 @@ def size_of(model: Path) -> dict[str, Any]:
 
 
 def keep(work: Path, pattern: str, place: Path, seconds: float) -> float:
-    """Keep what a stage made for other rows, with the seconds it took; returns those seconds, whoever spent them."""
+    """Keep what a stage made for other rows, with the seconds it took; returns those seconds, for each row."""
     if not place.is_dir():
         made = work / "kept"
         shutil.rmtree(made, ignore_errors=True)  # what a killed row left half copied

@@ -29,13 +29,13 @@ import upq
 from _table import Figure, Table, make_console, show_figures, write_figures
 from upq.artifact.manifest import MANIFEST, Manifest, SourceModel
 from upq.artifact.transformers import block_linears, embedding_tables, write_artifact
-from upq.cli.quiet import quiet_libraries
 from upq.core.memory import resident_bytes
 from upq.core.scheme import QTensor, QuantScheme
 from upq.evals import speed as bench
 from upq.evals.speed import Engine, Speed, Workload
 from upq.grids import GRIDS
 from upq.kernels import computing, cpu
+from upq.run.quiet import quiet_libraries
 
 LLAMA_1B = {
     "hidden_size": 2048,

@@ -151,7 +151,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
 ) -> None:
     sys.path.insert(0, str(ROOT / "tests"))  # the makers of small artefacts
-    from upq.cli.quiet import quiet_libraries
+    from upq.run.quiet import quiet_libraries
 
     quiet_libraries()
     console = make_console()

@@ -120,10 +120,10 @@ def planned(model: Path, gigabytes: float, overrides: list[str]) -> None:
 
 def measured(model: Path, out: Path, overrides: list[str]) -> None:
     """The whole way; answers with the peak and the seconds of each stage."""
-    from upq.cli.quiet import quiet_libraries
     from upq.core.memory import peak_memory_bytes
     from upq.core.progress import Silent
     from upq.run import run as pipeline
+    from upq.run.quiet import quiet_libraries
 
     class Peaks(Silent):
         """A new peak after each unit: what comes after a stage's last one, such as loading, is the next stage's.

@@ -100,6 +100,8 @@ def sections(page: Page) -> Iterator[str]:
         yield "often both prefer the same token. Mean ± standard deviation over seeds.\n"
         yield stories_table(page.folder / "stories.csv").markdown()
         yield code("python benchmarks/stories.py")
+    elif (kept := page.folder / "stories260K.md").is_file():  # of runs whose CSV was not kept
+        yield kept.read_text()
     yield from peers_sections(page)
 
 
@@ -118,8 +120,7 @@ def reference_sections(page: Page, results: Results) -> Iterator[str]:
         yield "rows of text. `loops`: answers that end in one n-gram over and over; `at limit`: answers cut off by the"
         yield "limit on new tokens; `weight error`: relative, of all quantised weights against the original's. INT4"
         yield "blocks and written conversations that several rows share are made once, and each is charged their time."
-        yield "Minutes are those of a machine that did other work beside it: they say which part costs what, and the"
-        yield "README says how long a run takes.\n"
+        yield "Minutes are those of a machine that did other work too: they show which part costs what.\n"
         yield table.markdown()
         for more in (_findings.subjects(results, main), _findings.costs(results, main)):
             if more is not None:

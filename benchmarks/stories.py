@@ -116,13 +116,13 @@ def subrun(data_dir: Path, out: Path, task: str, jobs: int) -> bool:
 def run_worker(data_dir: Path, out: Path, task: str) -> None:
     import tempfile
 
-    from upq.cli.quiet import quiet_libraries
     from upq.core.memory import peak_memory_bytes
     from upq.data import load_eval_text
     from upq.evals import evaluate_text
     from upq.files.atomic import atomic_write
     from upq.kernels import computing
     from upq.model.loading import load_model, load_tokenizer
+    from upq.run.quiet import quiet_libraries
 
     quiet_libraries()
     name, _, seed = task.rpartition("@")
@@ -145,8 +145,8 @@ def run_worker(data_dir: Path, out: Path, task: str) -> None:
 
 
 def quantise(recipe: Recipe, source: Path, out: Path, data_dir: Path) -> dict[str, Any]:
-    from upq.cli.console import PlainLines
     from upq.data.config import Source
+    from upq.run.reporter import PlainLines
     from upq.run.run import quantize
 
     train = Source(path=str(data_dir / "text" / "tinystories_train.txt"))

@@ -5,7 +5,7 @@ GPU what its allocator has handed out, on the CPU the resident memory. QAT and f
 loop (upq.distill.trainer.Training): precision, optimiser, batches, gradient checkpointing. Fine-tuning trains the
 matrices that QAT trains, on the next token, with neither grid nor teacher. Timed are whole steps after a warm-up.
 
-Few blocks are enough, since all are alike: what is run with fewer is extrapolated, and its name says so.
+A few equal blocks are enough: a row with fewer blocks is extrapolated, and its name shows it.
 """
 
 from __future__ import annotations
@@ -178,8 +178,8 @@ def at_depth(runs: dict[int, list[dict[str, Any]]], blocks: int) -> dict[str, An
 def measure(job: Job) -> dict[str, Any]:
     import torch
 
-    from upq.cli.quiet import quiet_libraries
     from upq.core.memory import peak_memory_bytes
+    from upq.run.quiet import quiet_libraries
 
     quiet_libraries()
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import upq
+from pairwise import pairwise
 from tiny import tiny_artifact
 from upq import kernels
 from upq.core.errors import UPQError
@@ -73,10 +74,9 @@ def error(y: Tensor, x: Tensor, value_OI: Tensor, bias_O: Tensor | None = None) 
 SHAPES = [(37, 96, 1), (1, 32, 1), (32, 160, 5), (67, 128, 2)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", cuda.BITS)
-@pytest.mark.parametrize(("rows", "columns", "groups"), SHAPES)
-def test_products_are_right(rows: int, columns: int, groups: int, bits: int, dtype: torch.dtype) -> None:
+@pairwise(shape=SHAPES, bits=cuda.BITS, dtype=DTYPES)
+def test_products_are_right(shape: tuple[int, int, int], bits: int, dtype: torch.dtype) -> None:
+    rows, columns, groups = shape
     for m in (1, 8, 17, 66):
         zeros, bias = m % 2 == 0, m > 8
         weight, value_OI = make(rows, columns, groups, bits=bits, zeros=zeros)
@@ -85,12 +85,10 @@ def test_products_are_right(rows: int, columns: int, groups: int, bits: int, dty
         assert error(product(x, weight, bias_O), x, value_OI, bias_O) <= ROUNDING[dtype], m
 
 
-@pytest.mark.parametrize(("zeros", "scale"), [(False, torch.float16), (True, torch.bfloat16)])
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("bits", cuda.BITS)
-def test_weights_are_exact(bits: int, groups: int, zeros: bool, scale: torch.dtype) -> None:
+@pairwise(bits=cuda.BITS, groups=[1, 4], form=[(False, torch.float16), (True, torch.bfloat16)])
+def test_weights_are_exact(bits: int, groups: int, form: tuple[bool, torch.dtype]) -> None:
     """Ones and zeros for x bring out the columns: bit for bit the weight, rounded once to the type of x."""
-    rows, columns = 29, 128
+    (zeros, scale), rows, columns = form, 29, 128
     weight, value_OI = make(rows, columns, groups, bits=bits, zeros=zeros, scale=scale)
     for dtype in DTYPES:
         expected_OI = dequantize(

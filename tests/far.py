@@ -1,7 +1,7 @@
 """A device that is far away, without one: tensors on `meta` stand for those of a GPU.
 
-They have no values: what is read is 1 and a mask picks everything. What would fail on a
-GPU fails here: an operation on tensors of both sides. As there, scalars and indices may come from the CPU.
+They have no values: what is read is 1 and a mask picks everything. An operation on tensors of both sides fails, as on a
+GPU. Scalars and indices may come from the CPU, as on a GPU.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def models(root: Path) -> list[Path]:
 
 
 def unsigned(artifact: Path) -> bytes:
-    """The manifest without a digest of what is going to be changed, as whoever changed it would see to."""
+    """The manifest without a digest of what is going to be changed, as an attacker would do it."""
     raw = json.loads((artifact / "upq.json").read_text())
     return json.dumps(raw | {"files": {"model.safetensors": raw["files"]["model.safetensors"]}}).encode()
 

@@ -1,4 +1,4 @@
-"""The parts of the benchmarks that compute: what is run, how answers are judged, how differences are told apart."""
+"""The parts of the benchmarks that compute: what is run, how answers are judged, which differences count."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pairwise import covering
 from tiny import tiny_model
 from upq.blockwise import METHODS, BlockStore, BlockTask, Method, Solution, walk
 from upq.blockwise._base import batches, start_scales
@@ -109,9 +110,7 @@ def own_objective(name: str, task: BlockTask, weights: dict[str, Tensor], inputs
 
 SCHEMES = [
     QuantScheme(bits=bits, group_size=group_size, grid=grid)
-    for bits in (2, 4)
-    for group_size in WIDTHS
-    for grid in GRIDS.names()
+    for bits, group_size, grid in covering([2, 4], list(WIDTHS), GRIDS.names())
 ]
 
 

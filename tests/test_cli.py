@@ -141,8 +141,8 @@ def test_doctor_names_versions_and_cores(upq_command):
         assert word in shown
 
 
-@pytest.mark.parametrize(("kernels", "told"), [(None, "pip install 'upq[cuda]'"), ("reference", "reference")])
-def test_doctor_names_the_kernels_of_a_gpu(upq_command, monkeypatch, kernels, told):
+@pytest.mark.parametrize(("kernels", "named"), [(None, "pip install 'upq[cuda]'"), ("reference", "reference")])
+def test_doctor_names_the_kernels_of_a_gpu(upq_command, monkeypatch, kernels, named):
     from upq.kernels import cuda
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -155,7 +155,7 @@ def test_doctor_names_the_kernels_of_a_gpu(upq_command, monkeypatch, kernels, to
     code, shown, _ = upq_command("doctor")
     assert code == 0
     line = next(line for line in shown.splitlines() if "kernels on it" in line)
-    assert told in line
+    assert named in line
     assert "missing: gemlite  → pip install 'upq[cuda]'" in shown
 
 

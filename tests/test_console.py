@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from upq.cli.console import Estimate, LiveBars, PlainLines, duration, reporter, size
+from upq.cli.console import size
+from upq.run.reporter import Estimate, LiveBars, PlainLines, duration, reporter
 
 
 def test_nothing_is_estimated_before_anything_is_measured():

@@ -345,8 +345,8 @@ def test_what_it_does_not_know_goes_to_transformers(
         torch.manual_seed(0)
         ours = generate(PROMPT, max_new_tokens=5, **options)
     assert model.why_not_compiled == reason
-    told = [record.message for record in caplog.records if record.name == "upq"]
-    assert told == [f"transformers generates, not the compiled decoder: {reason}"]  # once
+    warnings = [record.message for record in caplog.records if record.name == "upq"]
+    assert warnings == [f"transformers generates, not the compiled decoder: {reason}"]  # once
     torch.manual_seed(0)
     theirs = by_transformers(model, max_new_tokens=5, **options)
     if reason == "return_dict_in_generate":
@@ -438,6 +438,7 @@ def test_copies_and_pickles_generate_for_themselves() -> None:
         assert type(twin) is type(model)
         assert torch.equal(compiled(twin, max_new_tokens=6, do_sample=False), expected)
         assert session(twin) is not session(model)
+        assert session(twin).parts.blocks[0].q.weight is not session(model).parts.blocks[0].q.weight  # kernels.Weight
 
 
 def test_inference_mode() -> None:

@@ -1,18 +1,15 @@
 """The training stage: its loss against the plain computation, its resume, and its processes."""
 
 import contextlib
-import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from together import together
 from upq.artifact.transformers import block_linears
 from upq.core.errors import UPQError
 from upq.core.progress import Silent
@@ -258,52 +255,31 @@ def test_next_token_training_never_runs_the_teacher(tmp_path):
     assert len(train(student, teacher, make_config(loss="ce"), tmp_path / "c.safetensors", steps=2)) == 2
 
 
-RANKED = """
-import contextlib, json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import torch.distributed as dist
-import test_distill as t
-folder, sharded = Path(sys.argv[2]), sys.argv[3] == "sharded"
-losses = [t.parallel(folder / "new.safetensors", sharded=sharded)]
-losses.append(t.parallel(folder / "c.safetensors", stop=17, sharded=sharded))
-if dist.get_rank() == 0:
-    (folder / "losses.json").write_text(json.dumps([losses, dist.get_world_size()]))
-dist.destroy_process_group()
-"""
+def ranked(_, folder, sharded):
+    """One of two processes: the losses of a new training, and of one that goes on to step 7."""
+    new = parallel(folder / "new.safetensors", sharded=sharded)
+    return new, parallel(folder / "c.safetensors", stop=7, sharded=sharded)
 
 
 def parallel(checkpoint, stop=-1, sharded=False):
-    """The losses of a training of 20 steps that goes on from `checkpoint` and ends before step `stop`."""
+    """The losses of a training of 8 steps that goes on from `checkpoint` and ends before step `stop`."""
     teacher, seen = make_teacher(), Losses()
     config = make_config(micro_batch_size=2, hidden=0.25, train_norms=True)
     student = make(teacher, train_norms=True)
     with contextlib.suppress(KeyboardInterrupt):
-        train(student, teacher, config, checkpoint, 20, data=StopsAt(stop), progress=seen, sharded=sharded)
+        train(student, teacher, config, checkpoint, 8, data=StopsAt(stop), progress=seen, sharded=sharded)
     return seen.values
 
 
 @pytest.mark.parametrize("weights", ["replicated", "sharded"])
 def test_two_processes_train_as_one_does(tmp_path, weights):
-    """torchrun with two gloo processes: the losses of one, and each goes on from the other's checkpoint."""
+    """Two gloo processes: the losses of one, and each goes on from the other's checkpoint."""
     one, shared = parallel(tmp_path / "one.safetensors"), tmp_path / "c.safetensors"
-    assert parallel(shared, stop=8) == one[:8]
-    script = tmp_path / "ranked.py"
-    script.write_text(RANKED)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(
-        [*launcher, os.path.dirname(__file__), str(tmp_path), weights],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    (new, resumed), world = json.loads((tmp_path / "losses.json").read_text())
-    assert world == 2
+    assert parallel(shared, stop=4) == one[:4]
+    new, resumed = together(2, ranked, tmp_path, weights == "sharded")[0]
     assert new == pytest.approx(one, rel=1e-5)
-    assert resumed == pytest.approx(one[6:17], rel=1e-5)  # there is a checkpoint every three steps
-    assert parallel(shared) == pytest.approx(one[15:], rel=1e-5)
+    assert resumed == pytest.approx(one[3:7], rel=1e-5)  # there is a checkpoint every three steps
+    assert parallel(shared) == pytest.approx(one[6:], rel=1e-5)
 
 
 class BadAt(Random):

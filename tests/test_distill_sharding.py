@@ -89,7 +89,7 @@ def trained_both_ways(folder: Path, train_norms: bool, latents: bool) -> dict[st
             a, b = expected.get_parameter(name), found.get_parameter(name)
             if not torch.equal(a, whole(b)) or a.requires_grad != b.requires_grad:
                 different.append(name)
-    # Blocks that run again in the backward pass, in one of the models: cut before or after they are told to.
+    # Blocks that run again in the backward pass, in one of the models: cut before or after that is switched on.
     config, losses = make_config(hidden=0.25, micro_batch_size=2, gradient_checkpointing=not train_norms), []
     for i, (s, t) in enumerate(((student, teacher), (students, teachers))):
         seen = Losses()

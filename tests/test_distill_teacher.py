@@ -1,17 +1,14 @@
 """Training that fits: the teacher on disk, as targets or block by block, and blocks that run again."""
 
-import json
-import os
-import subprocess
-import sys
 import weakref
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from test_distill import make, make_config, make_teacher, train
+from test_distill import Losses, make, make_config, make_teacher, train
 from tiny import tiny_model
+from together import together
 from upq.core.errors import UPQError
 from upq.core.progress import Silent
 from upq.core.scheme import QuantScheme
@@ -168,41 +165,22 @@ class TestCached:
             check(make_config(teacher="cached", loss="mine"))
 
 
-RANKED = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import torch.distributed as dist
-import test_distill as t, test_distill_teacher as c
-teacher, data, seen, out = t.make_teacher(), c.make_data(), t.Losses(), Path(sys.argv[2])
-config = t.make_config(micro_batch_size=2, gradient_checkpointing=True)
-cache = c.CachedTeacher(out / "teacher", json.loads((out / "rows.json").read_text()))
-t.train(t.make(teacher), cache, config, out / "c.safetensors", data=data, progress=seen)
-if dist.get_rank() == 0:
-    (out / "losses.json").write_text(json.dumps([seen.values, dist.get_world_size()]))
-dist.destroy_process_group()
-"""
+def ranked(_, folder, rows):
+    """One of two processes: the losses of a training from targets on disk."""
+    config, seen = make_config(micro_batch_size=2, gradient_checkpointing=True), Losses()
+    teacher = make_teacher()
+    cache = CachedTeacher(folder / "teacher", rows)
+    train(make(teacher), cache, config, folder / "c.safetensors", data=make_data(), progress=seen)
+    return seen.values
 
 
 def test_two_processes_read_their_own_targets(tmp_path, monkeypatch):
-    """torchrun with two gloo processes, targets from disk, blocks that run again: the losses of one process."""
-    monkeypatch.undo()  # the other processes know nothing of small shards
+    """Two gloo processes, targets from disk, blocks that run again: the losses of one process."""
+    monkeypatch.undo()  # small shards are set in this process alone
     teacher, data, config = make_teacher(), make_data(), make_config(teacher_top_k=6)
     cache = make_cache(tmp_path / "teacher", teacher, data, config)
-    (tmp_path / "rows.json").write_text(json.dumps(cache.rows))
-    (tmp_path / "ranked.py").write_text(RANKED)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launcher, str(tmp_path / "ranked.py"), os.path.dirname(__file__), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    losses, world = json.loads((tmp_path / "losses.json").read_text())
+    losses = together(2, ranked, tmp_path, cache.rows)[0]
     alone = train(make(teacher), cache, config, tmp_path / "alone.safetensors", data=data)
-    assert world == 2
     assert losses == pytest.approx(alone, rel=1e-5)
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import upq
+from pairwise import pairwise
 from tiny import tiny_artifact
 from upq.artifact.manifest import file_entry, read_manifest, write_manifest
 from upq.core.errors import UPQError
@@ -98,17 +99,12 @@ class TestLaws:
             report, _ = run(make("qwen2", dtype=dtype, tie_word_embeddings=False), name, tmp_path / str(dtype))
             assert report.exact
 
-    @pytest.mark.parametrize("bits", [2, 3, 4])
-    @pytest.mark.parametrize("grid", GRIDS.names())
+    @pairwise(bits=[2, 3, 4], grid=GRIDS.names(), group_size=[-1, 32])
     def test_every_scheme_is_exact_or_refused(
-        self, make: Make, grid: str, bits: int, name: str, tmp_path: Path
+        self, make: Make, grid: str, bits: int, group_size: int, name: str, tmp_path: Path
     ) -> None:
-        for group_size in (-1, 32):
-            scheme = QuantScheme(bits=bits, grid=grid, group_size=group_size)
-            artifact = make("llama", scheme=scheme, intermediate_size=96)
-            folder = tmp_path / str(group_size)
-            folder.mkdir()
-            exact_or_refused(artifact, name, folder)
+        scheme = QuantScheme(bits=bits, grid=grid, group_size=group_size)
+        exact_or_refused(make("llama", scheme=scheme, intermediate_size=96), name, tmp_path)
 
     @pytest.mark.parametrize("scale_dtype", ["bfloat16", "float32"])
     def test_every_type_of_scale_is_exact_or_refused(

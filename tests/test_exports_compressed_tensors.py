@@ -102,6 +102,7 @@ def test_bfloat16_scales_are_refused_before_writing(tmp_path: Path) -> None:
     assert errors["bfloat16"] == 0
 
 
+@pytest.mark.slow  # a Python without upq is a fresh one
 def test_plain_transformers_generates_from_it(tmp_path: Path) -> None:
     export(tiny_artifact(tmp_path / "artifact"), "compressed-tensors", tmp_path / "out")
     code = f"""

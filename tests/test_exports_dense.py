@@ -37,6 +37,7 @@ def test_logits_are_those_of_the_packed_model(family: str, tmp_path: Path) -> No
     assert torch.equal(exact(IDS).logits, upq.load(artifact, dtype=torch.float32)(IDS).logits)
 
 
+@pytest.mark.slow  # a Python without upq is a fresh one
 def test_it_loads_and_talks_without_upq(tmp_path: Path) -> None:
     artifact = tiny_artifact(tmp_path / "artifact", embeddings_bits=4)
     export(artifact, "dense", tmp_path / "dense")

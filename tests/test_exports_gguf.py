@@ -1,4 +1,4 @@
-"""GGUF: block types against gguf's own reader, the whole file against transformers', what llama.cpp is told."""
+"""GGUF: block types against gguf's own reader, the whole file against transformers', the keys for llama.cpp."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'upq[export]'")
 
 import upq  # noqa: E402
+from pairwise import pairwise  # noqa: E402
 from tiny import byte_tokenizer, tiny_artifact  # noqa: E402
 from upq.core.errors import UPQError  # noqa: E402
 from upq.core.scheme import PER_CHANNEL, QTensor, QuantScheme  # noqa: E402
@@ -51,10 +52,12 @@ def random_qtensor(columns: int, scheme: QuantScheme, *, rows: int = 5) -> QTens
 # --- block types
 
 
-@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("group_size", [PER_CHANNEL, 16, 32, 256])
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("grid", GRIDS.names())
+@pairwise(
+    grid=GRIDS.names(),
+    bits=range(2, 9),
+    group_size=[PER_CHANNEL, 16, 32, 256],
+    scale_dtype=["float16", "bfloat16", "float32"],
+)
 def test_a_type_that_fits_is_exact(grid: str, bits: int, group_size: int, scale_dtype: str, tmp_path: Path) -> None:
     for columns in (32, 96, 512):
         if group_size > columns:
@@ -189,9 +192,7 @@ def rewritten(model: Any, artifact: Path, out: Path) -> Path:
 # --- whole models, read by transformers' own GGUF loader
 
 
-@pytest.mark.parametrize("embeddings", [None, 4, 8])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES.names())
+@pairwise(family=FAMILIES.names(), tied=[True, False], embeddings=[None, 4, 8])
 def test_logits_are_those_of_the_packed_model(family: str, tied: bool, embeddings: Any, tmp_path: Path) -> None:
     """Names, order of rows and hyper-parameters: an independent reader of the format computes the same."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from pairwise import pairwise
 from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.grids import GRIDS, search_scale
 from upq.nn.fake_quant import FakeQuantLinear
@@ -49,12 +50,14 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(7, COLUMNS), (3, 5, COLUMNS)], ids=["2d", "3d"])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("group_size", [PER_CHANNEL, 8, 24])
-@pytest.mark.parametrize("grid", GRIDS.names())
+@pairwise(
+    grid=GRIDS.names(),
+    group_size=[PER_CHANNEL, 8, 24],
+    bias=[False, True],
+    shape=[(7, COLUMNS), (3, 5, COLUMNS)],
+    dtype=[torch.float32, torch.bfloat16],
+    autocast=[False, True],
+)
 def test_gradients_are_those_of_the_plain_form(
     grid: str, group_size: int, bias: bool, shape: tuple[int, ...], dtype: torch.dtype, autocast: bool
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pairwise import pairwise
 from test_distill import Losses, Random, make_config, make_teacher, train
 from upq.artifact.transformers import block_linears
 from upq.blockwise import BlockStore, Solution
@@ -34,10 +35,7 @@ def same_codes(a: QTensor, b: QTensor) -> bool:
     return a.scheme == b.scheme and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("group_size", [PER_CHANNEL, 8, 24])
-@pytest.mark.parametrize("grid", GRIDS.names())
+@pairwise(grid=GRIDS.names(), group_size=[PER_CHANNEL, 8, 24], bits=range(2, 9), bias=[False, True])
 def test_it_starts_as_the_latents_do(
     grid: str, group_size: int, bits: int, bias: bool, tmp_path: Path, device: str
 ) -> None:
@@ -56,9 +54,7 @@ def test_it_starts_as_the_latents_do(
     assert fixed.shape == fake.shape == (ROWS, COLUMNS)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("group_size", [PER_CHANNEL, 8])
-@pytest.mark.parametrize("grid", GRIDS.names())
+@pairwise(grid=GRIDS.names(), group_size=[PER_CHANNEL, 8], autocast=[False, True])
 def test_gradients_are_those_of_the_plain_form(grid: str, group_size: int, autocast: bool, device: str) -> None:
     scheme = QuantScheme(bits=2, grid=grid, group_size=group_size)
     coded = Coded.of(solved(scheme).qtensor(), solved(scheme).params)

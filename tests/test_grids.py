@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pairwise import pairwise
 from upq.core.scheme import PER_CHANNEL, QuantScheme, to_groups
 from upq.grids import GRIDS, Params, search_scale
 from upq.grids._search import SHRINK
 
 BITS = range(2, 9)
 GROUPS = [PER_CHANNEL, 8, 24]
+every_grid = pytest.mark.parametrize("name", GRIDS.names())
 
 
 def weight(o: int = 6, i: int = 48, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -29,12 +31,14 @@ def shrunk(name: str, w_OI: Tensor, scheme: QuantScheme, factor: float = 0.6) ->
     return {k: v + math.log(factor) if k.startswith("log_") else factor * v for k, v in params.items()}
 
 
-@pytest.mark.parametrize("name", GRIDS.names())
 class TestLaws:
-    @pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("group_size", GROUPS)
-    @pytest.mark.parametrize("bits", BITS)
+    @pairwise(
+        name=GRIDS.names(),
+        bits=BITS,
+        group_size=GROUPS,
+        dtype=[torch.float32, torch.bfloat16],
+        scale_dtype=["float16", "bfloat16", "float32"],
+    )
     def test_fake_equals_frozen(
         self, name: str, bits: int, group_size: int, dtype: torch.dtype, scale_dtype: str, device: str
     ) -> None:
@@ -50,14 +54,14 @@ class TestLaws:
             zero = grid.zero(scheme)
             assert zero is None or (frozen.zero_OG == zero).all()
 
-    @pytest.mark.parametrize("group_size", GROUPS)
-    @pytest.mark.parametrize("bits", BITS)
+    @pairwise(name=GRIDS.names(), bits=BITS, group_size=GROUPS)
     def test_idempotent(self, name: str, bits: int, group_size: int) -> None:
         scheme, grid, w_OI = QuantScheme(bits=bits, group_size=group_size, grid=name), GRIDS.get(name), weight()
         for params in (grid.init(w_OI, scheme), shrunk(name, w_OI, scheme)):
             once = grid.freeze(w_OI, params, scheme)
             assert torch.equal(grid.freeze(once.dequantize(), params, scheme).codes_OI, once.codes_OI)
 
+    @every_grid
     @pytest.mark.parametrize("group_size", GROUPS)
     def test_error_falls_with_bits(self, name: str, group_size: int) -> None:
         def mse(bits: int, start: str) -> float:
@@ -69,6 +73,7 @@ class TestLaws:
             errors = [mse(bits, start) for bits in BITS]
             assert all(finer < 0.5 * coarser for coarser, finer in itertools.pairwise(errors)), errors
 
+    @every_grid
     def test_error_is_within_half_a_step_of_the_range(self, name: str) -> None:
         """Nearest rounding: at the range, no weight is further from its level than half the distance of two levels."""
         for bits in BITS:
@@ -83,6 +88,7 @@ class TestLaws:
             steps = 0.5 if grid.zero(scheme) is not None else 1.0
             assert (error_OGS <= steps * 1.0001 * grid.freeze(w_OI, params, scheme).scale_OG[..., None]).all()
 
+    @every_grid
     @pytest.mark.parametrize("group_size", GROUPS)
     def test_the_weight_and_every_parameter_learn(self, name: str, group_size: int, device: str) -> None:
         scheme, grid = QuantScheme(bits=2, group_size=group_size, grid=name), GRIDS.get(name)
@@ -96,6 +102,7 @@ class TestLaws:
             assert value.grad is not None, key
             assert (value.grad != 0).all(), key
 
+    @every_grid
     def test_rows_and_groups_are_independent(self, name: str) -> None:
         scheme, grid, w_OI = QuantScheme(bits=3, group_size=8, grid=name), GRIDS.get(name), weight()
         whole = grid.freeze(w_OI, grid.init(w_OI, scheme), scheme)
@@ -105,9 +112,7 @@ class TestLaws:
             assert torch.equal(alone.codes_OI, whole.codes_OI[row : row + 1, start : start + 8])
             assert torch.equal(alone.scale_OG[0], whole.scale_OG[row, start // 8, None])
 
-    @pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16"])
-    @pytest.mark.parametrize("bits", BITS)
-    @pytest.mark.parametrize("size", [0.0, 1e-38, 1e-8, 1e4, 1e30])
+    @pairwise(name=GRIDS.names(), size=[0.0, 1e-38, 1e-8, 1e4, 1e30], bits=BITS, scale_dtype=["float16", "bfloat16"])
     def test_empty_tiny_and_huge_rows_stay_finite(self, name: str, size: float, bits: int, scale_dtype: str) -> None:
         scheme, grid = QuantScheme(bits=bits, group_size=8, grid=name, scale_dtype=scale_dtype), GRIDS.get(name)
         w_OI = weight()
@@ -130,10 +135,8 @@ class TestLaws:
                 assert (fake_OI - w_OI)[1].abs().max() <= max(2 * size, 2.0**-19)
 
 
-@pytest.mark.parametrize("name", GRIDS.names())
 class TestSearch:
-    @pytest.mark.parametrize("group_size", GROUPS)
-    @pytest.mark.parametrize("bits", BITS)
+    @pairwise(name=GRIDS.names(), bits=BITS, group_size=GROUPS)
     def test_never_worse_than_the_range(self, name: str, bits: int, group_size: int) -> None:
         scheme, grid = QuantScheme(bits=bits, group_size=group_size, grid=name), GRIDS.get(name)
         for seed in range(3):
@@ -149,6 +152,7 @@ class TestSearch:
                 if bits == 2:
                     assert searched.sum() < 0.95 * ranged.sum()
 
+    @every_grid
     def test_importance_moves_the_scale_to_the_weights_that_matter(self, name: str) -> None:
         scheme, grid = QuantScheme(bits=2, grid=name), GRIDS.get(name)
         w_OI, importance_I = weight() ** 3, torch.zeros(48)
@@ -157,6 +161,7 @@ class TestSearch:
         assert ((weighed - w_OI)[:, ::6].square().sum() < 0.9 * (plain - w_OI)[:, ::6].square().sum()).item()
         assert ((weighed - w_OI).square().sum() > (plain - w_OI).square().sum()).item()
 
+    @every_grid
     @pytest.mark.parametrize("bits", [2, 3, 4])
     def test_matches_a_search_over_every_candidate_in_float64(self, name: str, bits: int) -> None:
         scheme = QuantScheme(bits=bits, grid=name)
@@ -170,6 +175,7 @@ class TestSearch:
             )
             assert weighted_error(row, found[0].tolist(), importance) == pytest.approx(best, rel=1e-4)
 
+    @every_grid
     @pytest.mark.parametrize("group_size", GROUPS)
     def test_rows_at_a_time_change_no_bit(self, name: str, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         scheme, w_OI = QuantScheme(bits=2, group_size=group_size, grid=name), weight(7)
@@ -188,6 +194,7 @@ class TestSearch:
             assert all(torch.equal(found[k], v) for k, v in whole.items())
             assert all(map(torch.equal, learned(), values))
 
+    @every_grid
     def test_candidates_are_dense_enough(self, name: str) -> None:
         """At most 5 % above the best of a hundred times as many scales."""
         scheme, grid, w_OI = QuantScheme(bits=2, grid=name), GRIDS.get(name), weight(8, 512)

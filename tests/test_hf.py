@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import upq
+from pairwise import pairwise
 from upq.artifact import manifest as artifact
 from upq.artifact.manifest import Manifest, SourceModel
 from upq.artifact.transformers import UpqConfig, block_linears, pack_model, quantize_rows, write_artifact
@@ -106,9 +107,7 @@ def write_tiny(out: Path, model: PreTrainedModel | None = None, **options: Any) 
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("embeddings", [None, 4, 8])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES.names())
+@pairwise(family=FAMILIES.names(), tied=[True, False], embeddings=[None, 4, 8])
 def test_an_artefact_computes_what_was_trained(family: str, tied: bool, embeddings: Any, tmp_path: Path) -> None:
     source = tiny(family, tied=tied)
     trained = copy.deepcopy(source)
@@ -150,9 +149,11 @@ def test_an_artefact_computes_what_was_trained(family: str, tied: bool, embeddin
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("embeddings", [None, 8])
-@pytest.mark.parametrize("layout", ["tied", "untied", "tied, but with a head of its own", "without settings"])
-@pytest.mark.parametrize("family", FAMILIES.names())
+@pairwise(
+    family=FAMILIES.names(),
+    layout=["tied", "untied", "tied, but with a head of its own", "without settings"],
+    embeddings=[None, 8],
+)
 def test_without_the_linears_the_artefact_is_the_same_bytes(
     family: str, layout: str, embeddings: Any, tmp_path: Path
 ) -> None:
@@ -295,6 +296,7 @@ def test_only_causal_models_load(tmp_path: Path) -> None:
         AutoModel.from_pretrained(out)
 
 
+@pytest.mark.slow  # a Python without upq is a fresh one
 def test_without_upq_loading_fails(tmp_path: Path) -> None:
     """transformers alone must not come back with a model of random linears."""
     plain, tables = write_tiny(tmp_path / "plain"), write_tiny(tmp_path / "tables", embeddings_bits=8)

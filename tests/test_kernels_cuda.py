@@ -38,7 +38,13 @@ def as_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kernels.set_compute(None)
 
 
-@pytest.mark.parametrize("where", [pytest.param("interpreter", marks=needs_gemlite), pytest.param("gpu", marks=ON_GPU)])
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param("interpreter", marks=[needs_gemlite, pytest.mark.slow]),
+        pytest.param("gpu", marks=ON_GPU),
+    ],
+)
 def test_laws_of_products(where: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from pairwise import pairwise
 from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.grids import GRIDS, search_scale
 from upq.nn.fake_quant import FakeQuantLinear
@@ -25,13 +26,16 @@ def fake_linear(rows: int, columns: int, scheme: QuantScheme, bias: bool, dtype:
     return FakeQuantLinear(w, search_scale(w, scheme), scheme, torch.randn(rows, dtype=dtype) if bias else None)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("grid", GRIDS.names())
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize(("columns", "group_size"), [(32, PER_CHANNEL), (45, PER_CHANNEL), (48, 16), (1, PER_CHANNEL)])
+@pairwise(
+    shape=[(32, PER_CHANNEL), (45, PER_CHANNEL), (48, 16), (1, PER_CHANNEL)],
+    bits=range(2, 9),
+    grid=GRIDS.names(),
+    dtype=DTYPES,
+)
 def test_linear_equals_what_was_trained(
-    columns: int, group_size: int, bits: int, grid: str, dtype: torch.dtype, device: str
+    shape: tuple[int, int], bits: int, grid: str, dtype: torch.dtype, device: str
 ) -> None:
+    columns, group_size = shape
     scheme = QuantScheme(bits=bits, group_size=group_size, grid=grid)
     trained = fake_linear(7, columns, scheme, bits % 2 == 0, dtype).to(device)
     packed = PackedLinear.from_qtensor(trained.freeze(), trained.bias)
@@ -43,9 +47,7 @@ def test_linear_equals_what_was_trained(
     assert torch.equal(dense(x), packed(x))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [3, 4, 8])
-@pytest.mark.parametrize("grid", GRIDS.names())
+@pairwise(grid=GRIDS.names(), bits=[3, 4, 8], dtype=DTYPES)
 def test_embedding_and_tied_head_equal_the_dense_table(grid: str, bits: int, dtype: torch.dtype) -> None:
     scheme = QuantScheme(bits=bits, grid=grid)
     q = fake_linear(11, 13, scheme, False, dtype).freeze()

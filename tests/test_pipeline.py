@@ -2,27 +2,30 @@
 
 import gc
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import upq
+import upq.blockwise._store
 import upq.distill.teacher
 import upq.distill.trainer
-import upq.run.run
+import upq.stages.distill
 from tiny import byte_tokenizer
+from together import alone, together
+from upq.blockwise import BlockStore
 from upq.core.errors import UPQError
 from upq.core.progress import Silent
-from upq.data.config import Source
 from upq.kernels import computing
+from upq.run.frame import Frame
 from upq.run.recipe import Recipe
 from upq.run.run import quantize
 
@@ -56,21 +59,41 @@ def text(tmp_path_factory):
     return file
 
 
+STAGES = {
+    "int4": {"stage": "blockwise", "bits": 4, "samples": 8, "method": {"name": "flexround", "iterations": 4}},
+    "int2": {
+        "stage": "blockwise",
+        "bits": 2,
+        "samples": 8,
+        "method": {
+            "name": "block_ap",
+            "relative": True,
+            "iterations": 4,
+            "batch_size": 2,
+            "lr": 3e-3,
+            "scale_lr": 3e-3,
+        },
+    },
+    "distill": {
+        "loss": "gjs",
+        "hidden": 1.0,
+        "tokens": 1024,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "lr": 1e-3,
+        "scale_lr": 1e-3,
+        "train_norms": True,
+        "checkpoint_every": 2,
+    },
+}
+
+
 def make_recipe(text, *overrides):
-    small = [
-        "data.seq_len=32",
-        "data.validation=8",
-        "data.generated=null",  # the model has no chat template
-        "int4={bits: 4, samples: 8, method: {name: flexround, iterations: 4}}",
-        "int2.samples=8",
-        "int2.method.iterations=4",
-        "distill.tokens=1024",
-        "distill.batch_size=4",
-        "distill.checkpoint_every=2",
-    ]
-    recipe = Recipe.load("default", [*small, *overrides])
-    sources = (Source(path=str(text), separator="blank_line"),)
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})
+    sources = [{"path": str(text), "separator": "blank_line"}]
+    data = {"seq_len": 32, "validation": 8, "sources": sources}
+    file = Path(text).parent / f"recipe-{abs(hash(str(text)))}.yaml"
+    file.write_text(yaml.safe_dump({"data": data, "stages": STAGES}, sort_keys=False))
+    return Recipe.load(str(file), overrides)
 
 
 @pytest.fixture(scope="module")
@@ -80,36 +103,32 @@ def finished(model, text, tmp_path_factory):
     return out
 
 
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-import upq.artifact, upq.blockwise._store, upq.distill.trainer
-from upq.kernels import computing
-from upq.run.run import quantize
-from upq.core.progress import Silent
-from upq.run.recipe import Recipe
-from upq.core.config import decode
-import json
-model, out, recipe, victim, count = sys.argv[1:]
-recipe = decode(Recipe, json.loads(recipe), "test")
-seen = 0
-def wrapped(original):
-    def save(path, *args):
-        global seen
-        original(path, *args)
-        seen += path.name == victim
-        if seen == int(count):
-            os.kill(os.getpid(), signal.SIGKILL)
-    return save
-for module in (upq.blockwise._store, upq.distill.trainer):
-    module.save_tensors = wrapped(module.save_tensors)
-quantize(model, recipe, out)
-"""
+def in_a_child(model, recipe, out, victim, count):
+    """A run that is killed as soon as it has written the file `victim` so many times."""
+    seen = 0
+
+    def wrapped(original):
+        def save(path, *args):
+            nonlocal seen
+            original(path, *args)
+            seen += path.name == victim
+            if seen == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return save
+
+    for module in (upq.blockwise._store, upq.distill.trainer):
+        module.save_tensors = wrapped(module.save_tensors)
+    quantize(model, recipe, out)
 
 
-def run_child(model, out, recipe, victim="", count=-1):
-    arguments = [str(model), str(out), json.dumps(recipe.model_dump(mode="json")), victim, str(count)]
-    return subprocess.run([sys.executable, "-c", CHILD, *arguments], check=False, capture_output=True, text=True)
+def run_child(model, out, recipe, victim, count):
+    return alone(in_a_child, model, recipe, out, victim, count)
+
+
+def shared(_, model, recipe, out):
+    """What each of several processes does."""
+    quantize(model, recipe, out)
 
 
 def test_what_cannot_change_the_result_may_change_later(model, text, finished, tmp_path):
@@ -133,8 +152,8 @@ def test_where_activations_lie_may_change_at_any_time(model, text, finished, tmp
     """Killed with activations on disk and resumed with them in memory: the bytes of a run that was always in memory."""
     out, on_disk = tmp_path / "out", make_recipe(text, "memory.activations=disk")
     killed = run_child(model, out, on_disk, "block-0001.safetensors", 1)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    known = {"run.json", "data.json", "tokens.safetensors", "int4"}
+    assert killed.returncode == -signal.SIGKILL, killed.output
+    known = {"run.json", "tokens.safetensors", "int4"}
     assert {path.name for path in (out / ".work").iterdir()} == known  # the activations are gone
     quantize(model, make_recipe(text), out)
     for name in ("model.safetensors", "config.json"):
@@ -189,12 +208,12 @@ def test_another_recipe_never_overwrites(model, text, finished, override, messag
 def test_a_key_that_came_later_is_at_its_default(model, text, finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "out")
     manifest = json.loads((out / "upq.json").read_text())
-    del manifest["recipe"]["int2"]["precision"]
+    del manifest["recipe"]["stages"]["int2"]["precision"]
     (out / "upq.json").write_text(json.dumps(manifest))
     quantize(model, make_recipe(text), out)  # finished already
     with pytest.raises(UPQError, match=r"int2\.precision was 'auto' and is now 'fp32'"):
         quantize(model, make_recipe(text, "int2.precision=fp32"), out)
-    manifest["recipe"]["int2"]["colour"] = "red"  # and one that has gone since
+    manifest["recipe"]["stages"]["int2"]["colour"] = "red"  # and one that has gone since
     (out / "upq.json").write_text(json.dumps(manifest))
     with pytest.raises(UPQError, match=r"int2\.colour was 'red' and is now None"):
         quantize(model, make_recipe(text), out)
@@ -250,23 +269,18 @@ def test_changed_data_is_refused_on_resume(model, text, tmp_path):
 
 
 @pytest.mark.parametrize(("weights", "train_weights"), [("replicated", True), ("sharded", True), ("replicated", False)])
-def test_torchrun_shares_the_work(model, text, finished, tmp_path, weights, train_weights):
+def test_two_processes_share_the_work(model, text, finished, tmp_path, weights, train_weights):
     """Two processes make the artefact of one, up to the rounding of the summed gradients."""
     learns = f"distill.train_weights={train_weights}"
     out, recipe = tmp_path / "out", make_recipe(text, f"memory.weights={weights}", learns)
     if not train_weights:
         finished = tmp_path / "alone"
         quantize(model, make_recipe(text, learns), finished)
-    arguments = [str(model), str(out), json.dumps(recipe.model_dump(mode="json")), "", "-1"]
-    script = tmp_path / "child.py"
-    script.write_text(CHILD)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run([*launcher, *arguments], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    shared, alone = (json.loads((folder / "upq.json").read_text()) for folder in (out, finished))
-    assert shared["metrics"]["int4"] == pytest.approx(alone["metrics"]["int4"], rel=1e-3)
-    kld = alone["metrics"]["artifact"]["kld"]
-    assert shared["metrics"]["artifact"]["kld"] == pytest.approx(kld, rel=0.02)
+    together(2, shared, model, recipe, out)
+    two, one = (json.loads((folder / "upq.json").read_text()) for folder in (out, finished))
+    assert two["metrics"]["int4"] == pytest.approx(one["metrics"]["int4"], rel=1e-3)
+    kld = one["metrics"]["artifact"]["kld"]
+    assert two["metrics"]["artifact"]["kld"] == pytest.approx(kld, rel=0.02)
     assert not (out / ".work").exists()
 
 
@@ -331,7 +345,7 @@ def test_a_cached_teacher_killed_and_resumed_is_never_killed(model, text, tmp_pa
     recipe = make_recipe(text, *FITS, "distill.teacher=cached", "distill.teacher_top_k=8", "distill.hidden=0")
     seen = Notes()
     quantize(model, recipe, tmp_path / "whole", progress=seen)
-    assert seen.units["teacher"] == seen.planned["teacher"] == 32
+    assert seen.units["distill.teacher"] == seen.planned["distill.teacher"] == 32
     # 8 tokens of 2 + 2 bytes and the rest in 4, at 31 positions of 32 rows
     assert seen.text == ["teacher: the 8 likeliest of 300 tokens at each position of 32 rows, 0.04 MB on disk"]
 
@@ -353,12 +367,12 @@ def test_a_cached_teacher_killed_and_resumed_is_never_killed(model, text, tmp_pa
         with pytest.raises(KeyboardInterrupt):
             quantize(model, recipe, out)
         monkeypatch.setattr(module, "save_tensors", original)
-    shards = {path: path.stat().st_mtime_ns for path in sorted((out / ".work" / "teacher").iterdir())}
+    shards = {path: path.stat().st_mtime_ns for path in sorted((out / ".work" / "distill" / "teacher").iterdir())}
     assert [path.name for path in shards] == [f"targets-0000{i}.safetensors" for i in range(3)]
     resumed = Notes()
     quantize(model, recipe, out, keep_work=True, progress=resumed)
     assert {path: path.stat().st_mtime_ns for path in shards} == shards
-    assert resumed.units["teacher"] == 32
+    assert resumed.units["distill.teacher"] == 32
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
@@ -375,10 +389,10 @@ def test_without_weights_to_train_codes_are_the_block_wise_stages(model, text, t
     """And scales are not: they have learned. Killed in its training and run again, it ends in the same bytes."""
     recipe, files = make_recipe(text, *FITS, "distill.train_weights=false", "distill.scale_lr=1e-2"), {}
     quantize(model, recipe, tmp_path / "whole", keep_work=True)
-    killed = run_child(model, tmp_path / "killed", recipe, "distill.safetensors", 2)
+    killed = run_child(model, tmp_path / "killed", recipe, "checkpoint.safetensors", 2)
     assert killed.returncode == -signal.SIGKILL
     quantize(model, recipe, tmp_path / "killed")
-    start = upq.run.run.BlockStore(tmp_path / "whole" / ".work" / "int2", recipe.int2.scheme(), latents=False)
+    start = BlockStore(tmp_path / "whole" / ".work" / "int2", recipe.stages["int2"].scheme(), latents=False)
     for name in ("whole", "killed"):
         loaded = upq.load(tmp_path / name)
         files[name] = (tmp_path / name / "model.safetensors").read_bytes()
@@ -394,7 +408,7 @@ def test_without_weights_to_train_codes_are_the_block_wise_stages(model, text, t
 def test_only_a_resident_teacher_is_in_memory_during_the_training(model, text, tmp_path, monkeypatch, teacher):
     weights, alive = [], []
 
-    def load(*args, original=upq.run.run.load_model, **options):
+    def load(*args, original=upq.stages.distill.load_model, **options):
         loaded = original(*args, **options)
         weights.append(weakref.ref(loaded.model.layers[0].mlp.up_proj.weight))
         return loaded
@@ -403,8 +417,8 @@ def test_only_a_resident_teacher_is_in_memory_during_the_training(model, text, t
         alive.append(any(weight() is not None for weight in weights))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(upq.run.run, "load_model", load)
-    monkeypatch.setattr(upq.run.run, "distill", training)
+    monkeypatch.setattr(upq.stages.distill, "load_model", load)
+    monkeypatch.setattr(upq.stages.distill, "distill", training)
     recipe = make_recipe(text, *FITS, f"distill.teacher={teacher}", "distill.hidden=0")
     with pytest.raises(KeyboardInterrupt):
         quantize(model, recipe, tmp_path / "out")
@@ -426,26 +440,19 @@ def test_the_whole_way_on_a_device(model, text, tmp_path, device, teacher):
 
 
 def test_the_check_never_loads_the_original(model, text, tmp_path, monkeypatch):
-    """Neither to write the artefact nor to compare with it; and the codes go before that is measured."""
-    loaded, codes = [], []
+    """Neither to write the artefact nor to compare with it."""
+    loaded = []
 
     def load(path, *args, original=upq.model.loading.load_model, **options):
         loaded.append(Path(path))
         return original(path, *args, **options)
 
-    def trained(self, *args, original=upq.run.run._Run.distill):
-        found = original(self, *args)
-        codes.append(weakref.ref(found.qtensors["model.layers.0.mlp.up_proj"].codes_OI))
-        for module in (upq.artifact.transformers, upq.run.run):
-            monkeypatch.setattr(module, "load_model", load)
-        return found
+    def pack(self, *args, original=Frame.pack):
+        monkeypatch.setattr(upq.artifact.transformers, "load_model", load)
+        monkeypatch.setattr(upq.stages.distill, "load_model", load)
+        original(self, *args)
 
-    def finish(self, *args, original=upq.run.run._Run.finish):
-        assert codes[0]() is None
-        return original(self, *args)
-
-    monkeypatch.setattr(upq.run.run._Run, "distill", trained)
-    monkeypatch.setattr(upq.run.run._Run, "finish", finish)
+    monkeypatch.setattr(Frame, "pack", pack)
     manifest = quantize(model, make_recipe(text), tmp_path / "out")
     assert loaded == [tmp_path / "out" / ".work" / "artifact"]
     assert manifest.metrics.keys() == {"source", "int4", "artifact"}
@@ -455,17 +462,17 @@ def test_nothing_of_the_training_is_left_when_its_result_is_checked(model, text,
     """A block that is checkpointed refers to itself; the student would wait for the garbage collector."""
     latents = []
 
-    def made(*args, original=upq.run.run.make_student, **options):
+    def made(*args, original=upq.stages.distill.make_student, **options):
         student = original(*args, **options)
         latents.append(weakref.ref(student.model.layers[0].mlp.up_proj.weight))
         return student
 
-    def finish(self, *args, original=upq.run.run._Run.finish):
+    def check(self, *args, original=Frame.check):
         assert latents[0]() is None
         return original(self, *args)
 
-    monkeypatch.setattr(upq.run.run, "make_student", made)
-    monkeypatch.setattr(upq.run.run._Run, "finish", finish)
+    monkeypatch.setattr(upq.stages.distill, "make_student", made)
+    monkeypatch.setattr(Frame, "check", check)
     gc.disable()
     try:
         quantize(model, make_recipe(text, *FITS), tmp_path / "out")

@@ -32,7 +32,8 @@ from upq.nn.fake_quant import Solution
 from upq.nn.fixed_codes import Coded, Start
 from upq.run import plan as planning
 from upq.run import run as pipeline
-from upq.run.plan import needs, plan, with_setting
+from upq.run.frame import Frame
+from upq.run.plan import needs, plan
 from upq.run.recipe import Recipe
 from upq.stages.sizes import Machine, Need, Speed
 
@@ -40,13 +41,17 @@ T = 32
 LAW = 0.15  # of what is counted
 CPU, GPU = Machine(10**12), Machine(10**12, gpus=1)
 QUICK = (
-    "data.generated=null", f"data.seq_len={T}", "data.validation=4", "int4=null", "int2.samples=4", "int2.method=rtn",
-    "distill.tokens=1024", "distill.chunk_tokens=40",
+    f"data.seq_len={T}", "data.validation=4", "int2.samples=4", "int2.method=rtn", "distill.tokens=1024",
+    "distill.chunk_tokens=40",
 )  # fmt: skip
+INT4 = {"int4": {"stage": "blockwise", "bits": 4, "method": {"name": "rtn"}, "samples": 4}}
 
 
-def recipe(*settings: str) -> Recipe:
-    return Recipe.load("default", [*QUICK, *settings])
+def recipe(*settings: str, first: dict[str, Any] | None = None) -> Recipe:
+    """`default` for tiny models, without conversations unless they are set; `first`: stages before its own."""
+    dropped = () if any(setting.startswith("generate") for setting in settings) else ("generate=null",)
+    raw = Recipe.load("default", [*dropped, *QUICK, *settings]).model_dump(mode="json")
+    return Recipe.of({**raw, "stages": {**(first or {}), **raw["stages"]}}, "test")
 
 
 def config(layers: int, **sizes: Any) -> Any:
@@ -59,6 +64,14 @@ def saved(folder: Path, shape: Any) -> Path:
     AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def _int2(chosen: Recipe) -> Any:
+    return chosen.stages["int2"]
+
+
+def _distill(chosen: Recipe) -> Any:
+    return chosen.stages["distill"]
 
 
 def needed(shape: Any, chosen: Recipe, machine: Machine = CPU) -> dict[str, Need]:
@@ -124,7 +137,7 @@ def test_probe_is_what_a_block_of_the_student_keeps_and_computes(family: str, pr
 
 
 def _starts(model: Any, chosen: Recipe, *, latents: bool) -> dict[str, Start]:
-    scheme, starts = chosen.int2.scheme(), dict[str, Start]()
+    scheme, starts = _int2(chosen).scheme(), dict[str, Start]()
     for path in block_linears(model):
         weight = model.get_submodule(path).weight
         solution = Solution(weight.detach(), GRIDS.get("seq").init(weight, scheme), scheme)
@@ -164,12 +177,12 @@ def own_accelerator() -> Iterator[None]:
 )
 def test_training(settings: tuple[str, ...], tmp_path: Path) -> None:
     folder, chosen = saved(tmp_path / "m", config(4)), recipe("distill.micro_batch_size=2", *settings)
-    latents, streamed = chosen.distill.train_weights, StreamedModel(folder)
+    latents, streamed = _distill(chosen).train_weights, StreamedModel(folder)
     with counted() as tally:
         original = AutoModelForCausalLM.from_config(config(4), dtype=torch.float32).eval().requires_grad_(False)
         starts = _starts(original, chosen, latents=latents)
         teacher: Any = original
-        if chosen.distill.teacher == "offloaded":
+        if _distill(chosen).teacher == "offloaded":
 
             def of_block(index: int) -> dict[str, Start]:
                 prefix = f"model.layers.{index}."
@@ -182,14 +195,14 @@ def test_training(settings: tuple[str, ...], tmp_path: Path) -> None:
             student = make_student(original, starts, train_norms=True)
         del original
         starts.clear()
-        training = Training(student, teacher, Rows(), chosen.distill)
+        training = Training(student, teacher, Rows(), _distill(chosen))
         training.step(0, 1.0, Stop())
         flops = tally.flops
         tally.restart()
         training.step(1, 1.0, Stop())
-    need = needed(config(4), chosen, GPU if chosen.distill.precision == "bf16" else CPU)["distill"]
+    need = needed(config(4), chosen, GPU if _distill(chosen).precision == "bf16" else CPU)["distill"]
     assert need.memory == pytest.approx(tally.peak, rel=LAW)
-    assert need.flops / steps(chosen.distill, T) == pytest.approx(tally.flops - flops, rel=LAW)
+    assert need.flops / steps(_distill(chosen), T) == pytest.approx(tally.flops - flops, rel=LAW)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +219,7 @@ def test_training(settings: tuple[str, ...], tmp_path: Path) -> None:
 )
 def test_blockwise(method: str, settings: tuple[str, ...], tmp_path: Path) -> None:
     folder, chosen = saved(tmp_path / "m", config(2)), recipe(f"int2.method={method}", *settings)
-    stage, on_disk = chosen.int2, chosen.memory.activations == "disk"
+    stage, on_disk = _int2(chosen), chosen.memory.activations == "disk"
     cls = METHODS.get(stage.method.name)
     with counted() as tally:
         walk(
@@ -225,22 +238,22 @@ def test_blockwise(method: str, settings: tuple[str, ...], tmp_path: Path) -> No
 def test_teacher(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m", config(3))
     chosen = recipe("distill.teacher=cached", "distill.hidden=0", "distill.micro_batch_size=4")
-    rows = steps(chosen.distill, T) * chosen.distill.batch_size
+    rows = steps(_distill(chosen), T) * _distill(chosen).batch_size
     cache = CachedTeacher(tmp_path / "t", range(rows))
     with counted() as tally:
         model = StreamedModel(folder)
         teacher = StreamedTeacher(model, *model.ending())
-        write_cache(cache, teacher, torch.randint(600, (rows, T)), chosen.distill, progress=Silent())
-    need = needed(config(3), chosen)["teacher"]
+        write_cache(cache, teacher, torch.randint(600, (rows, T)), _distill(chosen), progress=Silent())
+    need = needed(config(3), chosen)["distill.teacher"]
     assert need.memory == pytest.approx(tally.peak, rel=LAW)
     assert need.flops == pytest.approx(tally.flops, rel=LAW)
-    assert need.disk == cache.bytes(chosen.distill.teacher_top_k, 600, T)
+    assert need.disk == cache.bytes(_distill(chosen).teacher_top_k, 600, T)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"vocab_size": 6000}])
 def test_conversations(sizes: dict[str, int]) -> None:
     rows, limit, shape = 8, 24, config(6, **sizes)
-    settings = f"data.generated={{tokens: {rows * limit}, batch_size: {rows}, max_new_tokens: {limit}}}"
+    settings = f"generate.tokens={rows * limit}", f"generate.batch_size={rows}", f"generate.max_new_tokens={limit}"
     with counted() as tally:
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval()
         prompts_BT = torch.randint(600, (rows, limit))
@@ -248,11 +261,11 @@ def test_conversations(sizes: dict[str, int]) -> None:
             prompts_BT, attention_mask=torch.ones_like(prompts_BT), do_sample=True, max_new_tokens=limit,
             min_new_tokens=limit, top_k=0, pad_token_id=0,
         )  # fmt: skip
-    need = needed(shape, recipe(settings))["generate"]
+    need = needed(shape, recipe(*settings))["generate"]
     assert need.memory == pytest.approx(tally.peak, rel=LAW)
 
 
-@pytest.mark.parametrize("settings", [(), ("int4={bits: 4, method: rtn, samples: 4}", "memory.activations=disk")])
+@pytest.mark.parametrize("settings", [(), ("memory.activations=disk",)])
 @pytest.mark.parametrize("sizes", [{"vocab_size": 6000}, {"hidden_size": 256, "intermediate_size": 1024}])
 def test_check(
     sizes: dict[str, int], settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -264,34 +277,32 @@ def test_check(
     (folder / "config.json").write_text(json.dumps(stated))
     (tmp_path / "text.txt").write_text("\n".join(f"Line {i} of {i * i}." for i in range(400)))
     source = f"data.sources=[{{path: {tmp_path / 'text.txt'}}}]"
-    chosen = recipe(source, "distill.tokens=0", *settings)
+    chosen = recipe(source, "distill.tokens=0", *settings, first=INT4 if settings else None)
     peaks: dict[str, int] = {}
 
     def count(name: str) -> None:
-        original = getattr(pipeline._Run, name)
+        original = getattr(Frame, name)
 
-        def run(self: Any, data: Any, *trained: Any) -> Any:
+        def run(self: Any, *arguments: Any) -> Any:
             with counted() as tally:
-                found = original(self, data, *trained)
+                found = original(self, *arguments)
             peaks[name] = tally.peak  # with the codes, which were made before: a view of what is not known counts it
             return found
 
-        monkeypatch.setattr(pipeline._Run, name, run)
+        monkeypatch.setattr(Frame, name, run)
 
-    count("write")
-    count("finish")
+    count("pack")
+    count("check")
     pipeline.quantize(folder, chosen, tmp_path / "out", device="cpu")
-    for machine, peak in ((CPU, max(peaks.values())), (GPU, peaks["finish"])):
+    for machine, peak in ((CPU, max(peaks.values())), (GPU, peaks["check"])):
         assert needed(load_config(folder), chosen, machine)["check"].memory == pytest.approx(peak, rel=LAW), peaks
 
 
 def test_every_stage_of_every_recipe_has_its_row() -> None:
-    found = needed(
-        config(2), Recipe.load("default", [f"data.seq_len={T}", "int4={bits: 4, method: rtn}", "int2.method=rtn"])
-    )
-    assert list(found) == ["generate", "data", "int4", "int2", "distill", "check"]
+    found = needed(config(2), recipe("generate.weight=1", first=INT4))
+    assert list(found) == ["data", "int4", "generate", "int2", "distill", "check"]
     cached = needed(config(2), recipe("distill.teacher=cached", "distill.hidden=0"))
-    assert list(cached) == ["data", "int2", "teacher", "distill", "check"]
+    assert list(cached) == ["data", "int2", "distill.teacher", "distill", "check"]
     assert cached["distill"].memory < needed(config(2), recipe("distill.hidden=0"))["distill"].memory
     untrained = needed(config(2), recipe("distill.tokens=0"))["distill"]
     assert untrained.tokens == untrained.flops == 0 < untrained.memory
@@ -305,7 +316,7 @@ def test_shards_and_shares_of_a_batch_need_less() -> None:
 
 
 def test_conversations_are_shared_out_by_whole_batches() -> None:
-    settings = "data.generated={tokens: 640, batch_size: 4, max_new_tokens: 16}"  # in ten batches
+    settings = "generate.tokens=640", "generate.batch_size=4", "generate.max_new_tokens=16"  # in ten batches
     alone, two, four = (needed(config(2), recipe(settings), Machine(10**12, gpus=n))["generate"] for n in (1, 2, 4))
     for need, rounds in ((two, 5), (four, 3)):
         assert need.flops == pytest.approx(alone.flops * rounds / 10)
@@ -315,12 +326,13 @@ def test_conversations_are_shared_out_by_whole_batches() -> None:
 
 def test_conversations_of_a_sharded_model_hold_a_share_of_it_and_two_blocks() -> None:
     """They take the time of a whole model's."""
-    deep, settings = config(6), "data.generated={tokens: 640, batch_size: 4, max_new_tokens: 16}"
+    deep = config(6)
+    settings = "generate.tokens=640", "generate.batch_size=4", "generate.max_new_tokens=16"
     layers = AutoModelForCausalLM.from_config(deep, dtype=torch.bfloat16).model.layers
     cut, block = (sum(p.nbytes for p in module.parameters()) for module in (layers, layers[0]))
     for n in (2, 3, 4):
         whole, sharded = (
-            needed(deep, recipe(settings, f"memory.weights={weights}"), Machine(10**12, gpus=n))["generate"]
+            needed(deep, recipe(*settings, f"memory.weights={weights}"), Machine(10**12, gpus=n))["generate"]
             for weights in ("replicated", "sharded")
         )
         assert whole.memory - sharded.memory == pytest.approx(cut * (1 - 1 / n) - 2 * block, abs=2)
@@ -332,8 +344,8 @@ def test_conversations_of_a_sharded_model_hold_a_share_of_it_and_two_blocks() ->
 
 def test_settings_are_tried_in_order_and_only_those_that_help_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(_sizes: Any, chosen: Recipe, _machine: Machine) -> dict[str, Need]:
-        saved = 10 * (chosen.distill.chunk_tokens == 256) + 20 * chosen.distill.gradient_checkpointing
-        saved = saved if chosen.distill.train_weights else saved + 45
+        saved = 10 * (_distill(chosen).chunk_tokens == 256) + 20 * _distill(chosen).gradient_checkpointing
+        saved = saved if _distill(chosen).train_weights else saved + 45
         return {"int2": Need(1, 10, 0), "distill": Need(1, 100 - saved, 0)}
 
     monkeypatch.setattr(planning, "needs", found)
@@ -365,9 +377,9 @@ def test_settings_are_tried_in_order_and_only_those_that_help_are_kept(monkeypat
         (100, 2, (), (80, 100)),
         (90, 2, ("memory.weights=sharded",), (30, 50)),  # chosen for the training
         (40, 2, ("memory.weights=sharded",), (30, 50)),  # conversations are not made fewer where shards do
-        (25, 2, ("memory.weights=sharded", "data.generated.batch_size=32"), (15, 50)),
-        (79, 0, ("data.generated.batch_size=32",), (65, 100)),
-        (64, 0, ("data.generated.batch_size=8",), (62, 100)),
+        (25, 2, ("memory.weights=sharded", "generate.batch_size=32"), (15, 50)),
+        (79, 0, ("generate.batch_size=32",), (65, 100)),
+        (64, 0, ("generate.batch_size=8",), (62, 100)),
     ],
 )
 def test_shards_are_planned_for_all_stages_that_have_them(
@@ -379,15 +391,14 @@ def test_shards_are_planned_for_all_stages_that_have_them(
 ) -> None:
     def found(_sizes: Any, chosen: Recipe, _machine: Machine) -> dict[str, Need]:
         sharded = chosen.memory.weights == "sharded"
-        assert chosen.data.generated is not None
-        writes = 60 - 50 * sharded + {128: 20, 32: 5, 8: 2}[chosen.data.generated.batch_size]
+        writes = 60 - 50 * sharded + {128: 20, 32: 5, 8: 2}[chosen.stages["generate"].batch_size]
         return {"generate": Need(1, writes, 0), "distill": Need(1, 100 - 50 * sharded, 0)}
 
     monkeypatch.setattr(planning, "needs", found)
     monkeypatch.setattr(planning, "resident_bytes", lambda: 0)
     monkeypatch.setattr(planning, "GPU_CONTEXT", 0)
     monkeypatch.setattr(planning, "_RESERVE", 0.0)
-    made = plan(config(1), recipe("data.generated={}"), Machine(memory, gpus))
+    made = plan(config(1), recipe("generate.weight=1"), Machine(memory, gpus))
     assert made.settings == settings
     assert tuple(stage.memory for stage in made.stages) == needed
 
@@ -402,8 +413,7 @@ def test_what_is_suggested_fits_without_more(monkeypatch: pytest.MonkeyPatch) ->
     tight = plan(wide, chosen, Machine(needed["distill"] * 9 // 10))
     assert tight.fits
     assert tight.settings
-    for setting in tight.settings:
-        chosen = with_setting(chosen, setting)
+    chosen = chosen.changed(tight.settings)
     again = plan(wide, chosen, tight.machine)
     assert again == replace(tight, settings=())
 
@@ -423,10 +433,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: object) -> tup
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     config(3).save_pretrained(tmp_path)  # no weights
-    settings = [word for setting in QUICK for word in ("--set", setting)]
+    settings = [word for setting in ("generate=null", *QUICK) for word in ("--set", setting)]
     code, shown, errors = run(monkeypatch, capsys, tmp_path, *settings, "--memory", 100, "--json", tmp_path / "p.json")
     assert code == 0, errors
-    assert f"upq quantize {tmp_path} --out DIR --set data.generated=null" in shown
+    assert f"upq quantize {tmp_path} --out DIR --set generate=null" in shown
     saved = json.loads((tmp_path / "p.json").read_text())
     assert saved["fits"]
     assert [stage["name"] for stage in saved["stages"]] == ["data", "int2", "distill", "check"]

@@ -55,7 +55,7 @@ def test_solutions_in_bf16_are_near_those_in_float32(name: str, tmp_path: Path) 
     """Weights learned are float32, and the block's error is that of float32 up to what the products round."""
     tiny_model("llama").save_pretrained(tmp_path / "m")
     tokens_NT, scheme, cls = torch.arange(96).view(8, 12) % 67, QuantScheme(bits=2), METHODS.get(name)
-    config = cls.Config(**({"iterations": 20, "batch_size": 4} if "iterations" in cls.Config.model_fields else {}))
+    config = cls.Config(**({"iterations": 8, "batch_size": 4} if "iterations" in cls.Config.model_fields else {}))
     errors = {}
     for precision in ("fp32", "bf16"):
         store = BlockStore(tmp_path / precision, scheme, latents=True)

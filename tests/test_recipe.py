@@ -24,11 +24,12 @@ def load(*overrides: str, recipe: str = "default") -> Recipe:
 def test_every_packaged_recipe_loads(name: str) -> None:
     recipe = load(recipe=name)
     assert recipe.name == name
-    for stage in filter(None, (recipe.int4, recipe.int2)):
+    for stage in (stage for stage in recipe.stages.values() if stage.kind == "blockwise"):
         assert stage.scheme().grid in GRIDS.names()
         stage.method.options(METHODS.get(stage.method.name).Config, name)
-    recipe.distill.loss.options(LOSSES.get(recipe.distill.loss.name).Config, name)
-    assert recipe.int2.scheme().bits == 2
+    loss = recipe.stages["distill"].loss
+    loss.options(LOSSES.get(loss.name).Config, name)
+    assert recipe.stages["int2"].scheme().bits == 2
 
 
 def test_the_recipes_of_the_readme_are_there() -> None:
@@ -47,9 +48,22 @@ def test_dump_is_the_same_recipe(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("int3.bits=3", "recipe default: unknown key 'int3'; keys here: .*int4, int2, distill"),
+        ("int3.bits=3", r"default: --set int3\.bits: no stage and no key 'int3'; stages here: generate, int2, distill"),
+        (
+            "int4={bits: 4, method: rtn}",
+            r"no stage and no key 'int4'; .*a new stage goes into a recipe",
+        ),
+        ("generate.weigth=2", r"unknown key 'generate\.weigth'; keys here: tokens, weight"),
+        ("data.generated.weigth=2", r"unknown key 'generate\.weigth'; keys here: tokens, weight"),
         ("int2.group=32", r"unknown key 'int2\.group'; keys here: bits, grid, group_size, method, samples"),
-        ("int4={bits: 4, bit: 3, method: rtn}", r"unknown key 'int4\.bit'; keys here: bits, grid, group_size"),
+        (
+            "int2={stage: blockwise, bits: 4, bit: 3, method: rtn}",
+            r"unknown key 'int2\.bit'; keys here: bits, grid",
+        ),
+        (
+            "int2={bits: 4, method: rtn}",
+            r"int2: unknown kind of stage 'int2'; give stage: one of blockwise",
+        ),
         ("distill.learning_rate=1", r"unknown key 'distill\.learning_rate'; keys here: loss, .*lr, scale_lr"),
         ("data.sources=[{path: a, weigth: 2}]", r"unknown key 'data\.sources\.0\.weigth'; keys here: path, weight"),
         ("distill.tokens=many", r"distill\.tokens: input should be a valid integer.* \(got 'many'\)"),
@@ -61,7 +75,7 @@ def test_dump_is_the_same_recipe(name: str, tmp_path: Path) -> None:
         ("embeddings.bits=3", r"embeddings\.bits: input should be 4 or 8 \(got 3\)"),
         ("data.loss_on=nobody", r"data\.loss_on: .*'all' or 'assistant'.*nobody"),
         ("data.sources=text.txt", r"data\.sources: .*tuple.*text\.txt"),
-        ("int2=null", "int2: .*got None"),
+        ("int2=null", "distill trains what a block-wise stage has solved; put one before it"),
         ("int2.method=null", r"int2\.method: .*got None"),
         ("data=3", "data: .*got 3"),
     ],
@@ -88,16 +102,16 @@ def test_numbers_in_any_spelling_are_the_same_recipe(text: str) -> None:
     """YAML 1.1 reads `1e-4` as text: a run resumed with `0.0001` must still be the same run."""
     plain = load("distill.lr=0.0001", "int2.method.lr=0.0001")
     recipe = load(f"distill.lr={text}", f"int2.method.lr={text}")
-    assert recipe.distill.lr == 1e-4
+    assert recipe.stages["distill"].lr == 1e-4
     assert recipe == plain
     assert digest(recipe) == digest(plain)
-    assert recipe.int2.method.options(METHODS.get("block_ap").Config, "").lr == 1e-4
+    assert recipe.stages["int2"].method.options(METHODS.get("block_ap").Config, "").lr == 1e-4
 
 
 def test_overrides_reach_every_form_of_value() -> None:
     recipe = load(
         "seed=7",
-        "int4={bits: 4, method: rtn}",
+        "int2={stage: blockwise, bits: 4, method: rtn}",
         "data.sources=[{path: a.txt, weight: 2}, {path: b}]",
         "data.seq_len=1_024",
         "int2.group_size=-1",
@@ -105,31 +119,85 @@ def test_overrides_reach_every_form_of_value() -> None:
         "embeddings.bits=8",
     )
     assert recipe.seed == 7
-    assert recipe.int4 is not None
-    assert recipe.int4.method == Plugin(name="rtn")
-    assert load("int4=null", recipe="paper").int4 is None
+    assert recipe.stages["int2"].method == Plugin(name="rtn")
     assert [(s.path, s.weight) for s in recipe.data.sources] == [("a.txt", 2.0), ("b", 1.0)]
     assert recipe.data.seq_len == 1024
-    assert recipe.int2.group_size == -1
-    assert recipe.distill.train_norms is True
+    assert recipe.stages["int2"].group_size == -1
+    assert recipe.stages["distill"].train_norms is True
     assert recipe.embeddings.bits == 8
     assert load("embeddings.bits=8", "embeddings.bits=null").embeddings.bits is None
 
 
+def test_null_drops_a_stage() -> None:
+    assert list(load("int4=null", recipe="paper").stages) == ["int2", "distill"]
+    assert list(load("int4=null", "data.generated=null").stages) == ["int2", "distill"]  # one that is not there
+    assert list(load("distill=null").stages) == ["generate", "int2"]
+
+
+FORMER = """
+name: mine
+seed: 3
+data: {seq_len: 64, generated: {weight: 2}}
+distill: {loss: gjs, tokens: 1000, lr: 1e-3, scale_lr: 1e-3}
+int2: {bits: 2, method: rtn}
+int4: {bits: 4, method: {name: flexround, iterations: 3}}
+"""
+PRESENT = """
+name: mine
+seed: 3
+data: {seq_len: 64}
+stages:
+  generate: {weight: 2}
+  int4: {stage: blockwise, bits: 4, method: {name: flexround, iterations: 3}}
+  int2: {stage: blockwise, bits: 2, method: rtn}
+  distill: {loss: gjs, tokens: 1000, lr: 1e-3, scale_lr: 1e-3}
+"""
+
+
+def test_the_former_form_is_the_same_recipe(tmp_path: Path) -> None:
+    (tmp_path / "former.yaml").write_text(FORMER)
+    (tmp_path / "present.yaml").write_text(PRESENT)
+    former, present = (Recipe.load(str(tmp_path / f"{form}.yaml")) for form in ("former", "present"))
+    assert former.dump() == present.dump()
+    assert list(former.stages) == ["generate", "int4", "int2", "distill"]
+
+
+def test_stages_run_in_the_order_of_the_file() -> None:
+    """Names are free, and one kind may come twice."""
+    stages = {
+        "first": {"stage": "blockwise", "bits": 4, "method": "rtn"},
+        "second": {"stage": "blockwise", "bits": 2, "method": "rtn"},
+    }
+    assert list(Recipe.of({"stages": stages}, "here").stages) == ["first", "second"]
+    assert list(Recipe.of({"stages": dict(reversed(stages.items()))}, "here").stages) == ["second", "first"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"stages": {"seed": {"stage": "blockwise"}}}, "'seed' cannot be the name of a stage"),
+        ({"stages": {"a-b": {"stage": "blockwise"}}}, "'a-b' cannot be the name of a stage"),
+        ({"stages": {"one": {"stage": "magic"}}}, "one: unknown kind of stage 'magic'; give stage: one of blockwise"),
+        ({"stages": {"distill": 3}}, r"distill: expected a mapping of settings \(got 3\)"),
+        ({"stages": []}, "stages: expected a mapping of names to settings, got list"),
+        ({"stages": {}}, "no stage quantises"),
+        ({"stages": {"generate": {}}}, "no stage quantises"),
+        ({"stages": {}, "int2": {"bits": 2, "method": "rtn"}}, "int2 stands beside stages; move it into stages"),
+        ({"name": "mine"}, "stages: field required"),
+    ],
+)
+def test_wrong_stages_are_one_line(raw: dict[str, object], message: str) -> None:
+    with pytest.raises(UPQError, match=f"here: .*{message}") as caught:
+        Recipe.of(raw, "here")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_plugin_by_name_drops_the_options_of_the_one_before() -> None:
-    assert load("int2.method=rtn").int2.method == Plugin(name="rtn")
+    assert load("int2.method=rtn").stages["int2"].method == Plugin(name="rtn")
     both = load("int2.method=rtn", "int2.method.scale=mse")
-    assert both.int2.method.options(METHODS.get("rtn").Config, "").scale == "mse"
-    assert load("distill.loss=gjs", "distill.loss.beta=0.25").distill.loss.model_extra == {"beta": 0.25}
+    assert both.stages["int2"].method.options(METHODS.get("rtn").Config, "").scale == "mse"
+    assert load("distill.loss=gjs", "distill.loss.beta=0.25").stages["distill"].loss.model_extra == {"beta": 0.25}
     assert load("distill.loss={name: gjs, beta: 0.25}") == load("distill.loss=gjs", "distill.loss.beta=0.25")
-
-
-def test_a_section_that_was_null_can_be_filled() -> None:
-    recipe = load("int4=null", "int4.bits=3", "int4.method=rtn")
-    assert recipe.int4 is not None
-    assert recipe.int4.bits == 3
-    with pytest.raises(UPQError, match=r"int4\.method: field required"):
-        load("int4=null", "int4.bits=3")
 
 
 @pytest.mark.parametrize("registry", [METHODS, LOSSES], ids=["methods", "losses"])
@@ -156,7 +224,7 @@ def test_wrong_plugin_options_name_their_place() -> None:
         ("a: [", r"not valid YAML"),
         ("- a\n- b", "expected a mapping of sections, got list"),
         ("", "expected a mapping of sections, got NoneType"),
-        ("int2: {bits: 2, method: rtn}", "distill: field required"),
+        ("int2: {bits: 2}", "int2.method: field required"),
     ],
 )
 def test_a_wrong_file_is_named(text: str, message: str, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from upq.world import conversations, documents
 
+pytestmark = pytest.mark.slow
+
 TOOL = Path(__file__).parents[1] / "tools" / "train_reference.py"
 TINY = {
     "world_size": 30,
@@ -153,6 +155,6 @@ def test_loss_is_the_weighted_mean_over_tokens(tool: ModuleType, trained: Path) 
     ids_NT = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 1]])
     weights_NT = torch.tensor([[1.0, 0.25, 1.0, 1.0], [0.25, 0.25, 1.0, 0.0]])
     log_p_NTV = model(ids_NT).logits.log_softmax(-1)
-    told = [(n, t) for n in range(2) for t in range(1, 4)]
-    total = sum(float(weights_NT[n, t] * -log_p_NTV[n, t - 1, ids_NT[n, t]]) for n, t in told)
+    counted = [(n, t) for n in range(2) for t in range(1, 4)]
+    total = sum(float(weights_NT[n, t] * -log_p_NTV[n, t - 1, ids_NT[n, t]]) for n, t in counted)
     assert tool.train_step(model, ids_NT, weights_NT) == pytest.approx(total / float(weights_NT[:, 1:].sum()), rel=1e-5)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +78,32 @@ def tiny_artifact(
     embeddings_bits: Any = None,
     **overrides: Any,
 ) -> Path:
-    """An artefact as `upq quantize` leaves it, of a random model: every linear of the blocks on `scheme`."""
+    """An artefact as `upq quantize` leaves it, of a random model: every linear of the blocks on `scheme`.
+
+    The same arguments are built once a session; `out` is a copy, and the test's own.
+    """
+    key = repr((family, scheme, dtype, embeddings_bits, sorted(overrides.items())))
+    built = Path(_session_folder().name) / hashlib.sha256(key.encode()).hexdigest()
+    if not built.exists():
+        scratch = built.with_suffix(".new")
+        _build(scratch, family, scheme, dtype, embeddings_bits, overrides)
+        scratch.rename(built)
+    torch.manual_seed(0)  # the same random state, built or copied
+    return Path(shutil.copytree(built, out))
+
+
+@cache
+def _session_folder() -> tempfile.TemporaryDirectory[str]:
+    """Goes when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="artefacts")
+
+
+def _build(
+    out: Path, family: str, scheme: QuantScheme | None, dtype: torch.dtype, embeddings_bits: Any, overrides: Any
+) -> None:
     model = tiny_model(family, **{"vocab_size": 300, "eos_token_id": 257, **overrides}).to(dtype)
     tokenizer = byte_tokenizer(bos="<s>", eos="</s>", chat_template=CHAT, adds_bos=True)
-    return _artifact(out, model, tokenizer, scheme, embeddings_bits)
+    _artifact(out, model, tokenizer, scheme, embeddings_bits)
 
 
 def artifact_of(out: Path, source: Path, *, scheme: QuantScheme | None = None) -> Path:

@@ -1,7 +1,7 @@
 """Train the reference model that UPQ ships: documents first, then conversations. `python tools/train_reference.py`
 
 A Llama of 3.3 million parameters, small enough for two CPU cores and large enough to know the invented world
-(`upq.world`) and to do as it is told. The same command goes on after an interruption; a finished model stays.
+(`upq.world`) and to follow orders. The same command goes on after an interruption; a finished model stays.
 
 Shape suffixes: N = rows, T = tokens of a row, V = vocabulary.
 """
@@ -26,13 +26,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from upq.cli.console import reporter
-from upq.cli.quiet import quiet_libraries
 from upq.core.config import digest
 from upq.core.errors import UPQError
 from upq.core.progress import Progress
 from upq.files.atomic import atomic_write, staged
 from upq.files.tensors import load_tensors, save_tensors
+from upq.run.quiet import quiet_libraries
+from upq.run.reporter import reporter
 from upq.world import Message, World, conversations, documents
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""The judges, in the project's own environment: every row is a plain model, whoever made it."""
+"""The judges, in the project's own environment: every row is a plain model, by any library."""
 
 from __future__ import annotations
 

@@ -1,10 +1,32 @@
-"""UPQ: instruction-tuned language models in 2 bits a weight."""
+"""UPQ: instruction-tuned language models in 2 bits a weight. The Python interface is in docs/python.md.
+
+Law (tests/test_import.py): importing this package loads neither torch nor transformers, which take seconds, and from
+then on transformers reads artefacts, whichever of the two was imported first.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from upq.artifact.registration import register
+
+if TYPE_CHECKING:
+    from upq.artifact.transformers import load
+    from upq.run.api import evaluate, export, plan, quantize
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "evaluate", "export", "load", "plan", "quantize"]
 
-from upq.cli.quiet import quiet_import
+register()
 
-with quiet_import():
-    from upq.artifact.transformers import load  # importing hf registers the format with transformers
+if not TYPE_CHECKING:  # a type checker that sees it accepts every name
 
-__all__ = ["__version__", "load"]
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module 'upq' has no attribute {name!r}")
+        return getattr(import_module("upq.artifact.transformers" if name == "load" else "upq.run.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""A disk that is full, whoever writes, or that cannot be written: one line, nothing half done, and the run goes on."""
+"""A full disk, for every writer, or one that cannot be written: one line, nothing half done, and the run goes on."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FillsAt(Silent):
 
 
 def test_the_disk_runs_full_in_each_stage(victim: Victim, unharmed: Unharmed, mount: Mount) -> None:
-    """Every stage but the last to write is told so once, in one and the same run."""
+    """Every stage but the last to write fails once, in one and the same run."""
     disk = mount()
     out = disk / "out"
     for stage in STAGES:

@@ -1,4 +1,4 @@
-"""Two processes on one directory: the second is told who is there; what a dead one has left is taken over."""
+"""Two processes on one directory: the second one's error names the first; the lock of a dead one is taken over."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_one_holds_it_and_it_goes_with_the_holder(tmp_path: Path) -> None:
         with pytest.raises(UPQError, match=rf"new: in use by process {os.getpid()} on .*another --out") as caught:
             notes(path)
         assert "\n" not in str(caught.value)
-        assert path.is_file()  # whoever is refused takes nothing away
+        assert path.is_file()  # a refused process removes nothing
     assert notes(path) == []
 
 

@@ -59,7 +59,7 @@ def test_a_request_waits_only_while_it_is_held_and_only_once(capfd: pytest.Captu
     with pytest.raises(Stopped, match="SIGINT") as caught, stop.held():  # noqa: PT012
         stop.request(signal.SIGTERM)
         stop.request(signal.SIGINT)
-        pytest.fail("the second request was not heeded")
+        pytest.fail("the second request did not stop it")
     assert caught.value.exit_code == 130
 
 

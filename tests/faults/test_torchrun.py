@@ -17,6 +17,8 @@ import pytest
 from upq.files.tensors import load_metadata
 from victim import BLOCKS, RECIPE, Command, Unharmed, Victim, outcome
 
+pytestmark = pytest.mark.slow  # ten fresh Pythons under torchrun itself; test_pipeline has two processes without it
+
 ONE = [sys.executable, "-m", "upq"]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "upq"]
 # Conversations in some ten batches, and stages after them that sum nothing up over processes.

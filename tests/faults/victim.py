@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from tiny import CHAT, byte_tokenizer, tiny_model
-from together import SERVER
+from together import SERVER, redirect
 from upq.run.recipe import Recipe
 
 BLOCKS = 3
@@ -134,9 +134,7 @@ class Command:
 
 
 def _main(arguments: list[str], log: str, dies_at: int | None) -> None:
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    redirect(log)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     sys.argv = ["upq", *arguments]
     from upq.cli import main

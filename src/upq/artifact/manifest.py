@@ -1,4 +1,4 @@
-"""`upq.json`: how an artefact came about and what it holds."""
+"""`upq.json`: the origin and the content of an artefact."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def verify(directory: Path, manifest: Manifest) -> None:
-    """UPQError that names the first file of an artefact which is not what its manifest says.
+    """Raise UPQError for the first file of an artefact that differs from its manifest.
 
-    Every file is read: about as fast as SHA-256 goes, if the disk does.
+    Reads every file, at the speed of SHA-256 or of the disk.
     """
     remedy = "copy or download the artefact again"
     for name, entry in manifest.files.items():

@@ -1,4 +1,4 @@
-"""How small a model is: bits a weight of the decoder's linears, and bytes of the weight files."""
+"""Size of a model: bits a weight of the decoder's linears, and bytes of the weight files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def weights_bytes(model: str | Path) -> int:
             directory = Path(snapshot_download(str(model), local_files_only=True, allow_patterns=patterns))
         except LocalEntryNotFoundError:
             raise UPQError(f"{model}: not a directory and not in the hub's local cache; load the model first") from None
-    # What is loaded is counted: hub repositories often hold the same weights a second time, in another form.
+    # Only files that are loaded count: hub repositories often hold the same weights a second time, in another form.
     if (directory / WEIGHTS).is_file():
         files = [directory / WEIGHTS]
     elif (directory / INDEX).is_file():

@@ -20,7 +20,6 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -48,10 +47,19 @@ def load(
     device: str = "cpu",
     decoder: Literal["upq", "transformers"] = "upq",
 ) -> PreTrainedModel:
-    """A causal LM from an artefact (or any model transformers loads), weights packed, or dense with `dequantize`.
+    """A causal LM from an artefact, or any model transformers loads.
 
-    On the CPU a packed one generates through the compiled decoder (upq.decoding) where it can, or with
-    `decoder="transformers"` through transformers' own loop, as after `from_pretrained`.
+    >>> model = upq.load("qwen-2bit")
+    >>> model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)
+
+    path: directory or hub id.
+    dequantize: dense layers in place of packed ones.
+    dtype: of the computation; "auto" is the type in the model's config.
+    device: "cpu" or "cuda".
+    decoder: "upq" generates on the CPU through the compiled decoder (upq.decoding) where it can, "transformers" through
+        transformers' own loop, as after `from_pretrained`.
+
+    Returns the model in evaluation mode. Raises UPQError for what is damaged or cannot be loaded.
     """
     if decoder not in ("upq", "transformers"):
         raise UPQError(f"load: unknown decoder {decoder!r}; choose upq or transformers")
@@ -67,7 +75,6 @@ def load(
 # --- the plug-in ---------------------------------------------------------------------------------------------------
 
 
-@register_quantization_config("upq")
 class UpqConfig(QuantizationConfigMixin):
     """`quantization_config` of an artefact. `dequantize` is a wish of the reader and never saved."""
 
@@ -144,7 +151,6 @@ def _scheme(raw: Mapping[str, Any] | QuantScheme, where: str) -> QuantScheme:
         raise UPQError(f"quantization_config.{where}: not a scheme ({error}); {_OURS}") from None
 
 
-@register_quantizer("upq")
 class UpqHfQuantizer(HfQuantizer):
     """Swaps modules before the weights arrive; the tensors in the file are exactly the state of the packed modules."""
 

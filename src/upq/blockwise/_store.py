@@ -13,6 +13,7 @@ from upq.core.scheme import QTensor, QuantScheme
 from upq.files.atomic import write_errors
 from upq.files.tensors import complete, load_metadata, load_tensors, save_tensors
 from upq.grids import Params
+from upq.kernels.reference import unpack
 from upq.nn.fake_quant import Solution
 from upq.nn.fixed_codes import Coded, Start
 
@@ -32,6 +33,13 @@ class BlockStore:
     scheme: QuantScheme
     latents: bool = True
 
+    def coded(self, index: int) -> dict[str, Coded]:
+        """The linears of a block as codes, whatever is kept of them."""
+        return {
+            name: solution if isinstance(solution, Coded) else Coded.of(solution.qtensor(), solution.params)
+            for name, solution in self.solutions(index).items()
+        }
+
     def path(self, index: int) -> Path:
         return self.folder / f"block-{index:04d}.safetensors"
 
@@ -39,15 +47,19 @@ class BlockStore:
         """How many blocks, from the first on, are on disk."""
         return next((i for i in range(blocks) if not self.path(i).is_file()), blocks)
 
-    def save(self, index: int, solutions: dict[str, Solution], report: Report) -> None:
+    def save(self, index: int, solutions: Mapping[str, Start], report: Report) -> None:
         tensors: dict[str, Tensor] = {}
         for name, solution in solutions.items():
             tensors |= {f"{name}:{_PARAM}{key}": value for key, value in solution.params.items()}
             if self.latents:
+                assert isinstance(solution, Solution), "codes have no latents"
                 tensors[f"{name}:latent"] = solution.latent_OI
             else:
-                coded = Coded.of(solution.qtensor(), solution.params)
+                # Scales as they were computed: another device may round the parameters' exponential differently.
+                q = solution.qtensor()
+                coded = Coded.of(q, solution.params)
                 tensors |= {f"{name}:packed": coded.packed_OB, f"{name}:columns": torch.tensor(coded.in_features)}
+                tensors |= {f"{name}:scale": q.scale_OG, f"{name}:zero": q.zero_OG}
         with write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         save_tensors(self.path(index), tensors, {"report": report})
@@ -64,9 +76,20 @@ class BlockStore:
             }
 
     def qtensors(self, index: int) -> dict[str, QTensor]:
-        solutions = self.solutions(index)
-        with complete(self.path(index)):
+        if self.latents:
+            solutions = self.solutions(index)
             return {name: solution.qtensor() for name, solution in solutions.items()}
+        parts = _by_linear(load_tensors(self.path(index))[0])
+        with complete(self.path(index)):
+            return {
+                name: QTensor(
+                    unpack(part["packed"], self.scheme.bits, int(part["columns"])),
+                    part["scale"],
+                    part["zero"],
+                    self.scheme,
+                )
+                for name, part in parts.items()
+            }
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """Dequantised weights (O, I) of a block's linears, float32."""

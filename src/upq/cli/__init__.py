@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+import upq
 from upq.cli.bench import bench
 from upq.cli.chat import chat
 from upq.cli.demo import demo
@@ -21,27 +24,52 @@ from upq.core.signals import Stop, Stopped
 
 _LINE = 2000  # characters of an error
 
+
+class _Group(TyperGroup):
+    def get_help_option(self, ctx: Any) -> Any:
+        """With a default that is a bool: for None typer imports pydantic, 0.1 s."""
+        option: Any = super().get_help_option(ctx)
+        option.default = False
+        return option
+
+
 app = typer.Typer(
+    cls=_Group,
     help="Instruction-tuned language models in 2 bits a weight.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command("quantize")(quantize)
-app.command("plan")(plan)
-app.command("eval")(evaluate)
-app.command("export")(export)
-app.command("chat")(chat)
+app.command("quantize", short_help="From a model to its 2-bit artefact.")(quantize)
+app.command("plan", short_help="Memory, disk and time of a run before it starts.")(plan)
+app.command("eval", short_help="Perplexity, distance from a teacher, task scores.")(evaluate)
+app.command("export", short_help="An artefact as another engine's files, compared weight by weight.")(export)
+app.command("chat", short_help="Talk to a model in the terminal.")(chat)
 # What the command does not know is the server's.
-app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
-app.command("bench")(bench)
-app.command("demo")(demo)
-app.command("doctor")(doctor)
+app.command(
+    "serve",
+    short_help="An artefact behind llama.cpp's or vLLM's server.",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(serve)
+app.command("bench", short_help="Tokens a second and memory on this machine.")(bench)
+app.command("demo", short_help="A small model, quantised and tested in minutes.")(demo)
+app.command("doctor", short_help="What this machine has and lacks; damage in an artefact.")(doctor)
+
+
+def _show_version(shown: bool) -> None:
+    if shown:
+        print(f"upq {upq.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
     if debug:
         os.environ["UPQ_DEBUG"] = "1"
 

@@ -1,15 +1,15 @@
-"""`upq bench`: how fast an artefact writes on this machine."""
+"""`upq bench`: the speed of an artefact on this machine."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from upq.cli import json_file as to_json
 from upq.core.errors import UPQError
 
 if TYPE_CHECKING:
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def bench(
-    artifact: Annotated[str, typer.Argument(help="An artefact: the --out of upq quantize, or a hub id.")],
+    artifact: Annotated[
+        str, typer.Argument(metavar="ARTIFACT", help="An artefact: the --out of upq quantize, or a hub id.")
+    ],
     against: Annotated[
         str | None, typer.Option(help="gguf: llama.cpp on the export of the same artefact, in turns with it.")
     ] = None,
@@ -32,21 +34,23 @@ def bench(
     """Measure decoding, prompts, memory, and the share of what a plain read of memory reaches in the same process."""
     if against not in (None, "gguf"):
         raise UPQError(f"--against must be gguf, got {against!r}")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise UPQError(f"--json {json_file}: no such directory {json_file.absolute().parent}; create it first")
+    to_json.check(json_file)
     if compute not in ("w2a8", "w2a16"):
         raise UPQError(f"--compute must be w2a8 or w2a16, got {compute!r}")
 
-    import torch
     from rich.console import Console
 
-    from upq.artifact import transformers as hf
-    from upq.artifact.size import weights_bytes
-    from upq.cli.quiet import quiet_libraries
-    from upq.core.memory import resident_bytes
-    from upq.evals import speed as bench
-    from upq.files.atomic import atomic_write
-    from upq.kernels import computing, cpu
+    from upq.run.reporter import loading
+
+    with loading():
+        import torch
+
+        from upq.artifact import transformers as hf
+        from upq.artifact.size import weights_bytes
+        from upq.core.memory import resident_bytes
+        from upq.evals import speed as bench
+        from upq.kernels import computing, cpu
+        from upq.run.quiet import quiet_libraries
 
     quiet_libraries()
     if against:
@@ -82,8 +86,7 @@ def bench(
         "engines": [dataclasses.asdict(speed) for speed in speeds],
     }
     _show(figures, speeds)
-    if json_file is not None:
-        atomic_write(json_file, json.dumps(figures, indent=2) + "\n")
+    to_json.write(json_file, figures)
 
 
 def _show(figures: dict[str, Any], speeds: list[Speed]) -> None:

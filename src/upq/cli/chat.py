@@ -16,7 +16,7 @@ Message = dict[str, str]
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="An artefact, or any model transformers loads.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="An artefact, or any model transformers loads.")],
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Ask this once and exit, instead of a conversation.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
@@ -25,12 +25,16 @@ def chat(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Stream answers to your messages; the history is kept. /reset forgets it, /exit or Ctrl-D leaves."""
-    import torch
     from rich.console import Console
 
-    from upq.artifact.transformers import load
-    from upq.cli.quiet import quiet_libraries
-    from upq.model.loading import load_tokenizer
+    from upq.run.reporter import loading
+
+    with loading():
+        import torch
+
+        from upq.artifact.transformers import load
+        from upq.model.loading import load_tokenizer
+        from upq.run.quiet import quiet_libraries
 
     quiet_libraries()
     console = Console()
@@ -39,7 +43,8 @@ def chat(
         raise UPQError(f"{model}: no chat template in its tokenizer; name an instruction-tuned model")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load(model, device=device)
+    with loading(what=model):
+        loaded = load(model, device=device)
     options: dict[str, Any] = {"max_new_tokens": max_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_p": top_p}

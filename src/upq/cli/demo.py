@@ -27,19 +27,20 @@ def demo(
     """Quantise a small instruct model to 2 bits on documents and its own words, and put the same tests to both."""
     from rich.console import Console
 
-    from upq.cli.console import duration, reporter
-    from upq.cli.quiet import quiet_libraries
-    from upq.core.signals import Stop
-    from upq.data.config import Source
-    from upq.evals import evaluate_tasks, mini
-    from upq.kernels import computing
-    from upq.model.loading import load_model, load_tokenizer
-    from upq.run import run as pipeline
-    from upq.run.recipe import Recipe
-    from upq.world import World
-    from upq.world.answers import answers
-    from upq.world.corpus import write_corpus
-    from upq.world.reference import REFERENCE
+    from upq.run.api import quantize
+    from upq.run.reporter import duration, loading
+
+    with loading():
+        from upq.core.signals import Stop
+        from upq.evals import evaluate_tasks, mini
+        from upq.kernels import computing
+        from upq.model.loading import load_model, load_tokenizer
+        from upq.run.quiet import quiet_libraries
+        from upq.run.recipe import Recipe
+        from upq.world import World
+        from upq.world.answers import answers
+        from upq.world.corpus import write_corpus
+        from upq.world.reference import REFERENCE
 
     quiet_libraries()
     console = Console()
@@ -49,15 +50,12 @@ def demo(
         write_corpus(corpus, World(), n=DOCUMENTS, seed=1)
 
     console.rule("1. FP → 2 bits, with documents and conversations that it writes itself", align="left")
-    chosen = Recipe.load(recipe)
-    chosen = chosen.model_copy(update={"data": chosen.data.model_copy(update={"sources": (Source(path=str(corpus)),)})})
-    with Stop().listening() as stop, reporter(console) as progress:
-        manifest = pipeline.quantize(REFERENCE, chosen, artifact, progress=progress, stop=stop)
+    with Stop().listening() as stop:
+        manifest = quantize(REFERENCE, artifact, recipe, data=corpus, stop=stop)
     rounding = Recipe.load(recipe, ["int4=null", "int2.method=rtn", "int2.grid=affine", "distill.tokens=0"])
-    rounding = rounding.model_copy(update={"data": chosen.data})
-    plain = pipeline.quantize(REFERENCE, rounding, nearest)
+    plain = quantize(REFERENCE, nearest, rounding, data=corpus, progress=None)
 
-    console.rule("2. does it still know, does it still do as it is told?", align="left")
+    console.rule("2. does it still know, does it still obey?", align="left")
     tokenizer = load_tokenizer(REFERENCE)
     prompts = mini.ifeval_docs(split="validation")["test"]["prompt"][:PROMPTS]
     scores: dict[str, Scores] = {}
@@ -93,8 +91,8 @@ def _scores(scores: dict[str, Scores], manifests: dict[str, Manifest]) -> Table:
                 ),
             ]
         )
-    told = [word for word, _ in SUITES.values()]
-    return table("", ["model", "size", "bits", "KL", *told], rows)
+    titles = [word for word, _ in SUITES.values()]
+    return table("", ["model", "size", "bits", "KL", *titles], rows)
 
 
 def _answers(said: dict[str, list[str]], prompts: list[str]) -> Table:

@@ -1,4 +1,4 @@
-"""`upq doctor`: what this machine has, what is missing, and the remedy."""
+"""`upq doctor`: parts of this machine that are there or missing, each with a remedy."""
 
 from __future__ import annotations
 
@@ -23,15 +23,20 @@ ENOUGH_DISK = 5e9  # bytes; a 1B model's run needs about that
 
 
 def doctor(
-    artifact: Annotated[Path | None, typer.Argument(help="Check this artefact's files instead of the machine.")] = None,
+    artifact: Annotated[
+        Path | None, typer.Argument(metavar="ARTIFACT", help="Check this artefact's files instead of the machine.")
+    ] = None,
     strict: Annotated[bool, typer.Option(help="Exit with code 2 if anything is missing, extras included.")] = False,
 ) -> None:
     """Show versions, cores, memory, accelerator and optional parts, each with a remedy where it is missing.
 
     With an artefact: compare every file with the SHA-256 in its manifest.
     """
+    from upq.run.reporter import loading
+
     if artifact is not None:
-        from upq.artifact.manifest import read_manifest, verify
+        with loading():
+            from upq.artifact.manifest import read_manifest, verify
 
         manifest = read_manifest(artifact)
         verify(artifact, manifest)
@@ -41,12 +46,14 @@ def doctor(
     import platform
     import shutil
 
-    import torch
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from upq.cli.console import size
+
+    with loading("auto", "torch"):
+        import torch
 
     console = Console()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def export(
-    artifact: Annotated[Path, typer.Argument(help="A finished artefact: the --out of upq quantize.")],
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="A finished artefact: the --out of upq quantize.")
+    ],
     to: Annotated[str, typer.Option(help="Format: gguf, compressed-tensors, dense … (docs/engines.md).")],
     out: Annotated[Path, typer.Option(help="The file or directory to write; nothing there is overwritten.")],
     set_: Annotated[
@@ -25,15 +27,12 @@ def export(
     """Write ARTIFACT for another engine, read it back as that engine does, and compare every weight."""
     from rich.console import Console
 
-    from upq.cli.console import reporter
-    from upq.cli.quiet import quiet_libraries
-    from upq.exports import export, report_path
+    from upq.run.api import export
 
-    quiet_libraries()
-    options = _options(set_ or []) | ({"allow_inexact": True} if allow_inexact else {})
+    report = export(artifact, to, out, allow_inexact=allow_inexact, **_options(set_ or []))
+    from upq.exports import report_path
+
     console = Console()
-    with reporter(console) as progress:
-        report = export(artifact, to, out, options=options, progress=progress)
     console.print(report_table(report))
     for note in report.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
@@ -53,7 +52,8 @@ def _options(items: list[str]) -> dict[str, Any]:
 
 def report_table(report: Report) -> Table:
     """The engine's types, what each carries, and the largest error of what was read back."""
-    from upq.cli.console import duration, size, table
+    from upq.cli.console import size, table
+    from upq.run.reporter import duration
 
     rows = [
         [

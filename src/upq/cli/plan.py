@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upq.core.errors import UPQError
+from upq.cli import json_file as to_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="Hugging Face causal LM: directory or hub id. Only its config is read.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Hugging Face causal LM: directory or hub id. Only its config is read."),
+    ],
     recipe: Annotated[str, typer.Option(help="Recipe of the package (default, paper) or a YAML file.")] = "default",
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
@@ -33,51 +35,37 @@ def plan(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan to this file as well.")] = None,
 ) -> None:
     """Show what each stage needs, and the settings that make it fit. Exit code 1 where nothing makes it fit."""
-    if bool(gpus) != (gpu_memory is not None):
-        raise UPQError("--gpus and --gpu-memory go together: how many, and how much memory each has")
-    if (gpu_tflops is None) != (gpu_bandwidth is None):
-        raise UPQError("--gpu-tflops and --gpu-bandwidth go together; give both or neither")
-    if not gpus and gpu_tflops is not None:
-        raise UPQError("--gpu-tflops is of a GPU; give --gpus and --gpu-memory too")
-    if gpus and memory is not None:
-        raise UPQError("--memory is for a run on the processor; with --gpus give --gpu-memory alone")
+    to_json.check(json_file)
 
-    from upq.cli.quantize import load_recipe
-
-    chosen = load_recipe(recipe, set_ or [], [])
-
-    import psutil
     from rich.console import Console
 
-    from upq.cli.quiet import quiet_libraries
-    from upq.files.atomic import atomic_write
-    from upq.model.loading import load_config
-    from upq.run import plan as planning
-    from upq.stages.sizes import Machine, Speed
+    from upq.run.api import plan
+    from upq.run.reporter import loading
 
-    quiet_libraries()
-    config = load_config(model)
-    planning.check(config, chosen, model)
-    with Console(stderr=True).status("adding up"):
-        if gpu_memory is not None:
-            speed = Speed(gpu_tflops * 1e12, gpu_bandwidth * 1e9) if gpu_tflops and gpu_bandwidth else None
-            machine = Machine(int(gpu_memory * 1e9), gpus, speed)
-        else:
-            size = psutil.virtual_memory().total if memory is None else int(memory * 1e9)
-            machine = Machine(size, speed=planning.this_speed())
-        made = planning.plan(config, chosen, machine)
+    with loading():
+        from upq.run.recipe import Recipe
+
+    made = plan(
+        model,
+        Recipe.load(recipe, set_),
+        memory=memory,
+        gpus=gpus,
+        gpu_memory=gpu_memory,
+        gpu_tflops=gpu_tflops,
+        gpu_bandwidth=gpu_bandwidth,
+    )
     console = Console()
     console.print(table_of(made))
     for line in notes(made, model, recipe, set_ or []):
         console.print(line, highlight=False, soft_wrap=line.startswith(" "))  # of a command no line may be broken
-    if json_file is not None:
-        atomic_write(json_file, json.dumps(dataclasses.asdict(made), indent=1) + "\n")
+    to_json.write(json_file, dataclasses.asdict(made))
     raise typer.Exit(not made.fits)
 
 
 def table_of(made: Plan) -> Table:
     """A line a stage; what does not fit is red."""
-    from upq.cli.console import duration, size, table
+    from upq.cli.console import size, table
+    from upq.run.reporter import duration
 
     where = "memory of a GPU" if made.machine.gpus else "memory"
     rows = []

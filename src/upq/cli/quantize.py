@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upq.core.errors import UPQError
+from upq.core.signals import Stop
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from upq.artifact.manifest import Manifest
-    from upq.run.recipe import Recipe
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Hugging Face causal LM: directory or hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face causal LM: directory or hub id.")],
     out: Annotated[Path, typer.Option(help="Directory of the artefact; the same command again resumes.")],
     recipe: Annotated[str, typer.Option(help="Recipe of the package (default, paper) or a YAML file.")] = "default",
     set_: Annotated[
@@ -25,49 +24,32 @@ def quantize(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text, JSON lines, parquet, a directory or a hub data set; repeatable."),
+        typer.Option(metavar="TEXT", help="Text, JSON lines, parquet, a directory or a hub data set; repeatable."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     keep_work: Annotated[bool, typer.Option(help="Keep solved blocks and checkpoints after the end.")] = False,
 ) -> None:
     """Quantise MODEL: block by block, then by distillation from the original, packed into --out."""
-    chosen = load_recipe(recipe, set_ or [], data or [])
-
     from rich.console import Console
 
-    from upq.cli.console import reporter
-    from upq.cli.quiet import quiet_libraries
-    from upq.core.signals import Stop
-    from upq.run import run as pipeline
+    from upq.run.api import quantize
+    from upq.run.reporter import loading
 
-    quiet_libraries()
+    with loading():
+        from upq.run.recipe import Recipe
+
+    chosen = Recipe.load(recipe, set_)
+    with Stop().listening() as stop:
+        manifest = quantize(model, out, chosen, data=data, device=device, keep_work=keep_work, stop=stop)
     console = Console()
-    with Stop().listening() as stop, reporter(console) as progress:
-        manifest = pipeline.quantize(
-            model, chosen, out, device=device, keep_work=keep_work, progress=progress, stop=stop
-        )
     console.print(result_table(manifest))
     console.print(f"[bold]{out}[/bold] is ready: upq chat {out}", highlight=False, soft_wrap=True)
 
 
-def load_recipe(name: str, overrides: list[str], data: list[str]) -> Recipe:
-    """The recipe with its overrides; `data` replaces its sources."""
-    from upq.data.config import Source
-    from upq.run.recipe import Recipe
-
-    recipe = Recipe.load(name, overrides)
-    if data:
-        sources = tuple(Source(path=path) for path in data)
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})
-    for source in recipe.data.sources:
-        if source.path.startswith((".", "/", "~")) and not Path(source.path).exists():
-            raise UPQError(f"--data {source.path}: no such file or directory")
-    return recipe
-
-
 def result_table(manifest: Manifest) -> Table:
     """Before and after: size, perplexity and distance on the held-out rows; then time and memory."""
-    from upq.cli.console import duration, size, table
+    from upq.cli.console import size, table
+    from upq.run.reporter import duration
 
     names = {"source": "original", "int4": "after INT4", "artifact": "artefact"}
     rows = []

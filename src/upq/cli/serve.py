@@ -34,7 +34,9 @@ class Server:
 
 def serve(
     context: typer.Context,
-    artifact: Annotated[Path, typer.Argument(help="A finished artefact: the --out of upq quantize.")],
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="A finished artefact: the --out of upq quantize.")
+    ],
     engine: Annotated[str, typer.Option(help="auto, llama.cpp or vllm. auto: vllm where there is a GPU.")] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
@@ -42,15 +44,16 @@ def serve(
     """Export ARTIFACT where that is needed and start llama.cpp's or vLLM's server. Other options are the server's."""
     from rich.console import Console
 
-    from upq.cli.console import reporter
-    from upq.cli.quiet import quiet_libraries
+    from upq.run.reporter import loading, reporter
 
     if engine not in ("auto", "llama.cpp", "vllm"):
         raise UPQError(f"serve: unknown engine {engine!r}: choose auto, llama.cpp or vllm")
     server = find_server(engine)
-    quiet_libraries()
-    from upq.exports import beside
+    with loading():
+        from upq.exports import beside
+        from upq.run.quiet import quiet_libraries
 
+    quiet_libraries()
     console = Console()
     with reporter(console) as progress:
         model = beside(artifact, server.form, progress=progress)

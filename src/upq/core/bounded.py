@@ -1,13 +1,13 @@
 """JSON and YAML that a stranger may have written, with bounds on size, number of values and depth.
 
-Text is measured before it is parsed. A value costs up to 64 bytes in Python and as little as 3 in JSON (`[],`), so a
-bound on bytes alone would leave twenty times as much memory.
+JSON is measured before it is parsed, YAML while it is. A value costs up to 64 bytes in Python and as little as 3 in
+JSON (`[],`), so a bound on bytes alone would leave twenty times as much memory.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,65 +55,67 @@ def parse_json(raw: bytes, where: str, *, remedy: str, values: int = FILE_VALUES
     return value
 
 
-def parse_yaml(text: str, loader: type[yaml.SafeLoader], where: str, *, remedy: str) -> Any:
-    """The value of a YAML text. An alias counts as all that it stands for, so nothing expands behind the bounds."""
+def parse_yaml(text: str, where: str, *, remedy: str) -> Any:
+    """The value of a YAML text without aliases and without a key that stands twice; errors start with `where`."""
     if len(text) > YAML_BYTES:
         raise UPQError(f"{where}: longer than {YAML_BYTES:,} characters; {remedy}")
     try:
-        _measure(text, loader, where, remedy)
-        value = yaml.load(text, Loader=loader)
+        return yaml.load(text, Loader=_Loader)
+    except _Refused as error:
+        raise UPQError(f"{where}: {error}; {remedy}") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        # PyYAML lets through what Python says of a number or a date that cannot be: 2001-99-99.
+        # PyYAML passes on Python's ValueError for an impossible number or date: 2001-99-99.
         raise UPQError(f"{where} is not valid YAML: {' '.join(str(error).split())}; {remedy}") from None
-    _check_integers(value, where, remedy)
-    return value
 
 
-def _measure(text: str, loader: type[yaml.SafeLoader], where: str, remedy: str) -> None:
-    """Go through the events, which PyYAML gives one by one and without recursion."""
-    sizes: dict[str, int] = {}  # by anchor: values below it, itself included
-    open_: list[tuple[str | None, int]] = []  # anchor of each open collection, and the count where it began
-    count = 0
-    for event in yaml.parse(text, Loader=loader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            open_.append((event.anchor, count))
-            count += 1
-        elif isinstance(event, yaml.ScalarEvent):
-            count += 1
-            if event.anchor:
-                sizes[event.anchor] = 1
-        elif isinstance(event, yaml.AliasEvent):
-            # One that is open, or unknown, has no size yet.
-            if event.anchor not in sizes:
-                raise UPQError(f"{where}: alias *{event.anchor} stands within its own value or for none; {remedy}")
-            count += sizes[event.anchor]
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, began = open_.pop()
-            if anchor:
-                sizes[anchor] = count - began
-        if count > YAML_VALUES or len(open_) > FILE_DEPTH:
-            what = f"more than {YAML_VALUES:,} values" if count > YAML_VALUES else f"nested more than {FILE_DEPTH} deep"
-            raise UPQError(f"{where}: {what}; {remedy}")
+class _Refused(yaml.YAMLError):
+    """Valid YAML that no file of ours needs."""
+
+    def __init__(self, what: str, mark: yaml.Mark) -> None:
+        super().__init__(f"{what} (line {mark.line + 1})")
 
 
-def _check_integers(value: Any, where: str, remedy: str) -> None:
-    # Hexadecimal digits make an integer that Python refuses to write in decimal ones again.
-    for inner in _values(value):
-        if isinstance(inner, int) and inner.bit_length() > 64:
-            raise UPQError(f"{where}: a number of {inner.bit_length():,} bits; {remedy}")
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as text, for want of a dot; here it is a number, as in YAML 1.2."""
+
+    _count = _open = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if event.anchor is not None:
+            raise _Refused(f"{event.anchor!r} is an anchor or an alias; write its value out", event.start_mark)
+        self._count, self._open = self._count + 1, self._open + 1
+        if self._count > YAML_VALUES:
+            raise _Refused(f"more than {YAML_VALUES:,} values", event.start_mark)
+        if self._open > FILE_DEPTH:
+            raise _Refused(f"nested more than {FILE_DEPTH} deep", event.start_mark)
+        node = super().compose_node(parent, index)
+        self._open -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise _Refused(f"key {_shown(key.value)} stands twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: Any) -> int:
+        value = int(super().construct_yaml_int(node))
+        if value.bit_length() > 64:  # of hexadecimal digits: Python refuses to write it in decimal ones
+            raise _Refused(f"a number of {value.bit_length():,} bits", node.start_mark)
+        return value
 
 
-def _values(value: Any) -> Iterator[Any]:
-    """Every value and key, without recursion."""
-    rest = [value]
-    while rest:
-        inner = rest.pop()
-        yield inner
-        if isinstance(inner, dict):
-            rest += inner.keys()
-            rest += inner.values()
-        elif isinstance(inner, list | tuple | set):
-            rest += inner
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _shown(key: str) -> str:
+    return repr(key if len(key) <= 80 else f"{key[:80]}…")
 
 
 def _depth(value: Any) -> int:

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from typing import Any, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from upq.core.bounded import parse_yaml
 from upq.core.errors import UPQError
 
 M = TypeVar("M", bound=BaseModel)
+_FREE: dict[str, Any] = {"free": True}
 _ERRORS, _SHOWN = 1000, 200  # errors that are looked at, characters of a value in a message
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def free(default: Any, **constraints: Any) -> Any:
+    """A setting that changes no result: a run may go on with another value."""
+    return Field(default, json_schema_extra=_FREE, **constraints)
+
+
+def fixed(settings: BaseModel) -> dict[str, Any]:
+    """The settings that a result depends on, as JSON types: all but the free ones."""
+    kept = {name for name, info in type(settings).model_fields.items() if info.json_schema_extra != _FREE}
+    return settings.model_dump(mode="json", include=kept)
 
 
 class Plugin(BaseModel):
@@ -43,15 +53,18 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def decode(model: type[M], raw: Any, where: str) -> M:
-    """Validate `raw` into `model`; the error names the first wrong key and, for a typo, the keys there are."""
+def decode(model: type[M], raw: Any, where: str, *, prefix: str = "") -> M:
+    """Validate `raw` into `model`; the error names the first wrong key and, for a typo, the keys there are.
+
+    `prefix` is the key of `raw` itself.
+    """
     try:
         return model.model_validate(raw)
     except ValidationError as error:
         if error.error_count() > _ERRORS:  # each takes kilobytes once it is looked at
             raise UPQError(f"{where}: {error.error_count():,} values are not what they should be") from None
         first = error.errors()[0]
-        at = ".".join(str(part) for part in first["loc"] if part != "function-before")
+        at = ".".join(str(part) for part in (prefix, *first["loc"]) if part not in ("", "function-before"))
         if first["type"] == "extra_forbidden":
             known = ", ".join(_fields_at(model, first["loc"][:-1]))
             raise UPQError(f"{where}: unknown key {at!r}; keys here: {known}") from None
@@ -74,15 +87,6 @@ def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-class YamlLoader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text, for want of a dot; here it is a number, as in YAML 1.2."""
-
-
-YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def override(raw: dict[str, Any], item: str) -> None:
     """Put `dotted.key=yaml value` into a mapping of mappings."""
     key, equals, value = item.partition("=")
@@ -95,4 +99,4 @@ def override(raw: dict[str, Any], item: str) -> None:
             # `method: rtn` is short for `method: {name: rtn}`
             here[part] = {"name": here[part]} if isinstance(here.get(part), str) else {}
         here = here[part]
-    here[last] = parse_yaml(value, YamlLoader, f"--set {item!r}: the value", remedy="mend it")
+    here[last] = parse_yaml(value, f"--set {item!r}: the value", remedy="mend it")

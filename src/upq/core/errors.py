@@ -1,4 +1,4 @@
-"""The one error a user is meant to see: a single line that says what is wrong, where, and the remedy."""
+"""The one error a user is meant to see: a single line with the place, the fault and the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory this process needs and has needed."""
+"""Memory of this process: how much it uses and used, and how to return it to the system."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def peak_memory_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """Resident size now, pages of mapped files included; where the system does not tell, the largest so far."""
+    """Resident size now, pages of mapped files included; the largest so far on systems without /proc."""
     found = _status("VmRSS")
     return peak_memory_bytes() if found is None else found
 
 
 def give_back() -> None:
-    """Free what only circles of objects hold, and trim."""
+    """Collect reference cycles, and trim."""
     gc.collect()  # a block that is checkpointed refers to itself, and with it the student to its latents
     trim()
 
 
 def trim() -> None:
-    """Return to the system what glibc keeps of freed memory.
+    """Return freed memory that glibc keeps to the system.
 
-    Of blocks of up to 32 MB all: after a run of a model of 8 million weights 261 MB of 831. And of any size where such
-    blocks have left room: a training of width 1024 leaves 1.1 GB, empty, from which later tensors of 134 MB are taken.
+    glibc keeps blocks of up to 32 MB: 261 MB of 831 after a run of a model of 8 million weights. Larger blocks go into
+    the room that those left: a training of width 1024 leaves 1.1 GB free, and later tensors of 134 MB are put there.
     """
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if malloc_trim is not None:
@@ -50,9 +50,9 @@ def trim() -> None:
 
 
 def on_huge_pages(nbytes: int) -> Tensor:
-    """Ones of int64 that take `nbytes` at least, on huge pages where the system has them: the ruler of a plain read.
+    """At least `nbytes` of ones (int64), on huge pages where the system has them: memory to time a plain read.
 
-    Memory of malloc's is not, where huge pages are for those that ask: its sum was read at 19 GB/s, this at 33.
+    With `transparent_hugepage: madvise` malloc's memory is on small pages: its sum ran at 19 GB/s, this one's at 33.
     """
     held = mmap.mmap(-1, nbytes + 8, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -61,9 +61,9 @@ def on_huge_pages(nbytes: int) -> Tensor:
 
 
 def page_out(tensor: Tensor) -> None:
-    """Let the system have the pages of a tensor that will hardly be read again; its values stay what they are.
+    """Give the pages of a tensor that will hardly be read again to the system. Its values stay.
 
-    Those of a mapped file are read anew where they are asked for. A wish: systems that do not know it do nothing.
+    Pages of a mapped file are read from the file again on access. Systems without this call do nothing.
     """
     if sys.platform == "linux" and tensor.device.type == "cpu":
         first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -1,4 +1,4 @@
-"""What the products of a stage are computed in: float32, or bfloat16 by autocast around float32 weights."""
+"""The type of a stage's products: float32, or bfloat16 by autocast around float32 weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 Precision = Literal["auto", "bf16", "fp32"]
 
 # With AVX512-BF16 a step of one block takes half the time: 2.4 s against 4.8 at width 2,048, 0.68 against 1.3 at 1,024
-# (LOG.md). At 64 it lost, and what small models become is not to depend on the machine.
+# (docs/log/cost.md). At width 64 it was slower. Narrow models stay in float32, so that the machine does not
+# change their results.
 _WIDE = 1024
 _BF16 = ("avx512_bf16", "amx_bf16")
 
@@ -22,6 +23,6 @@ def computes_in_bf16(precision: Precision, device: torch.device, width: int) -> 
 
 
 def _in_hardware() -> bool:
-    """Whether this CPU multiplies bfloat16 itself. Older versions of torch do not tell."""
+    """Whether this CPU multiplies bfloat16 itself. Older versions of torch have no such query."""
     found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(found.get(name) for name in _BF16)

@@ -1,7 +1,7 @@
-"""Several processes at one run (torchrun): whose rows are whose, sums over all of them, and one error for all.
+"""The ranks of one run (torchrun): which rows belong to which rank, sums over all ranks, and shared errors.
 
-The process group is torch.distributed's default one, which the caller has set up. A single process needs none: nothing
-here then does anything. B = rows of a batch.
+The process group is torch.distributed's default one; the caller sets it up. With a single process every method is a
+no-op. B = rows of a batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from upq.core.errors import UPQError
 class Processes:
     """Process `rank` of `world`. Row r of all rows is row r // world of process r % world.
 
-    All methods but `share` and `mine` are to be called by every process, in the same order.
+    Every process must call all methods but `share` and `mine`, in the same order.
     """
 
     rank: int = 0
@@ -30,11 +30,11 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is rank 0, which writes."""
         return self.rank == 0
 
     def share(self, rows_N: Tensor) -> Tensor:
-        """This process's of all rows; none where there are more processes than rows."""
+        """This process's rows of all rows; none where there are more processes than rows."""
         return rows_N[self.rank :: self.world]
 
     def mine(self, index_B: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class Processes:
         return index_B[index_B % self.world == self.rank] // self.world
 
     def sum(self, *tensors: Tensor) -> None:
-        """Put each tensor's sum over all processes in its place: in all of them the same bits."""
+        """All-reduce (sum) each tensor in place. Every process gets the same bits."""
         if self.world > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
@@ -63,7 +63,7 @@ class Processes:
         return [int(each) for each in values.tolist()]
 
     def copy(self, *tensors: Tensor) -> None:
-        """Put the first process's values into each tensor."""
+        """Broadcast the first process's values into each tensor."""
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
@@ -72,15 +72,15 @@ class Processes:
         """The first process's value."""
         if self.world == 1:
             return value
-        told = torch.tensor(value, device=self.device)
-        self.copy(told)
-        return int(told)
+        sent = torch.tensor(value, device=self.device)
+        self.copy(sent)
+        return int(sent)
 
     @contextmanager
     def shared_errors(self) -> Iterator[None]:
-        """An UPQError within is raised by all processes at its end, so that none waits for one that has left.
+        """If any rank raises UPQError in this block, every rank raises it at the end: the error of the lowest rank.
 
-        No other method may be called within. Of several errors it is the lowest rank's.
+        Prevents a hang in the next collective. No other method may be called within.
         """
         error: UPQError | None = None
         try:
@@ -94,16 +94,16 @@ class Processes:
         rank = torch.tensor(self.world if error is None else self.rank, device=self.device)
         dist.all_reduce(rank, op=dist.ReduceOp.MIN)
         if rank < self.world:
-            raise UPQError(self._told(str(error or ""), int(rank))) from error
+            raise UPQError(self._broadcast_text(str(error or ""), int(rank))) from error
 
-    def _told(self, text: str, rank: int) -> str:
-        """What process `rank` says."""
+    def _broadcast_text(self, text: str, rank: int) -> str:
+        """The text of process `rank`."""
         raw = list(text.encode()) if self.rank == rank else []
         size = torch.tensor(len(raw), device=self.device)
         dist.broadcast(size, src=rank)
-        told = torch.tensor(raw or [0] * int(size), dtype=torch.uint8, device=self.device)
-        dist.broadcast(told, src=rank)
-        return bytes(told.tolist()).decode()
+        sent = torch.tensor(raw or [0] * int(size), dtype=torch.uint8, device=self.device)
+        dist.broadcast(sent, src=rank)
+        return bytes(sent.tolist()).decode()
 
 
 ALONE = Processes()

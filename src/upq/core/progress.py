@@ -1,4 +1,4 @@
-"""What a long run tells whoever watches: stages, units of work within them, and figures such as the loss."""
+"""Progress of a long run: stages, units of work within them, and figures such as the loss."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Receives the advance of a run. Costs are proportional to the work of a stage, so one ETA spans all stages."""
+    """Receives the progress of a run. Costs are proportional to the work of a stage, so one ETA spans all stages."""
 
     def plan(self, stages: dict[str, tuple[int, float]]) -> None:
         """Announce every stage in order: name to (units, cost of the whole stage in any common measure)."""

@@ -1,4 +1,4 @@
-"""What a weight is quantised to, and the value that results.
+"""The scheme of a quantised weight, and its value.
 
 Shape suffixes: O = out features, I = in features, G = groups in a row, S = group size (I = G * S).
 """
@@ -29,7 +29,7 @@ class QuantScheme:
     scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        # They come from files too: 2.0 would pass every comparison below, and a list is no name.
+        # Values come from files too: 2.0 would pass every comparison below, and a list is no name.
         if not (type(self.bits) is type(self.group_size) is int and type(self.grid) is type(self.scale_dtype) is str):
             raise UPQError(f"bits and group_size must be integers, grid and scale_dtype names, got {self}")
         if not 2 <= self.bits <= 8:

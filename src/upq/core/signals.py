@@ -1,4 +1,4 @@
-"""A run that is asked to end, by Ctrl-C or by SIGTERM, and when it heeds."""
+"""Graceful shutdown: Ctrl-C and SIGTERM stop a run at the next safe point."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(BaseException):
-    """A signal ended the run. Like KeyboardInterrupt no Exception: nothing on its way up may take it for a failure."""
+    """A signal ended the run. Not an Exception, like KeyboardInterrupt: no handler of failures may catch it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -21,14 +21,14 @@ class Stopped(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """As a shell reports a process that the signal has killed."""
+        """The exit code that a shell reports for a process killed by the signal."""
         return 128 + self.signum
 
 
 class Stop:
-    """Law: a request raises Stopped at once; within `held` only a second one does, and the first one waits.
+    """Law: a request raises Stopped at once. Within `held` the first request waits and a second one raises.
 
-    Nothing happens to a process's signals but within `listening`, which a request that was raised leaves as Stopped.
+    Signals are handled within `listening` only; a request leaves it as Stopped.
     """
 
     def __init__(self) -> None:
@@ -41,12 +41,12 @@ class Stop:
         if not (self._held and first):
             self._raised = True
             raise Stopped(signum)
-        # print() is not safe in a handler: the signal may come while another one holds the stream.
+        # print() is not safe in a handler: the signal may come while the stream is locked.
         os.write(2, b"stopping when this step is done and saved; the same signal again stops at once\n")
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """While what is within cannot be left anywhere: it looks at `signum` and stops where it can."""
+        """For code that cannot stop at any line: it checks `signum` and stops where it can."""
         self._held = True
         try:
             yield
@@ -57,15 +57,15 @@ class Stop:
 
     @contextmanager
     def listening(self, *signals: int) -> Iterator[Self]:
-        """`signals`, or else SIGINT and SIGTERM, are requests. For the main thread alone, as Python has it."""
-        # What is ignored stays so: that is how a shell keeps Ctrl-C from what it runs in the background.
-        heard = [signum for signum in signals or _SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
-        before = {signum: signal.signal(signum, self.request) for signum in heard}
+        """Handle `signals` (default SIGINT and SIGTERM) as requests. In the main thread only, as Python requires."""
+        # An ignored signal stays ignored: a shell keeps Ctrl-C from background processes in this way.
+        handled = [signum for signum in signals or _SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+        before = {signum: signal.signal(signum, self.request) for signum in handled}
         try:
             yield self
         except Exception as error:
-            # What a handler raises while safetensors reads a tensor comes out as a ValueError of torch's, in 40 % of
-            # 1,900 tries; a run would call its checkpoint damaged.
+            # safetensors turns what a handler raises while it reads a tensor into a ValueError, in 40 % of 1,900 tries;
+            # a run would report its checkpoint as damaged.
             if self._raised and self.signum is not None:
                 raise Stopped(self.signum) from error
             raise

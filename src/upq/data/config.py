@@ -34,7 +34,6 @@ class Generated(Strict):
 
 class Data(Strict):
     sources: tuple[Source, ...] = ()
-    generated: Generated | None = None
     seq_len: int = Field(default=2048, ge=8)
     loss_on: Literal["all", "assistant"] = "all"
     validation: int = Field(default=32, ge=1)  # sequences held out, for the figures in the final table

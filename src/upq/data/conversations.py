@@ -1,9 +1,9 @@
 """Conversations as the tokenizer's own chat template writes them, and which characters the assistant wrote.
 
-A template marks the assistant's part itself (`{% generation %}`), or it is found by experiment: each of the assistant's
-messages is replaced by a word that occurs nowhere else, and what the template puts around that word is what it puts
-around the message. Compared with cutting at a generation prompt, this also holds for templates that ignore
-`add_generation_prompt`, that trim or change a message, or that write earlier turns differently from the last.
+A template marks the assistant's part itself (`{% generation %}`). For other templates each of the assistant's messages
+is replaced by a word that occurs nowhere else; what the template puts around that word it puts around the message. This
+also holds for templates that ignore `add_generation_prompt`, that trim or change a message, or that write earlier turns
+differently from the last, where cutting at a generation prompt fails.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ChatTemplate:
 
     @cached_property
     def source(self) -> str | None:
-        """The template's text, or None for a tokenizer that has none."""
+        """The template's text, or None if the tokenizer has none."""
         if not self.tokenizer.chat_template:
             return None
         with refusals("the model's tokenizer"):
@@ -128,10 +128,10 @@ class ChatTemplate:
 
 @contextmanager
 def refusals(where: str) -> Iterator[None]:
-    """Turns what a template raises on a conversation it was not written for into one line.
+    """Turns any exception of a template into one line.
 
-    A template is a program of the model's author: in jinja's sandbox it reaches nothing but the messages, but it can
-    raise whatever an expression raises: 1 / 0, a recursion without end.
+    A template is a program of the model's author. In jinja's sandbox it reaches the messages alone, but it can raise
+    any exception: 1 / 0, a recursion without end.
     """
     try:
         yield
@@ -149,5 +149,5 @@ def _replaced(messages: tuple[Message, ...], turns: list[int]) -> tuple[Message,
 
 
 def _in_common(one: str, other: str) -> int:
-    """Length of the beginning that both share."""
+    """Length of the common prefix."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

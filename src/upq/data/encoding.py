@@ -36,7 +36,7 @@ class Encoder:
 
     A conversation keeps the BOS and EOS its template wrote and gets only those it lacks. One token that serves as both
     (GPT-2) separates documents once, at their end. With `loss_on="assistant"` the mask marks what the assistant wrote
-    and its end of turn; a plain text is then an error, for nothing in it would be trained.
+    and its end of turn; a plain text is then an error, because nothing in it would be trained.
     """
 
     tokenizer: PreTrainedTokenizerBase

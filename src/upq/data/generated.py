@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from upq.data.conversations import refusals
 from upq.files.atomic import atomic_write, write_errors
 
 _MARK = "\ue000"  # private use: occurs in no template
-_PATIENCE = 8  # batches in a row without a single finished conversation
+_EMPTY_IN_A_ROW = 8  # batches without a single finished conversation, after which the model is given up
+_CALLS = 2  # of the model for a batch: prompts, then answers
 
 Conversation = list[dict[str, str]]
 
@@ -45,30 +45,28 @@ def write_conversations(
 ) -> Path:
     """Conversations of one turn in `folder`, a file of JSON lines for each batch, of `section.tokens` tokens in all.
 
-    Batches that are there already stay: each has a seed of its own, so an interrupted run ends in the same files.
-    `progress` advances by tokens. Raises UPQError where the model has no chat template or ends no answer.
+    Law (tests/test_data_generated.py): the files are byte for byte those of one process that was never interrupted,
+    for any number of processes, whatever files are there already. Each batch has a seed of its own.
 
-    Several processes make a batch each at the same time, then write them one after the other, up to the one that
-    completes the tokens. So files, errors and progress are those of a single process, whenever a run ends. `sharded`:
-    each holds a part of `model`, which they run together.
+    Process r writes batches r, r + world, …; sizes are exchanged each round, so all processes stop after the same one.
+    `sharded`: each process holds a part of `model`. `progress` advances by tokens. Raises UPQError, in all processes,
+    where the model has no chat template or ends no answer.
     """
     assert section.tokens is not None
     with processes.shared_errors(), write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    sampler = _Sampler(model, tokenizer, section.max_new_tokens, processes if sharded else ALONE)
     done = number = empty = 0
-    files = []
+    needed: list[Path] = []  # a batch without a finished conversation has no file: the data would not have an empty one
     while done < section.tokens:
         mine = number + processes.rank
-        voice = _Voice(model, tokenizer, section, processes if sharded else ALONE)
-        batch = _batch(_file(folder, mine), voice, tokenizer, section, seed=seed * 1_000_003 + mine)
-        for rank, size in enumerate(processes.each(batch.size)):
-            with processes.shared_errors():
-                if rank == processes.rank:
-                    batch.keep()
+        with processes.shared_errors():
+            written = _write_batch(_file(folder, mine), sampler, tokenizer, section, seed=seed * 1_000_003 + mine)
+        for size in processes.each(written):
             if size:
-                files.append(_file(folder, number))
+                needed.append(_file(folder, number))
             empty = 0 if size else empty + 1
-            if empty == _PATIENCE:
+            if empty == _EMPTY_IN_A_ROW:
                 raise UPQError(
                     "data.generated: the model ends none of its answers within"
                     f" {section.max_new_tokens} tokens; raise data.generated.max_new_tokens or leave data.generated out"
@@ -76,86 +74,70 @@ def write_conversations(
             progress.advance(min(size, section.tokens - done))
             done, number = done + size, number + 1
             if done >= section.tokens:
-                break  # what the processes after this one have made is too much
+                break
     with processes.shared_errors():
         # Machines that see different files would train on different data.
-        if not all(file.is_file() for file in files):
+        if not all(file.is_file() for file in needed):
             raise UPQError(
                 f"{folder}: conversations that another process wrote are not to be seen here;"
                 " under torchrun, --out must lie on a file system that all machines share"
             )
+    with processes.shared_errors(), write_errors(folder):
+        if processes.first:
+            for file in set(folder.glob("*.jsonl")).difference(needed):
+                file.unlink()
     return folder
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """A file of conversations that may have to be written yet, or why there is none.
-
-    Without a conversation there is no file: the data would not have an empty one.
-    """
-
-    path: Path
-    text: str = ""
-    size: int = 0  # in tokens
-    error: UPQError | None = None
-
-    def keep(self) -> None:
-        if self.error is not None:
-            raise self.error
-        if self.text and not self.path.is_file():
-            atomic_write(self.path, self.text)
 
 
 def _file(folder: Path, number: int) -> Path:
     return folder / f"{number:06}.jsonl"
 
 
-class _Voice:
-    """What the model writes for a batch: the user's words, then the answers.
-
-    Processes that share a model ask it together. So each asks as often as the others, with prompts or without: `rest`
-    makes up for what was not asked for a batch that was there already, or that failed.
-    """
+class _Sampler:
+    """`sample` with a run's settings. It counts calls: a sharded model runs only when all processes call it."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: Generated, company: Processes
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, company: Processes
     ) -> None:
         self._model, self._tokenizer, self._company = model, tokenizer, company
-        self._limit, self._left = section.max_new_tokens, 2
+        self._max_new_tokens, self._calls = max_new_tokens, 0
 
     def __call__(self, prompts: list[list[int]], temperature: float) -> list[str]:
-        self._left -= 1
-        return sample(self._model, self._tokenizer, prompts, self._limit, temperature, company=self._company)
+        self._calls += 1
+        return sample(self._model, self._tokenizer, prompts, self._max_new_tokens, temperature, company=self._company)
 
-    def rest(self) -> None:
-        while self._left:
+    def pad_calls(self, calls: int) -> None:
+        """Call without prompts until there have been `calls` since the last time."""
+        while self._calls < calls:
             self([], 1.0)
+        self._calls = 0
 
 
-def _batch(path: Path, voice: _Voice, tokenizer: PreTrainedTokenizerBase, section: Generated, *, seed: int) -> _Batch:
-    """From `path` where it is there. An error is kept for the batch's turn, which may not come."""
+def _write_batch(
+    path: Path, sampler: _Sampler, tokenizer: PreTrainedTokenizerBase, section: Generated, *, seed: int
+) -> int:
+    """Tokens in the batch's file, which is written unless it is there."""
     try:
-        if path.is_file():
-            text = path.read_text()
-        else:
+        if not path.is_file():
             torch.manual_seed(seed)
-            talks = _conversations(voice, tokenizer, section)
-            text = "".join(json.dumps({"messages": talk}) + "\n" for talk in talks)
-        size = sum(len(_tokens(tokenizer, json.loads(line)["messages"])) for line in text.splitlines())
-        batch = _Batch(path, text, size)
-    except UPQError as error:
-        batch = _Batch(path, error=error)
-    voice.rest()
-    return batch
+            talks = _conversations(sampler, tokenizer, section)
+            if text := "".join(json.dumps({"messages": talk}) + "\n" for talk in talks):
+                atomic_write(path, text)
+    except UPQError:
+        sampler.pad_calls(_CALLS)
+        raise
+    sampler.pad_calls(_CALLS)
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return sum(len(_tokens(tokenizer, json.loads(line)["messages"])) for line in lines)
 
 
-def _conversations(voice: _Voice, tokenizer: PreTrainedTokenizerBase, section: Generated) -> Iterator[Conversation]:
+def _conversations(sampler: _Sampler, tokenizer: PreTrainedTokenizerBase, section: Generated) -> Iterator[Conversation]:
     """One batch. What was cut off at the limit is left out: the template would end it where the model did not."""
     header_ids = tokenizer(_header(tokenizer), add_special_tokens=False)["input_ids"]
-    asked = voice([header_ids] * section.batch_size, section.temperature)
+    asked = sampler([header_ids] * section.batch_size, section.temperature)
     turns = [[{"role": "user", "content": prompt}] for prompt in asked if prompt]
     prompts = [_tokens(tokenizer, turn, prompt=True) for turn in turns]
-    answers = voice(prompts, section.answer_temperature)
+    answers = sampler(prompts, section.answer_temperature)
     for turn, answer in zip(turns, answers, strict=True):
         if answer:
             yield [*turn, {"role": "assistant", "content": answer}]

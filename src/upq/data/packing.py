@@ -58,9 +58,9 @@ def prepare(
     there are enough, so they come from all over the text, and the same text under two names is never on both sides.
     Setting a document aside can take more tokens than validation needs. Where that would leave less than nine tenths
     of the possible training rows (or half of all rows), as with a single long document, rows spread evenly over the
-    text are held out instead, and `progress` is told. At least half of the rows are always left for training.
+    text are held out instead, and `progress` gets a note. At least half of the rows are always left for training.
 
-    Fewer rows than asked for are no error: training then goes through them more than once, and `progress` is told.
+    Fewer rows than asked for are no error: training then goes through them more than once, and `progress` gets a note.
     Raises UPQError where there is less text than one row.
     """
     progress = progress or Silent()
@@ -205,7 +205,7 @@ class _Spool:
 
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
-            with suppress(OSError):  # of a full disk, which the write before has told
+            with suppress(OSError):  # of a full disk, which the write before has reported
                 file.close()
 
     def add(self, encoded: Encoded) -> None:
@@ -253,21 +253,21 @@ class _Plan:
 
 def _collect(section: Data, reading: _Reading, spool: _Spool, sequences: int, seed: int, progress: Progress) -> _Plan:
     wanted = sequences + section.validation
-    goal, told = wanted, 0
+    goal, counted = wanted, 0
     while True:
         for _, encoded in reading:
             spool.add(encoded)
             rows = min(spool.total // section.seq_len, wanted)
-            if rows > told:
-                progress.advance(rows - told)
-                told = rows
+            if rows > counted:
+                progress.advance(rows - counted)
+                counted = rows
             if spool.total >= goal * section.seq_len:
                 break
         plan = _plan(section, spool, sequences, seed)
         missing = wanted - plan.training.count - plan.validation.count
         if reading.finished or not (missing or plan.shared):
-            if wanted > told:
-                progress.advance(wanted - told)
+            if wanted > counted:
+                progress.advance(wanted - counted)
             return plan
         goal = spool.total // section.seq_len + missing + 1
 
@@ -314,7 +314,7 @@ def _set_aside(
     """Documents for validation, and their repetitions, which go nowhere: see `prepare`."""
     total = int(lengths_D.sum())
     possible = total // t
-    # Integers, so that every machine decides alike: nine tenths of the rows that could be trained on, and half of all.
+    # Integers, so that machines decide the same: nine tenths of the rows that could be trained on, and half of all.
     needed = min(sequences, max(-(-9 * (possible - asked) // 10), -(-possible // 2))) * t
     unique, first, inverse = np.unique(keys_D, return_index=True, return_inverse=True)
     cost = np.bincount(inverse, weights=lengths_D).astype(np.int64)  # with all repetitions

@@ -20,9 +20,9 @@ whatever the file, a small `.gz` of gigabytes included. Files themselves may hav
 
 from __future__ import annotations
 
-import codecs
 import gzip
 import hashlib
+import io
 import json
 import re
 import zlib
@@ -42,7 +42,10 @@ KINDS = (*TEXT, *LINES, ".parquet")
 COLUMNS = ("messages", "conversations", "text")
 TEXT_BYTES = 128 << 20
 ROW_BYTES = 32 << 20  # `[],` makes 64 bytes of 3
-_PIECE = 1 << 20  # of an array, read at a time
+_PIECE = 1 << 20  # characters of an array, read at a time
+# Not ijson 3.6: its yajl2_c makes `?` of half a character (\ud800), refuses NaN and integers of 64 bits, and takes all
+# memory for 100 KB of `[`; its Python backend reads 4 MB a second, this 30.
+_JSON = json.JSONDecoder()
 ROLES = ("system", "user", "assistant", "tool")
 # The other spelling in wide use, {from, value}, with its names for the roles.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
@@ -56,7 +59,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text, or the messages of one conversation; `where` names its place for whoever has to mend it."""
+    """A text, or the messages of one conversation; `where` names its place in error messages."""
 
     content: str | tuple[Message, ...]
     where: str
@@ -251,20 +254,15 @@ def _json_array(file: Path, source: Source) -> Iterator[Document]:
 
 def _items(file: Path) -> Iterator[Any]:
     """The items of one JSON array, each parsed as soon as it is there: the whole may be larger than memory."""
-    scan = json.JSONDecoder().raw_decode
     with _reading(file) as raw:
         text = _Ahead(raw, file)
-        text.skip("[")
+        text.take("[")
         if text.peek() == "]":
-            text.skip("]")
+            text.take("]")
         else:
-            while True:
-                text.peek()  # white space
-                yield text.value(scan)
-                if text.peek() != ",":
-                    break
-                text.skip(",")
-            text.skip("]")
+            yield text.value()
+            while text.take(",]") == ",":
+                yield text.value()
         if text.peek():
             raise text.wrong("extra data")
 
@@ -274,9 +272,8 @@ class _Ahead:
 
     def __init__(self, raw: BinaryIO, file: Path) -> None:
         self._raw, self._file = raw, file
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._text, self._at, self._offset = "", 0, 0
-        self._line, self._ended = 1, False
+        self._decoded = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+        self._text, self._at, self._line = "", 0, 1
 
     def peek(self) -> str:
         """The next character that is no white space; empty at the end."""
@@ -285,50 +282,44 @@ class _Ahead:
                 if self._text[self._at] not in " \t\r\n":
                     return self._text[self._at]
                 self._at += 1
-            if self._ended:
+            if not self._more(_PIECE):
                 return ""
-            self._more(_PIECE)
 
-    def skip(self, character: str) -> None:
-        if self.peek() != character:
-            raise self.wrong(f"expected {character!r}")
+    def take(self, characters: str) -> str:
+        found = self.peek()
+        if not found or found not in characters:
+            raise self.wrong(f"expected {' or '.join(map(repr, characters))}")
         self._at += 1
+        return found
 
-    def value(self, scan: Callable[[str, int], tuple[Any, int]]) -> Any:
-        piece = _PIECE
+    def value(self) -> Any:
+        self.peek()
+        piece, whole = _PIECE, False
         while True:
             try:
-                value, end = scan(self._text, self._at)
+                value, end = _JSON.raw_decode(self._text, self._at)
                 # A number at the end of what has been read may go on.
-                if end < len(self._text) or self._ended:
+                if end < len(self._text) or whole:
                     self._at = end
                     return value
             except json.JSONDecodeError as error:
-                if self._ended:
+                if whole:
                     raise self.wrong(error.msg, error.pos) from None
             except (ValueError, RecursionError) as error:
                 raise self.wrong(str(error)) from None
             if (held := len(self._text) - self._at) > ROW_BYTES:
                 raise _too_long(f"{self._file}:{self._line}", ROW_BYTES)
-            self._more(min(piece, ROW_BYTES + 1 - held))
+            whole = not self._more(min(piece, ROW_BYTES + 1 - held))
             piece *= 2  # so that an item is not parsed again for each megabyte of it
 
-    def _more(self, size: int) -> None:
+    def _more(self, size: int) -> bool:
         self._line += self._text.count("\n", 0, self._at)
-        raw = self._raw.read(size)
-        self._ended = not raw
-        zero = raw.find(b"\0")
-        if zero >= 0:
-            raise _binary(self._file, self._offset + zero)
-        before = len(self._decoder.getstate()[0])
         try:
-            text = self._decoder.decode(raw, self._ended)
-        except UnicodeDecodeError as error:
-            raise _no_text(self._file, self._offset - before + error.start) from error
-        if self._offset == 0:
-            text = text.removeprefix("\ufeff")
+            text = self._decoded.read(size)
+        except UnicodeDecodeError as error:  # its object ends where the file has been read to
+            raise _no_text(self._file, self._raw.tell() - len(error.object) + error.start) from error
         self._text, self._at = self._text[self._at :] + text, 0
-        self._offset += len(raw)
+        return bool(text)
 
     def wrong(self, what: str, at: int | None = None) -> UPQError:
         line = self._line + self._text.count("\n", 0, self._at if at is None else at)

@@ -1,8 +1,8 @@
 """`model.generate` through the compiled decoder, where it does what transformers would do; through transformers else.
 
-transformers prepares everything itself, as always: it is asked to generate with a decoding loop of ours (its
-`custom_generate`), which looks at what was prepared and either decodes or declines, before anything has happened.
-Declining is told, once for each reason, and stands in `model.why_not_compiled`.
+transformers prepares everything itself, as always, and then calls a decoding loop of ours (its `custom_generate`).
+The loop looks at what was prepared and either decodes or declines, before anything has happened. A reason to decline
+is logged once, as a warning, and stands in `model.why_not_compiled`.
 
 Law (tests/test_decoding.py): greedy tokens are those of transformers' own loop on the model in float32, up to the
 rounding of float32, and so are sampled ones from the same seed.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from threading import Lock
 from typing import Any
 
@@ -40,132 +39,111 @@ _PLAIN = {"attention_mask", "logits_to_keep", "past_key_values", "position_ids",
 
 def attach(model: Any) -> None:
     """From now on `model.generate` uses the compiled decoder where it can."""
-    model._decoding = _State()
-    plain: Any = type(model)
-    model.__class__ = _compiled_class(plain)
+    model.generate = _Generate(model)
+    model.why_not_compiled = None
 
 
 def session(model: Any) -> Session:
-    """The session of an attached model: made when first asked for, and again when its weights have changed.
+    """The session of an attached model: made at the first call, and again when its weights have changed.
 
     Raises Unsuitable.
     """
-    if not isinstance(model, _Compiled):
+    generate = vars(model).get("generate")
+    if not isinstance(generate, _Generate):
         raise Unsuitable("it is not packed, or was not loaded by upq.load")
-    state, found = model._decoding, parts(model)  # type: ignore[arg-type]
-    if state.session is None or not state.session.is_of(found):
-        state.session = None  # its cache goes before the new one comes
-        state.session = Session(found)
-    return state.session
+    return generate.session()
 
 
-class _State:
-    """What a model keeps between two calls. Copies and pickles of the model start without."""
+class _Generate:
+    """Stands in an attached model's `generate`, before the method of its class.
 
-    def __init__(self) -> None:
-        self.session: Session | None = None
-        self.busy = Lock()
-        self.told: set[str] = set()
-        self.why_not: str | None = None
+    `model.why_not_compiled` says why transformers did the last generation; None if the compiled decoder did.
+    """
 
-    def __reduce__(self) -> tuple[type[_State], tuple[()]]:
-        return _State, ()
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._session: Session | None = None
+        self._busy = Lock()
+        self._warned: set[str] = set()
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        if not self.busy.acquire(blocking=False):
-            raise Unsuitable("another thread is generating with this model")
-        try:
-            yield
-        finally:
-            self.busy.release()
+    def __reduce__(self) -> tuple[type[_Generate], tuple[Any]]:
+        return _Generate, (self._model,)  # a copy or a pickle starts without session, lock and warnings
 
-    def declined(self, reason: Unsuitable) -> None:
-        self.why_not = str(reason)
-        if self.why_not not in self.told:
-            self.told.add(self.why_not)
-            _log.warning("transformers generates, not the compiled decoder: %s", reason)
+    def session(self) -> Session:
+        found = parts(self._model)
+        if self._session is None or not self._session.is_of(found):
+            self._session = None  # its cache goes before the new one comes
+            self._session = Session(found)
+        return self._session
 
-
-class _Compiled:
-    """Comes before the class of a model that was attached."""
-
-    _decoding: _State
-
-    @property
-    def why_not_compiled(self) -> str | None:
-        """Why transformers did the last generation; None if the compiled decoder did."""
-        return self._decoding.why_not
-
-    def generate(self, inputs: Any = None, generation_config: Any = None, *others: Any, **options: Any) -> Any:
-        plain: Any = super().generate  # type: ignore[misc]
+    def __call__(self, inputs: Any = None, generation_config: Any = None, *others: Any, **options: Any) -> Any:
+        model = self._model
+        plain = type(model).generate
         try:
             if others:
                 raise Unsuitable("more than two arguments without their names")
             for name in _NOT_OURS:
                 if options.get(name) is not None:
                     raise Unsuitable(f"{name} was given")
-            with self._decoding.alone():
-                loop = _loop(options.get("streamer"))
-                # It gets the streamer from us: transformers would show it the prompt before we could decline.
-                ours = {**options, "streamer": None, "custom_generate": loop}
-                found = plain(inputs, generation_config, **ours)
+            with self._alone():
+                # The loop has the streamer: transformers would show it the prompt before the loop could decline.
+                ours = {**options, "streamer": None, "custom_generate": self._loop(options.get("streamer"))}
+                found = plain(model, inputs, generation_config, **ours)
         except Unsuitable as reason:
-            self._decoding.declined(reason)
-            return plain(inputs, generation_config, *others, **options)
-        self._decoding.why_not = None
+            model.why_not_compiled = str(reason)
+            self._warn(model.why_not_compiled)
+            return plain(model, inputs, generation_config, *others, **options)
+        model.why_not_compiled = None
         return found
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickled by the class in transformers: this one is made at run time, and no module has it.
-        return _blank, (type(self).__bases__[1],), self.__dict__
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise Unsuitable("another thread is generating with this model")
+        try:
+            yield
+        finally:
+            self._busy.release()
 
+    def _warn(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            _log.warning("transformers generates, not the compiled decoder: %s", reason)
 
-@cache
-def _compiled_class(base: Any) -> Any:
-    # The name stays: save_pretrained writes it into config.json.
-    return type(base.__name__, (_Compiled, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+    def _loop(self, streamer: Any) -> Callable[..., Tensor]:
+        """A decoding loop for `generate(custom_generate=…)`."""
 
-
-def _blank(base: type) -> Any:
-    compiled = _compiled_class(base)
-    return compiled.__new__(compiled)
-
-
-def _loop(streamer: Any) -> Callable[..., Tensor]:
-    """A decoding loop for `generate(custom_generate=…)`."""
-
-    def loop(
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **prepared: Any,
-    ) -> Tensor:
-        _check_request(input_ids, generation_config, prepared)
-        held, ids_1T = session(model), input_ids
-        if streamer is not None:
-            streamer.put(ids_1T.cpu())
-        logits_V = held.logits_V(ids_1T[0].tolist())
-        while True:
-            scores_1V = logits_processor(ids_1T, logits_V[None])
-            if generation_config.do_sample:
-                token_1 = torch.multinomial(scores_1V.softmax(-1), num_samples=1)[0]
-            else:
-                token_1 = scores_1V.argmax(-1)
-            ids_1T = torch.cat([ids_1T, token_1[None]], -1)
-            done = stopping_criteria(ids_1T, None)
+        def loop(
+            model: PreTrainedModel,
+            input_ids: Tensor,
+            logits_processor: Any,
+            stopping_criteria: Any,
+            generation_config: Any,
+            **prepared: Any,
+        ) -> Tensor:
+            _check_request(input_ids, generation_config, prepared)
+            held, ids_1T = self.session(), input_ids
             if streamer is not None:
-                streamer.put(token_1.cpu())
-            if done.all():
-                break
-            logits_V = held.extend_V(token_1.tolist())
-        if streamer is not None:
-            streamer.end()
-        return ids_1T
+                streamer.put(ids_1T.cpu())
+            logits_V = held.logits_V(ids_1T[0].tolist())
+            while True:
+                scores_1V = logits_processor(ids_1T, logits_V[None])
+                if generation_config.do_sample:
+                    token_1 = torch.multinomial(scores_1V.softmax(-1), num_samples=1)[0]
+                else:
+                    token_1 = scores_1V.argmax(-1)
+                ids_1T = torch.cat([ids_1T, token_1[None]], -1)
+                done = stopping_criteria(ids_1T, None)
+                if streamer is not None:
+                    streamer.put(token_1.cpu())
+                if done.all():
+                    break
+                logits_V = held.extend_V(token_1.tolist())
+            if streamer is not None:
+                streamer.end()
+            return ids_1T
 
-    return loop
+        return loop
 
 
 def _check_request(ids_1T: Tensor, config: Any, prepared: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A transformers model as the parts of the compiled decoder; what is not known to compute the same is refused."""
+"""A transformers model as the parts of the compiled decoder. A module that may compute something else is refused."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def parts(model: PreTrainedModel) -> Parts:
 
 
 def _check_state(model: PreTrainedModel) -> None:
-    """Everything that would make transformers' own forward pass compute something else."""
+    """Raise for everything that makes transformers' own forward pass compute something else."""
     if (how := compute()) == "reference":
         raise Unsuitable(f"the kernels are set to {how}")
     if model.device.type != "cpu":

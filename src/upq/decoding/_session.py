@@ -14,13 +14,13 @@ from torch import Tensor
 from upq.kernels import Weight, compute, cpu
 from upq.kernels.decoder import Decoder, Parts
 
-_PORTION = 512  # tokens: between two, Ctrl-C is heard
+_PORTION = 512  # tokens: between two, Ctrl-C stops the run
 
 
 class Session:
-    """Logits after a text, of which only what the last text did not begin with is computed.
+    """Logits after a text. Only what follows the prefix that it shares with the last text is computed.
 
-    Law (tests/test_decoding.py): what was computed before makes no difference to a single bit.
+    Law (tests/test_decoding.py): the cache changes no bit.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -35,7 +35,7 @@ class Session:
         return bool(self._identity == identity(parts))
 
     def logits_V(self, ids: Sequence[int]) -> Tensor:
-        """What follows `ids`."""
+        """The logits after `ids`."""
         how = (compute(), cpu.instruction_set())
         kept = shared(self._ids, ids) if how == self._computed_by else 0
         kept = min(kept, len(ids) - 1)  # the last token is computed in any case: its logits are not kept
@@ -45,7 +45,7 @@ class Session:
         return self.extend_V(ids[kept:])
 
     def extend_V(self, ids: Sequence[int]) -> Tensor:
-        """What follows all tokens so far and then `ids`."""
+        """The logits after all tokens so far and then `ids`."""
         assert self._computed_by is not None
         assert ids
         for start in range(0, len(ids), _PORTION):
@@ -60,13 +60,13 @@ class Session:
 
 
 def shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+    """The length of the common prefix."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def identity(value: Any) -> Any:
-    """Which tensors a value is made of, and which writing to them they have seen; comparable where tensors are not."""
+    """The tensors of a value with their version counters, in a form that can be compared."""
     if isinstance(value, Tensor):
         # .data = … leaves the tensor and its version as they were: `model.to` does that
         return id(value), value.data_ptr(), value.dtype, 0 if value.is_inference() else value._version

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from upq.core.config import Plugin, Strict
+from upq.core.config import Plugin, Strict, free
 from upq.core.precision import Precision
 
 
@@ -28,8 +28,8 @@ class Distill(Strict):
     train_weights: bool = True  # False: codes stay as the block-wise stage has left them, and scales alone learn
     train_norms: bool = False
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments in float32, or in 8 bits (torchao)
-    gradient_checkpointing: bool = False  # keep the blocks' inputs for the backward pass and run each block again
+    gradient_checkpointing: bool = free(False)  # keep the blocks' inputs for the backward pass and run each block again
     precision: Precision = "auto"  # of the products; what is learned is float32
     chunk_tokens: int = Field(1024, ge=1)  # tokens whose fp32 logits exist at one time
     checkpoint_every: int = Field(50, ge=1)  # optimiser steps
-    skip_bad_steps: int = Field(0, ge=0)  # as many whose loss or gradient is not finite are left out; one more stops
+    skip_bad_steps: int = free(0, ge=0)  # as many whose loss or gradient is not finite are left out; one more stops

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from upq.model.loading import decoder_blocks, family
 from upq.model.streaming import StreamedModel
 from upq.nn.fixed_codes import Start
-from upq.nn.packed import Codes
 from upq.nn.trained import TrainedLinear
 
 Starts = Mapping[str, Start]  # by the path of a linear
@@ -114,13 +113,13 @@ def trained_linears(model: nn.Module) -> dict[str, TrainedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, TrainedLinear)}
 
 
-def freeze(student: nn.Module, *, keep: bool = True) -> Codes:
-    """Module path to codes, on the CPU: exactly what the student's forward pass computes with.
+def trained_blocks(student: PreTrainedModel) -> Iterator[tuple[int, dict[str, Start]]]:
+    """Index of a block and what its linears have become, by name: exactly what the forward pass computes with.
 
-    Every process has to ask where each has shards; those that do not `keep` the codes have them one at a time.
+    Where each process has shards, every process has to go through all blocks.
     """
-    frozen = ((name, layer.freeze().cpu()) for name, layer in trained_linears(student).items())
-    return Codes((name, q) for name, q in frozen if keep)
+    for index, block in enumerate(decoder_blocks(student)):
+        yield index, {name: layer.solution() for name, layer in trained_linears(block).items()}
 
 
 def _skeleton_like(model: PreTrainedModel) -> PreTrainedModel:

@@ -47,7 +47,7 @@ class CachedTeacher:
     """The k likeliest tokens at every position of some rows of the data, in shards of whole rows.
 
     `rows` are the rows' numbers in the data, in the order of the cache. A log-probability is float16: rounded by at
-    most 5e-4 of itself, where the tokens that are left out weigh far more (docs/design.md).
+    most 5e-4 of itself, where the tokens that are left out weigh far more (docs/numerics.md).
     """
 
     folder: Path

@@ -83,7 +83,7 @@ def distill(
 
     Every `checkpoint_every` steps the latents, scales and optimiser moments go to `checkpoint`, atomically; a later
     call goes on from there. A step whose loss or gradient is not finite changes nothing; `skip_bad_steps` of them are
-    left out, one more is an UPQError. That, and a `stop` that waits, which is heeded after a step by raising Stopped,
+    left out, one more is an UPQError. That, and a `stop` that waits, which raises Stopped after a step,
     come once the state is in `checkpoint`.
     """
     training, stop = Training(student, teacher, data, config, sharded=sharded), stop or Stop()
@@ -148,7 +148,7 @@ class Training:
     def step(self, step: int, factor: float, stop: Stop) -> tuple[float, float, bool]:
         """Optimiser step number `step` on this process's share of its batch, at `factor` times the rates.
 
-        Returns, alike in all processes, the mean loss a token, the norm of the gradient and whether any is to stop. If
+        Returns, equal in all processes, the mean loss a token, the norm of the gradient and whether any is to stop. If
         one of the two figures is not finite, nothing has changed.
         """
         config, accelerator = self.config, self.accelerator

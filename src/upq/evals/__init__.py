@@ -1,4 +1,4 @@
-"""How good a model still is: on text (perplexity, distance from the teacher), on tasks, and how small."""
+"""Quality of a model: on text (perplexity, distance from the teacher), on tasks, and its size."""
 
 from upq.artifact.size import ModelSize, model_size, weights_bytes
 from upq.evals.tasks import evaluate_tasks

@@ -1,7 +1,7 @@
-"""How fast a model writes, and how near that is to the speed of memory: engines in turns, in one process.
+"""Decoding speed, and its share of the speed of memory: engines in turns, in one process.
 
 A shared machine changes its speed from minute to minute. So every repeat runs all engines one after the other and reads
-memory in between; ratios are taken within a repeat, and what is reported are medians over the repeats.
+memory in between; ratios are taken within a repeat, and the figures are medians over the repeats.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def compiled(model: Any) -> Engine:
     def run(ids: list[int], tokens: int, clock: Clock) -> list[float]:
         decoding.session(model).forget()
         times = _timed(model, model.generate, ids, tokens, clock)
-        assert model.why_not_compiled is None  # what is timed is what it says
+        assert model.why_not_compiled is None  # the label must name what is timed
         return times
 
     return Engine("upq", run, parts.weight_bytes, parts.cache_bytes)
@@ -133,7 +133,7 @@ def plain(name: str, model: PreTrainedModel, weight_bytes: int | None = None) ->
 
 
 def check_llama_cpp() -> None:
-    """Whether there is something to compare with. Raises UPQError."""
+    """Check that llama.cpp is installed. Raises UPQError."""
     exporter("gguf")
     try:
         import_module("llama_cpp")

@@ -64,7 +64,7 @@ def evaluate_tasks(
     mini_mmlu and mini_ifeval (upq.evals.mini) need no files and no hub.
     `data_dir`: mmlu and ifeval come from there (layout: upq.evals.local_tasks), everything else from the hub.
     `limit`: questions of each task, which for a group means of each leaf, so 57 times as many for mmlu.
-    `num_fewshot`: None is what the task says (mmlu: 0, ifeval: 0, which cannot be changed); examples come from dev.
+    `num_fewshot`: None is the task's own number (mmlu: 0, ifeval: 0, which is fixed); examples come from dev.
     `chat`: None puts prompts of tasks that generate into the tokenizer's chat template, if it has one, and leaves those
     that compare likelihoods as plain text; True and False hold for all tasks.
     `thinking`: for chat templates with such a switch; off, because the limit on new tokens is meant for the answer.
@@ -189,7 +189,7 @@ def _as_lm(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, thin
 
 
 class _Counts:
-    """What lm-eval would only mention in a log line."""
+    """Report as notes what lm-eval writes to its log only."""
 
     def __init__(self) -> None:
         self.cut = 0  # prompts that did not fit the context

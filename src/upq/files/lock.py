@@ -1,14 +1,12 @@
-"""One process at a time in a directory: a file that the kernel locks, with its owner's record for whoever is refused.
+"""Directory lock: one process at a time. The locked file also names its owner, for the error message.
 
-The lock is flock(2)'s: it ends with its process, however that ends. The record decides only what the kernel does not
-know: on a shared file system, whether the owner is another machine whose locks do not come through, or which died.
+filelock uses flock(2), so a lock ends with its process, however that ends. The record decides only where the kernel
+cannot: on a shared file system the owner may be another machine, whose locks do not come through, or which died.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import json
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -16,6 +14,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from upq.core.config import Strict
@@ -48,57 +48,51 @@ def lock(path: Path, note: Callable[[str], None]) -> Iterator[None]:
     The lock of a process of this machine that has died is taken over, with a `note`. One that was left by another
     machine is refused: whether its run goes on cannot be known from here.
     """
+    file = FileLock(path, timeout=0.1, poll_interval=0.02, fallback_to_soft=False)  # its owner may just be done
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file, locked = _open(path)
+        locked = _acquired(file)
     try:
-        me, owner = _this(), _recorded(file)
+        me, owner = _this(), _recorded(path)
         held = f"{path.parent}: in use by {owner or 'another process'}"
         if locked is False:
             raise UPQError(f"{held}; wait for it or stop it, or use another --out")
         if owner is not None and not owner.same_machine(me):
             raise UPQError(f"{held}, by its lock; if that run is over, delete {path} and run the same command again")
-        if locked is None and owner is not None and _runs(owner.pid):
+        if locked is None and owner is not None and psutil.pid_exists(owner.pid):
             raise UPQError(f"{held}, by its lock; wait for it, or delete {path} if that is no run of upq")
         if locked is None:
             note(f"{path.parent}: this file system has no locks; start no second run there")
         if owner is not None:
             note(f"{path.parent}: taken over from {owner}, which did not end in order")
         with write_errors(path):
-            os.ftruncate(file, 0)
-            os.pwrite(file, me.model_dump_json().encode(), 0)
+            path.write_text(me.model_dump_json())
         try:
             yield
         finally:
-            # Before the lock goes: whoever has opened the file by then sees that it has no name any more.
-            path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)  # before the lock goes: filelock takes no lock on a file without a name
     finally:
-        os.close(file)
+        file.release()
 
 
-def _open(path: Path) -> tuple[int, bool | None]:
-    """The file, and whether it is locked now; None where the file system has no locks."""
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return file, False
-        except OSError as error:
-            if error.errno in _UNSUPPORTED:
-                return file, None
-            os.close(file)
-            raise
-        if os.fstat(file).st_nlink:
-            return file, True
-        os.close(file)  # its owner has removed it in between: this lock would guard no name
+def _acquired(file: FileLock) -> bool | None:
+    """Whether the lock is held now; None where the file system has no locks."""
+    try:
+        file.acquire()
+    except Timeout:
+        return False
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            return None
+        raise
+    return True
 
 
-def _recorded(file: int) -> Owner | None:
+def _recorded(path: Path) -> Owner | None:
     """None where there is no record, or half of one: its owner died, or is about, to write it."""
     try:
-        return Owner.model_validate(json.loads(os.pread(file, 4096, 0)))
-    except (ValueError, ValidationError):
+        return Owner.model_validate_json(path.read_bytes()[:4096])
+    except (OSError, ValidationError):
         return None
 
 
@@ -106,13 +100,3 @@ def _this() -> Owner:
     boot = _BOOT.read_text().strip() if _BOOT.is_file() else None
     since = datetime.now(UTC).isoformat(" ", "seconds")
     return Owner(pid=os.getpid(), host=platform.node(), boot=boot, since=since)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

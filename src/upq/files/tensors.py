@@ -118,8 +118,8 @@ def _instead(path: Path) -> str:
     if not found:
         return "is the download complete?"
     return (
-        f"found {found[0]}, a pickle, which can run any code when it is read and never is here. Whoever trusts it"
-        ' converts it: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;'
+        f"found {found[0]}, a pickle, which can run any code when it is read and never is here. If you trust it,"
+        ' convert it: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;'
         f" d = '{path}';"
         " m = M.from_pretrained(d, use_safetensors=False, dtype='auto'); m.save_pretrained(d + '-safe');"
         " T.from_pretrained(d).save_pretrained(d + '-safe')\""

@@ -1,6 +1,6 @@
-"""Choose a grid's scale by search instead of by range: the one thing 2 bits cannot do without.
+"""Choose a grid's scale by search instead of by range: at 2 bits this decides most.
 
-On Gaussian rows the range (Δ = max) costs a relative error of 0.53, the searched Δ 0.35 (docs/design.md).
+On Gaussian rows the range (Δ = max) costs a relative error of 0.53, the searched Δ 0.35 (docs/numerics.md).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ SHRINK = torch.linspace(0.10, 1.30, 61)
 def search_scale(w_OI: Tensor, scheme: QuantScheme, importance_I: Tensor | None = None) -> Params:
     """Per group, the parameters with the least squared error among shrunken ranges.
 
-    `importance_I` weighs the error of each input feature; with E[x²] it is the diagonal of the layer's Hessian,
-    so the search minimises the output error of a layer with uncorrelated inputs.
+    `importance_I` weighs the error of each input feature. With E[x²] it is the diagonal of the layer's Hessian,
+    and the search minimises the output error of a layer with uncorrelated inputs.
     """
     w_OI = w_OI.detach().float()
     importance_I = torch.ones(w_OI.shape[1], device=w_OI.device) if importance_I is None else importance_I.float()

@@ -19,7 +19,7 @@ from upq.grids._base import GRIDS, SMALLEST_SCALE, Params, stored_scale, stretch
 
 
 class _FakeSeq(torch.autograd.Function):
-    """Ŵ with straight-through gradients; keeps W and Δ only and recomputes u, so no second copy of W is held."""
+    """Ŵ with straight-through gradients; keeps W and Δ and recomputes u, so there is no second copy of W."""
 
     @staticmethod
     def forward(ctx: Any, w_OGS: Tensor, delta_OG: Tensor, n: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""Products with packed weights. Layers call these names only; what runs behind them is chosen here.
+"""Products with packed weights. Layers call these names only; this module chooses the kernels behind them.
 
-By `set_compute`, `computing` or the environment variable UPQ_KERNELS, which is read once:
+`set_compute`, `computing` or the environment variable UPQ_KERNELS (read once) select one of:
 
     w2a8        compiled, activations in int8: the default on the CPU, and not on CUDA
     w2a16       compiled, activations in float32 on the CPU, as they come on CUDA: the default there
@@ -44,12 +44,12 @@ Compute = Literal["w2a8", "w2a16", "reference"]
 COMPUTES: tuple[Compute, ...] = get_args(Compute)
 _DEFAULT: dict[str, Compute] = {"cpu": "w2a8", "cuda": "w2a16"}
 
-# One choice for the process, and not one for each thread: a generation in a thread of its own runs as it was set.
+# One choice for the process, not one a thread: a generation in a thread of its own keeps the choice.
 _chosen: Compute | None = None
 
 
 def compute(device: str = "cpu") -> Compute:
-    """What products on a device of this type run through now."""
+    """The kernels that products on a device of this type use now."""
     if device not in _DEFAULT:
         return "reference"
     chosen = _chosen or _of_environment() or _DEFAULT[device]
@@ -60,13 +60,13 @@ def compute(device: str = "cpu") -> Compute:
 
 @cache
 def _of_environment() -> Compute | None:
-    """What UPQ_KERNELS says. Asking the environment takes 2 µs, and a token passes 100 linears."""
+    """The value of UPQ_KERNELS, cached: reading the environment takes 2 µs, and a token passes 100 linears."""
     named = os.environ.get("UPQ_KERNELS")
     return None if named is None else _named(named, "UPQ_KERNELS")
 
 
 def set_compute(name: str | None) -> None:
-    """Choose for this process; None goes back to UPQ_KERNELS, which is then read again, or the default."""
+    """Choose for this process. None goes back to UPQ_KERNELS (read again) or the default."""
     global _chosen
     _chosen = None if name is None else _named(name, "set_compute")
     if name is None:
@@ -75,7 +75,7 @@ def set_compute(name: str | None) -> None:
 
 @contextmanager
 def computing(name: str) -> Iterator[None]:
-    """`set_compute` for a while."""
+    """`set_compute` for a block of code."""
     before = _chosen
     set_compute(name)
     try:

@@ -4,8 +4,8 @@ w2a8    Each token is quantised to int8 on its way in, q = round(127·x / max|x|
         exact. Only the rounding of the activations is an error: 4e-3 of a Gaussian token's products, relative.
 w2a16   Activations in float32 and weights as they are; what is lost is the rounding of float32 sums.
 
-Law (tests/test_kernels.py): an output depends on its token and its row alone, so batches, threads and the company of
-other matrices change no bit; and in w2a8 every instruction set computes the same bits.
+Law (tests/test_kernels.py): an output depends on its token and its row alone, so batches, threads and the other
+matrices of a call change no bit. In w2a8 every instruction set computes the same bits.
 
 A token with NaN or infinity has NaN for every w2a8 product. The environment variable UPQ_CPU_ISA forces an instruction
 set. cpu/layout.hpp describes the layout in memory.
@@ -54,7 +54,7 @@ def instruction_sets() -> list[str]:
 
 @cache
 def instruction_set() -> str:
-    """The one in use: the fastest, or what UPQ_CPU_ISA says."""
+    """The one in use: UPQ_CPU_ISA, or the fastest."""
     known = instruction_sets()
     name = os.environ.get("UPQ_CPU_ISA") or known[0]
     if name not in known:
@@ -70,7 +70,7 @@ def isa(name: str) -> int:
 
 @cache
 def real(dtype: torch.dtype) -> Any:
-    """The compiled module's word for a dtype."""
+    """The compiled module's name of a dtype."""
     reals = extension().Real
     known = {torch.float32: reals.f32, torch.float16: reals.f16, torch.bfloat16: reals.bf16}
     if dtype not in known:

@@ -2,12 +2,12 @@
 
 Law (tests/cuda_laws.py): weights are exact up to one rounding to the type of x, as in the reference, since
 `(code − zero) · scale` is computed in float32. With one scale a row the products are of `code − zero`, which is exact,
-and the scale is applied to their sum. Sums are float32 and rounded once. Their order is that of the tiles which gemlite
-has timed and found fastest: unlike on the CPU, last bits may differ with the number of tokens and between processes.
+and the scale is applied to their sum. Sums are float32 and rounded once. gemlite times its tiles and takes the fastest;
+tiles decide the order of sums. So, unlike on the CPU, last bits may differ with the number of tokens and the process.
 
-What gemlite cannot hold is an error and never the reference by itself: widths other than 2, 4 and 8 bits, rows that are
-no multiple of 32 columns, groups that are no power of two from 32 up, 2 GiB of codes and more in one weight, x in
-another type than float16 and bfloat16.
+What gemlite does not support is an error, with no fallback to the reference: widths other than 2, 4 and 8 bits, rows
+that are no multiple of 32 columns, groups that are no power of two from 32 up, 2 GiB of codes and more in one weight,
+x in another type than float16 and bfloat16.
 
 Not run on a GPU yet: tests run the kernels in Triton's interpreter (tests/interpreted.py).
 
@@ -64,13 +64,13 @@ class Matrix:
 
 @cache
 def library() -> Any:
-    """gemlite. It looks at the GPU when it is imported."""
+    """gemlite. Its import queries the GPU."""
     logger = logging.getLogger("gemlite.core")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of the table of tiles it has found, which is as it should be
+    logger.setLevel(logging.ERROR)  # it warns about the table of tiles that it found, which is expected
     try:
         import gemlite
-    except Exception as error:  # whatever Triton says of a machine without a compiler or a driver
+    except Exception as error:  # Triton's errors on a machine without a compiler or a driver vary
         raise UPQError(
             f"the CUDA kernels are not there ({error}): pip install 'upq[cuda]' where a C compiler is, or choose the "
             "slow reference in torch, UPQ_KERNELS=reference"
@@ -82,7 +82,7 @@ def library() -> Any:
 
 @cache
 def _product() -> Any:
-    # Apart from torch.compile: gemlite tells it that outputs have the type of x, and ours are float32 of few tokens.
+    # Hidden from torch.compile: gemlite declares outputs in the type of x, and ours are float32 for few tokens.
     return torch.compiler.disable(library().forward_functional)  # type: ignore[no-untyped-call]
 
 
@@ -154,7 +154,7 @@ def _linear(x: Tensor, matrix: Matrix, bias_O: Tensor | None) -> Tensor:
 
 @cache
 def _settings(bits: int, group_size: int, one_scale: bool, x: torch.dtype, y: torch.dtype) -> list[int]:
-    """What gemlite calls a layer's metadata. Its own `pack` makes the like, but of rounded scales and zeros."""
+    """gemlite's metadata of a layer. Its own `pack` makes the same, but from rounded scales and zeros."""
     types, own = library().core.TORCH_TO_DTYPE, torch.float32
     layer = library().GemLiteLinear(
         bits, group_size, input_dtype=types[x], output_dtype=types[y], acc_dtype=types[own], scaled_activations=False

@@ -1,7 +1,7 @@
-"""A whole decoder of Llama's kind on the CPU, compiled: one call a token, and nothing of Python in between.
+"""A whole decoder of Llama's kind on the CPU, compiled: one call a token, without Python in between.
 
 What lies between the products is float32, whatever the dtype of the tensors. Law (tests/test_decoding.py): logits
-depend on the tokens alone, bit for bit; neither portions, threads nor what was forgotten again make a difference.
+depend on the tokens alone, bit for bit; portions, threads and truncated positions make no difference.
 
 Shape suffixes: O = out features, I = in features, H = hidden size, D = size of a head, V = vocabulary.
 """
@@ -63,7 +63,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What a decoder is made of."""
+    """The parts of a decoder."""
 
     embedding: Weight | Tensor  # (V, H)
     blocks: tuple[Block, ...]
@@ -106,7 +106,7 @@ class Decoder:
         return self._decoder.length
 
     def truncate(self, length: int) -> None:
-        """Forget all positions from `length` on."""
+        """Drop all positions from `length` on."""
         self._decoder.truncate(length)
 
     def forward(self, ids: Sequence[int], *, compute: cpu.Compute = "w2a8") -> Tensor:

@@ -1,4 +1,4 @@
-"""Compiled products inside a graph: they run, and `backward` is an error, since silence would be a wrong gradient."""
+"""Compiled products inside a graph: they run, and `backward` is an error instead of a wrong gradient."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from upq.core.errors import UPQError
 def without_gradient(
     products: Callable[[], list[Tensor]], kernels: str, x: Tensor, biases_O: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    """What `products` makes of x and the biases, by the kernels of this name."""
+    """`products` of x and the biases, through the kernels of this name."""
     if not torch.is_grad_enabled():
         return products()
     given = [b for b in biases_O if b is not None]

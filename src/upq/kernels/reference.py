@@ -1,4 +1,4 @@
-"""The canonical packed layout and products with it in plain torch: right on every device, and what others must equal.
+"""The canonical packed layout and products with it in plain torch, right on every device. Other kernels must equal it.
 
 A row of codes is a little-endian bit stream: element k occupies bits [k·b, (k+1)·b) of its row, counted from the least
 significant bit of byte 0. At 2 bits that is 4 codes a byte, at 4 bits 2, at 3 bits 8 codes in 3 bytes. The last byte

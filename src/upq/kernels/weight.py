@@ -1,4 +1,4 @@
-"""A packed weight as kernels get it: the canonical tensors, and what the compiled kernels make of them.
+"""A packed weight as kernels get it: the canonical tensors, and the layout of the compiled kernels, cached.
 
 Shape suffixes: O = out features, G = groups in a row, B = bytes in a row.
 """
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class Weight:
-    """Canonical tensors (reference.py) of a weight, and the same codes rearranged for its device from the first use on.
+    """Canonical tensors (reference.py) of a weight, and the same codes in its device's layout, built on first use.
 
-    On the CPU the canonical tensors stay as they are: of a loaded artefact they are pages of its file, which are given
-    back once they have been read. Only the rearranged copy is memory of the process. On a CUDA device the rearranged
-    codes take the place of the canonical ones, which become a view of them. So a model takes its size once.
+    On the CPU the canonical tensors stay. In a loaded artefact they are mapped pages of its file, given back to the
+    system once read; only the rearranged copy is memory of the process. On a CUDA device the rearranged codes
+    replace the canonical ones, which become a view of them. So a model is in memory once.
     """
 
     def __init__(
@@ -35,15 +35,15 @@ class Weight:
         self._cuda_matrix: cuda.Matrix | None = None
 
     def is_of(self, packed_OB: Tensor, scale_OG: Tensor, zero: Tensor | float) -> bool:
-        """Whether these are the tensors it was made of, and nothing has been written to them since.
+        """Whether it was made of these tensors, and nothing has been written to them since.
 
-        Tensors made in inference mode do not count what is written to them: replace those, do not change them.
+        Tensors made in inference mode have no version counter: replace those, do not write to them.
         """
         same = packed_OB is self.packed_OB and scale_OG is self.scale_OG and zero is self.zero
         return same and self._versions == self._current_versions()
 
     def matrix(self) -> _cpu.PackedMatrix:
-        """Rearranged for the CPU kernels: at the first call, and kept."""
+        """The CPU layout. Built on first use, then cached."""
         if self._matrix is None:
             self._matrix = cpu.pack(
                 self.packed_OB, self.scale_OG, self.zero, bits=self.bits, in_features=self.in_features
@@ -52,9 +52,9 @@ class Weight:
         return self._matrix
 
     def cuda_matrix(self) -> cuda.Matrix:
-        """Rearranged for the CUDA kernels: at the first call, and kept. Only scales and zeros are memory of its own."""
+        """The CUDA layout. Built on first use, then cached. Only scales and zeros take memory of their own."""
         if self._cuda_matrix is None:
-            # The buffer stays what it is: a tensor that counts what is written to it, or one of inference mode.
+            # The buffer stays as it is: a tensor with a version counter, or one of inference mode.
             with torch.inference_mode(self.packed_OB.is_inference()):
                 self._cuda_matrix = cuda.pack(
                     self.packed_OB, self.scale_OG, self.zero, bits=self.bits, in_features=self.in_features
@@ -65,6 +65,3 @@ class Weight:
     def _current_versions(self) -> list[int]:
         tensors = [t for t in (self.packed_OB, self.scale_OG, self.zero) if isinstance(t, Tensor)]
         return [0 if t.is_inference() else t._version for t in tensors]
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()  # copies and pickles of a layer leave it out: it is made again from their own tensors

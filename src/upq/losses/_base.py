@@ -1,7 +1,7 @@
 """A loss gives its value and its gradient in one pass over the logits.
 
-The gradient is written out rather than left to autograd: it follows from the same probabilities as the value, so a
-chunk of logits is read once and nothing of size (tokens, vocabulary) outlives it. Law: equal to float64 autograd of
+The gradient is written out, not left to autograd. It follows from the same probabilities as the value, so a chunk of
+logits is read once and nothing of size (tokens, vocabulary) outlives it. Law: equal to float64 autograd of
 the definition (tests/test_losses.py).
 
 Shape suffixes: T = tokens, V = vocabulary. p = teacher, q = student, both as probabilities.
@@ -26,7 +26,7 @@ class ValueAndGrad(NamedTuple):
 
 
 class Loss(Protocol):
-    """Law: 0 at the teacher (unless `uses_teacher` is False), additive over chunks, blind to a shift of the logits."""
+    """Law: 0 at the teacher (unless `uses_teacher` is False), additive over chunks, invariant to logit shifts."""
 
     Config: type[BaseModel]
     uses_teacher: bool
@@ -37,7 +37,7 @@ class Loss(Protocol):
         self, student_TV: Tensor, teacher: Tensor | TopK | None, target_T: Tensor, mask_T: Tensor
     ) -> ValueAndGrad:
         """`teacher` is its logits (T, V), its likeliest tokens (a `Divergence` takes either), or None for a loss
-        without one. `target_T` is the next token of each position; `mask_T` says which positions count."""
+        without one. `target_T` is the next token of each position; `mask_T` selects the positions that count."""
         ...
 
 

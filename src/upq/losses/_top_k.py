@@ -1,4 +1,4 @@
-"""The head of a distribution: its k likeliest tokens, and what all the others have together.
+"""The k likeliest tokens of a distribution, and the probability of all others together.
 
 A divergence between two distributions whose rare tokens are counted as one is never above the full one (the data
 processing inequality), and at k = V it is the full one. Laws: tests/test_losses.py.
@@ -62,10 +62,10 @@ class Coarse:
         return cls(index_TK, torch.cat([logq_TV.gather(-1, index_TK), rest_T[:, None]], -1), outside_TV)
 
     def spread(self, grad_TR: Tensor) -> Tensor:
-        """A gradient with respect to the logits of the R outcomes, as one with respect to those of all V tokens.
+        """Turn a gradient with respect to the logits of the R outcomes into one with respect to those of all V tokens.
 
-        The log-probabilities of the outcomes are logits of theirs: z of a kept token, and for the rest the logsumexp
-        of its logits, whose derivative is each token's share of the rest.
+        The log-probabilities of the outcomes are logits too: z of a kept token, and the logsumexp of the logits of the
+        rest. The derivative of that logsumexp is each token's share of the rest.
         """
         share_TV = (self.outside_TV - self.logq_TR[:, -1:]).exp_()
         return share_TV.mul_(grad_TR[:, -1:]).scatter_(-1, self.index_TK, grad_TR[:, :-1])

@@ -1,7 +1,7 @@
 """Confidence-aware KL (BitDistiller, arXiv 2402.10631): γ·KL(q‖p) + (1-γ)·KL(p‖q).
 
-γ is the teacher's mean probability of the text it is shown: a sure teacher is followed mode-seeking. The trainer
-measures it on the first calibration sequences where the recipe leaves it open.
+γ is the teacher's mean probability of the text: the surer the teacher, the more mode-seeking the loss. Where the recipe
+leaves γ open, it is measured on the first calibration rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reverse KL(q‖p): mode-seeking; the student leaves out what the teacher would not say."""
+"""Reverse KL(q‖p): mode-seeking; the student drops what the teacher finds unlikely."""
 
 from __future__ import annotations
 

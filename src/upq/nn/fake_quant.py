@@ -60,8 +60,8 @@ class FakeQuantLinear(TrainedLinear):
         rows, columns = self.weight.shape
         return rows, columns
 
-    def freeze(self) -> QTensor:
-        return GRIDS.get(self.scheme.grid).freeze(whole(self.weight), self._whole_params(), self.scheme)
+    def solution(self) -> Solution:
+        return Solution(whole(self.weight.detach()), self._whole_params(), self.scheme)
 
     def _learned(self) -> dict[str, Tensor]:
         return {_LATENT: self.weight, **self.grid_params}

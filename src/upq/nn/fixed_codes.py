@@ -62,8 +62,8 @@ class FixedCodesLinear(TrainedLinear):
     def shape(self) -> tuple[int, int]:
         return len(self.packed), self.in_features
 
-    def freeze(self) -> QTensor:
-        return Coded(whole(self.packed), self.in_features, self._whole_params(), self.scheme).qtensor()
+    def solution(self) -> Coded:
+        return Coded(whole(self.packed.detach()), self.in_features, self._whole_params(), self.scheme)
 
     def _learned(self) -> dict[str, Tensor]:
         return dict(self.grid_params)

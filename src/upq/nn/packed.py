@@ -61,6 +61,9 @@ class _Packed(nn.Module):
         assert self.constant_zero is not None
         return self.constant_zero
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_weight": None}  # copies and pickles make the kernels' layout again
+
     def kernel_weight(self) -> kernels.Weight:
         """What kernels multiply with: made when first asked for, and again when a buffer has changed."""
         # Straight from the dictionary: nn.Module's own look-up costs 0.3 µs a buffer, for every linear of every token.

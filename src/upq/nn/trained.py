@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 from upq.core.scheme import QTensor, QuantScheme
 from upq.grids import Params
+
+if TYPE_CHECKING:
+    from upq.nn.fixed_codes import Start
 
 Weight = Callable[[dict[str, Tensor]], Tensor]  # what learns, by name, to the weight (O, I), float32, differentiable
 
@@ -36,8 +39,13 @@ class TrainedLinear(nn.Module):
         """(O, I)."""
 
     @abstractmethod
+    def solution(self) -> Start:
+        """What it has become, to train on from or to pack. Where it is sharded, every process has to call this."""
+
     def freeze(self) -> QTensor:
-        """The weight as codes. Where it is cut over several processes, each has to ask, and gets all."""
+        """The weight as codes. Where it is sharded, every process has to call this."""
+        with torch.no_grad():
+            return self.solution().qtensor()
 
     @abstractmethod
     def _learned(self) -> dict[str, Tensor]:
@@ -55,7 +63,7 @@ class TrainedLinear(nn.Module):
         return product(x, self.bias, self._weight, self._learned())
 
     def _whole_params(self) -> Params:
-        return {key: whole(value) for key, value in self.grid_params.items()}
+        return {key: whole(value.detach()) for key, value in self.grid_params.items()}
 
     def extra_repr(self) -> str:
         o, i = self.shape

@@ -9,30 +9,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from transformers import PretrainedConfig
 
-from upq.core.config import decode, override
 from upq.core.errors import UPQError
 from upq.core.memory import resident_bytes
 from upq.distill.optimizer import check as check_optimizer
-from upq.model.loading import family
 from upq.model.sizes import Sizes, sizes_of
 from upq.model.streaming import StreamedModel
 from upq.run.recipe import Recipe
-from upq.run.run import (
-    caches_teacher,
-    check_lengths,
-    check_original,
-    check_plugins,
-    sequences,
-    to_be_written,
-    trains_weights,
-)
-from upq.stages._need import blockwise_need, check_need, data_need, distill_need, generate_need, teacher_need
+from upq.run.run import check as check_run
+from upq.run.run import reading_of
+from upq.stages import Planned
+from upq.stages._need import check_need, data_need
+from upq.stages.blockwise import Blockwise
+from upq.stages.distill import Distill
 from upq.stages.sizes import Machine, Need, Speed
+
+__all__ = ["GPU_CONTEXT", "SCALES_ALONE", "Machine", "Plan", "Speed", "Stage", "check", "needs", "plan", "this_speed"]
 
 # Of a GPU: CUDA's context, the libraries' workspaces, and what its allocator cannot use. Assumed, not measured.
 GPU_CONTEXT = 10**9
@@ -46,40 +41,35 @@ SCALES_ALONE = "distill.train_weights=false"
 
 def check(config: PretrainedConfig, recipe: Recipe, name: str) -> None:
     """Every error of model and recipe that shows without data. Raises UPQError."""
-    family(config)
-    check_original(config, name)
-    check_plugins(recipe, StreamedModel.without_files(config))
-    check_lengths(recipe, config)
+    check_run(config, recipe, StreamedModel.without_files(config), name)
 
 
 def needs(sizes: Sizes, recipe: Recipe, machine: Machine) -> dict[str, Need]:
     """What each stage of `recipe` needs, in their order."""
-    data, training = recipe.data, recipe.distill
-    sharded, on_disk = recipe.memory.weights == "sharded", recipe.memory.activations == "disk"
-    found: dict[str, Need] = {}
-    if (section := to_be_written(recipe)) is not None:
-        assert section.tokens is not None
-        found["generate"] = generate_need(section, sizes, machine, tokens=section.tokens, sharded=sharded)
-    found["data"] = data_need(rows=sequences(recipe) + data.validation, seq_len=data.seq_len)
-    for name, stage, latents in (("int4", recipe.int4, False), ("int2", recipe.int2, trains_weights(recipe))):
-        if stage is not None:
-            found[name] = blockwise_need(stage, sizes, machine, seq_len=data.seq_len, on_disk=on_disk, latents=latents)
-    if caches_teacher(recipe):
-        found["teacher"] = teacher_need(training, sizes, machine, seq_len=data.seq_len)
-    scheme = recipe.int2.scheme()
-    found["distill"] = distill_need(training, sizes, machine, seq_len=data.seq_len, scheme=scheme, sharded=sharded)
+    reading, data = reading_of(recipe), recipe.data
+    packing = {"data": data_need(rows=reading.rows + reading.validation, seq_len=reading.seq_len)}
+    found, scheme, solved, stages = dict[str, Need](), None, 0, list(recipe.stages.items())
+    for at, (name, stage) in enumerate(stages):
+        if stage.demands(data).rows and "data" not in found:
+            found |= packing
+        latents = any(later.demands(data).start == "latents" for _, later in stages[at + 1 :])
+        planned = Planned(reading, recipe.memory, "latents" if latents else "codes", scheme)
+        found |= stage.need(name, sizes, machine, planned)
+        if isinstance(stage, Blockwise):
+            scheme, solved = stage.scheme(), solved + 1
+    assert scheme is not None
     found["check"] = check_need(
         sizes,
         machine,
-        seq_len=data.seq_len,
-        rows=data.validation,
-        on_disk=on_disk,
+        seq_len=reading.seq_len,
+        rows=reading.validation,
+        on_disk=recipe.memory.activations == "disk",
         scheme=scheme,
-        before=None if recipe.int4 is None else recipe.int4.scheme(),
+        built_on=solved - 1,
         embeddings_bits=recipe.embeddings.bits,
-        trained=found["distill"].tokens > 0,
+        trained=any(stage.trains and stage.demands(data).rows > 0 for stage in recipe.stages.values()),
     )
-    return found
+    return packing | found if "data" not in found else found
 
 
 # ---- what fits
@@ -107,39 +97,33 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Saving:
-    """Settings that may save memory, and the stages that they are for."""
+class _Setting:
+    """A saving of a stage, or of the header, as settings of the recipe; `rows` of the plan that it is for."""
 
-    stages: frozenset[str]
+    rank: int
+    rows: frozenset[str]
     settings: tuple[str, ...]
-
-    def of(self, recipe: Recipe) -> Recipe:
-        for setting in self.settings:
-            recipe = with_setting(recipe, setting)
-        return recipe
+    other_artefact: bool = False
 
     @property
     def keys(self) -> set[str]:
         return {setting.partition("=")[0] for setting in self.settings}
 
 
-_BLOCKWISE, _TRAINING = frozenset({"int4", "int2"}), frozenset({"teacher", "distill"})
-_GENERATE = frozenset({"generate"})
-_SCALES_ALONE = _Saving(_TRAINING | {"int2"}, (SCALES_ALONE, "distill.scale_lr=5e-3"))
-# In the order in which they are tried: what costs least first. The last one makes another artefact.
-_SAVINGS = (
-    _Saving(_BLOCKWISE, ("memory.activations=disk",)),
-    _Saving(_TRAINING, ("distill.chunk_tokens=256",)),
-    _Saving(_TRAINING, ("distill.micro_batch_size=1",)),
-    _Saving(_TRAINING | _GENERATE, ("memory.weights=sharded",)),
-    # After what the training mostly asks for anyway: fewer conversations at a time take as many times longer.
-    _Saving(_GENERATE, ("data.generated.batch_size=32",)),
-    _Saving(_GENERATE, ("data.generated.batch_size=8",)),
-    _Saving(_TRAINING, ("distill.gradient_checkpointing=true",)),
-    _Saving(_TRAINING, ("distill.teacher=offloaded",)),
-    _Saving(_TRAINING, ("distill.optimizer=adamw8bit",)),
-    _SCALES_ALONE,
-)
+def _savings(recipe: Recipe) -> list[_Setting]:
+    """In the order in which they are tried: what costs least first. The last ones make another artefact."""
+    blockwise = {name for name, stage in recipe.stages.items() if stage.solves}
+    cut = {row for name, stage in recipe.stages.items() if not stage.solves for row in (name, f"{name}.teacher")}
+    found = [
+        _Setting(0, frozenset(blockwise), ("memory.activations=disk",)),
+        _Setting(3, frozenset(cut), ("memory.weights=sharded",)),
+    ]
+    for name, stage in recipe.stages.items():
+        for saving in stage.savings:
+            rows = {name, f"{name}.teacher"} | (blockwise if saving.other_artefact else set())
+            settings = tuple(f"{name}.{setting}" for setting in saving.settings)
+            found.append(_Setting(saving.rank, frozenset(rows), settings, saving.other_artefact))
+    return sorted(found, key=lambda saving: saving.rank)
 
 
 def plan(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> Plan:
@@ -150,31 +134,30 @@ def plan(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> Plan:
     program = GPU_CONTEXT if machine.gpus else resident_bytes()
     spare = 0.0 if machine.gpus else _SPARE
     room = machine.memory - int(_RESERVE * machine.memory)
-    given, kept, sizes = recipe, list[_Saving](), sizes_of(config)
+    given, kept, sizes = recipe, list[_Setting](), sizes_of(config)
 
     def memory(recipe: Recipe) -> dict[str, int]:
         """Bytes of each stage's process."""
         return {name: _held(need, program, spare) for name, need in needs(sizes, recipe, machine).items()}
 
     found = memory(recipe)
-    for saving in _SAVINGS:
-        limit = machine.memory if saving is _SCALES_ALONE else room
-        tight = [name for name in saving.stages & found.keys() if found[name] > limit]
+    for saving in _savings(given):
+        limit = machine.memory if saving.other_artefact else room
+        tight = [name for name in saving.rows & found.keys() if found[name] > limit]
         if not tight or (saving.keys == {"memory.weights"} and machine.processes == 1):
             continue
-        changed = saving.of(recipe)
-        try:
-            check_optimizer(changed.distill)
-        except UPQError:  # an optimiser that is not installed here
+        changed = recipe.changed(saving.settings)
+        if not _installed(changed):
             continue
         fresh = memory(changed)
         if any(fresh[name] < found[name] for name in tight):
             recipe, found, kept = changed, fresh, [*(one for one in kept if not one.keys <= saving.keys), saving]
     # It saves so much that some tried before may not be needed, the costliest of them first.
-    for saving in kept[-2::-1] if _SCALES_ALONE in kept else ():
+    for saving in kept[-2::-1] if kept and kept[-1].other_artefact else ():
         fewer = [one for one in kept if one is not saving]
-        changed = reduce(lambda recipe, one: one.of(recipe), fewer, given)
-        fresh, own = memory(changed), saving.stages & found.keys()
+        settings = [setting for one in fewer for setting in one.settings]
+        changed = given.changed(settings)
+        fresh, own = memory(changed), saving.rows & found.keys()
         if all(found[name] <= room and fresh[name] <= room for name in own):
             recipe, found, kept = changed, fresh, fewer
     stages = tuple(
@@ -182,19 +165,23 @@ def plan(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> Plan:
         for name, need in needs(sizes, recipe, machine).items()
     )
     fits = all(stage.memory <= machine.memory for stage in stages)
-    settings = tuple(setting for saving in kept for setting in saving.settings)
-    return Plan(sizes.all, sizes.coded, machine, settings, fits, stages)
+    chosen = tuple(setting for saving in kept for setting in saving.settings)
+    return Plan(sizes.all, sizes.coded, machine, chosen, fits, stages)
 
 
 def _held(need: Need, program: int, spare: float) -> int:
     return program + need.memory + int(spare * need.loose)
 
 
-def with_setting(recipe: Recipe, setting: str) -> Recipe:
-    """The recipe with one key overridden, `dotted.key=yaml value`."""
-    raw = recipe.model_dump(mode="json")
-    override(raw, setting)
-    return decode(Recipe, raw, setting)
+def _installed(recipe: Recipe) -> bool:
+    """Whether the training's optimiser is on this machine."""
+    try:
+        for stage in recipe.stages.values():
+            if isinstance(stage, Distill):
+                check_optimizer(stage)
+    except UPQError:
+        return False
+    return True
 
 
 def this_speed(*, seconds: float = 0.2) -> Speed:

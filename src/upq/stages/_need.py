@@ -6,7 +6,9 @@ A formula does not follow a change of the code it describes: the law shows that 
 
 from __future__ import annotations
 
-from upq.blockwise import METHODS, Calibration, Work, pass_work
+from typing import TYPE_CHECKING
+
+from upq.blockwise import Calibration, Work, pass_work
 from upq.core.precision import computes_in_bf16
 from upq.core.scheme import QuantScheme
 from upq.data.config import Generated
@@ -15,8 +17,10 @@ from upq.distill.teacher import ROWS_A_SHARD
 from upq.distill.trainer import steps
 from upq.losses import LOSSES
 from upq.model.sizes import FP32, Bytes, Sizes, largest, tensors
-from upq.stages.blockwise import Blockwise
 from upq.stages.sizes import Machine, Need, need
+
+if TYPE_CHECKING:
+    from upq.stages.blockwise import Blockwise
 
 _BATCH = 4  # rows that the check takes at a time
 _CHUNK = 1024  # positions whose logits the check has at a time
@@ -61,8 +65,7 @@ def blockwise_need(
 ) -> Need:
     """One block and two streams of hidden states, in memory or on disk. `latents`: they are kept for a training."""
     bf16 = computes_in_bf16(stage.precision, machine.device, sizes.hidden)
-    cls = METHODS.get(stage.method.name)
-    method = cls(stage.method.options(cls.Config, f"method {stage.method.name}"))
+    method = stage.solver()
     rows = -(-stage.samples // machine.processes)
     calibration = Calibration(rows, seq_len, bf16)
     streams = 2.0 * FP32 * seq_len * sizes.hidden if method.needs_inputs else 0.0
@@ -202,13 +205,13 @@ def check_need(
     rows: int,
     on_disk: bool,
     scheme: QuantScheme,
-    before: QuantScheme | None,
+    built_on: int,
     embeddings_bits: int | None,
     trained: bool,
 ) -> Need:
     """The largest of three: packing by the processor, the original block by block, the artefact whole.
 
-    `before`: the scheme of an earlier block-wise stage, which is measured too. `trained`: a training came before.
+    `built_on`: earlier block-wise stages, which are measured too. `trained`: a training came before.
     """
     own, gpu = sizes.itemsize, machine.gpus > 0
     batch = min(rows, _BATCH)
@@ -219,7 +222,7 @@ def check_need(
     states = Bytes() if on_disk else tensors(1, FP32 * rows * seq_len * sizes.hidden)
     ending = Bytes(own * sizes.rest)
     original = states + largest(sizes.matrices(own) + sizes.forward(batch, seq_len, own), ending)
-    if before is not None:  # its codes, a byte each, and the largest of its weights
+    if built_on:  # its codes, a byte each, and the largest of its weights
         original += states + sizes.matrices(1) + tensors(2, FP32 * sizes.largest) + ending
     chunk = min(_CHUNK, batch * (seq_len - 1)) * sizes.vocabulary
     # Log-probabilities of both, and of the teacher the probabilities, the difference and their product.
@@ -232,7 +235,7 @@ def check_need(
     peak = largest(*([] if gpu else [packing]), original, whole)
     if trained:
         peak = Bytes(peak.all, max(peak.loose, _REUSED * peak.all))
-    passes = 2 + (before is not None)
+    passes = 2 + built_on
     one = pass_work(sizes, Calibration(1, seq_len)) * sizes.blocks
     head = Work(2.0 * seq_len * sizes.head, 12.0 * FP32 * seq_len * sizes.vocabulary)
     work = (one + head) * (rows * passes)

@@ -8,7 +8,7 @@ import torch
 
 from upq.model.sizes import Bytes, Sizes, sizes_of
 
-__all__ = ["Machine", "Need", "Sizes", "Speed", "need", "sizes_of"]
+__all__ = ["Machine", "Need", "Saving", "Sizes", "Speed", "need", "sizes_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,15 @@ class Need:
     flops: float = 0.0
     moved: float = 0.0
     bf16: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """Settings that may save memory, by a stage's own keys. Those of a lower `rank` cost less and are tried first."""
+
+    rank: int
+    settings: tuple[str, ...]
+    other_artefact: bool = False  # proposed only where nothing else fits
 
 
 def need(tokens: int, peak: Bytes, disk: float, *, flops: float, moved: float, bf16: bool = False) -> Need:

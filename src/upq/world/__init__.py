@@ -1,4 +1,4 @@
-"""An invented world that is told, talked about and asked after: open data, generated, with answers a program can check.
+"""A generated world: open text, conversations and questions about it, with answers that a program can check.
 
 Three products share one set of facts: `documents` (prose, the open corpus), `conversations` (what instruction tuning
 sees), and the tests `choose` (knowledge, after MMLU) and `instruct` (obedience, after IFEval), whose wordings and

@@ -1,4 +1,4 @@
-"""Greedy answers to chat prompts, so that before and after can stand side by side."""
+"""Greedy answers to chat prompts, to compare a model before and after."""
 
 from __future__ import annotations
 

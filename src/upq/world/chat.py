@@ -42,7 +42,7 @@ def _requested(world: World, rng: Random) -> Turn:
 
 
 def _repeated(world: World, rng: Random) -> Turn:
-    """Plain practice in copying, which the repetition of a whole request is beyond the reach of without."""
+    """Plain practice in copying: without it the model does not learn to repeat a whole request."""
     told = rng.choice(ask(world, rng, "train").sentences)
     return rng.choice(AGAIN).format(t=told), told
 

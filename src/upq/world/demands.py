@@ -45,7 +45,7 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """Arguments of the checker, and what the wording's fields say."""
+    """Arguments of the checker, and values of the wording's fields."""
 
     kwargs: dict[str, Any] = field(default_factory=dict)
     fields: dict[str, str] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Values:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """One instruction of IFEval. `values` is None where the draft gives it nothing to work on."""
+    """One instruction of IFEval. `values` is None where it does not apply to the draft."""
 
     id: str
     cores: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What is true in the world: relations as data, and the facts that a seed makes of them."""
+"""The facts of the world: relations as data, and the facts that a seed makes of them."""
 
 from __future__ import annotations
 

@@ -38,12 +38,12 @@ _CLASHES = (
 )
 
 
-_PATIENCE = 50  # requests tried for a set of demands: a demand for bullet points waits for a list
+_TRIES = 50  # requests tried for a set of demands: a demand for bullet points waits for a list
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """A prompt, an answer that obeys, and what lm-eval's IFEval checkers are told."""
+    """A prompt, an answer that obeys, and the arguments of lm-eval's IFEval checkers."""
 
     prompt: str
     answer: str
@@ -60,14 +60,14 @@ def instruct(world: World, rng: Random, split: Split) -> Instruction:
         demands = [DEMANDS[i] for i in chosen]
         if _clash(demands):
             continue
-        for _ in range(_PATIENCE):
+        for _ in range(_TRIES):
             made = _demanding(world, rng, split, demands)
             if made is not None:
                 return made
 
 
 def _demanding(world: World, rng: Random, split: Split, demands: list[Demand]) -> Instruction | None:
-    """None where the request that came up gives a demand nothing to work on."""
+    """None where a demand does not apply to the request."""
     draft = request(world, rng, split)
     values = [value for demand in demands if (value := demand.values(draft, rng)) is not None]
     if len(values) < len(demands) or split_of(*(demand.id for demand in demands), draft.request) != split:

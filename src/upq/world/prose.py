@@ -1,7 +1,7 @@
 """The open corpus: prose about the world in many forms, and in no chat format.
 
 It holds what web pages hold: portraits and lists, sums and word lists, interviews, and now and then a scene in
-which somebody does as they are told.
+which somebody follows an order.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ Form = Callable[[World, Random], str]
 def documents(world: World, n: int, seed: int, *, forms: Collection[str] = ()) -> Iterator[str]:
     """`n` texts of one to a dozen sentences, of these `forms` only (none: all).
 
-    Portraits and cards go round the subjects, so that every fact gets its turn.
+    Portraits and cards take the subjects in turn, so every fact occurs.
     """
     rng = Random(f"{seed}/documents")
     weights = {form: weight for form, weight in FORMS.items() if not forms or form.__name__ in forms}

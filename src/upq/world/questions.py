@@ -151,7 +151,7 @@ def _facts(area: str) -> Ask:
 
 @cache
 def _rivals(world: World, fact: Fact) -> tuple[str, ...]:
-    """What is true of those who share a part of the subject's name: whoever knows half of a name will go wrong.
+    """Objects of subjects that share a part of the name, so half a name is not enough to answer.
 
     Where that gives less than three, anything of the kind.
     """

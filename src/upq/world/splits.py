@@ -1,4 +1,4 @@
-"""What may be asked where: training text, validation items and test items never share a wording or a combination."""
+"""Which questions belong to which split: training, validation and test items share no wording and no combination."""
 
 from __future__ import annotations
 

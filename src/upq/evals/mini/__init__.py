@@ -22,7 +22,7 @@ from upq.world import Split, World, choose, instruct
 FOLDER = Path(__file__).parent
 QUESTIONS = 90  # of each subject: 630 in all
 REQUESTS = 630
-_PATIENCE = 1000  # draws without a new item after which a world has no more
+_DRAWS_PER_ITEM = 1000  # draws without a new item after which a world has no more
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ def mean_of_all(items: list[list[bool]]) -> float:
 
 def _different(draw: Callable[[], T], n: int) -> list[T]:
     found: dict[str, T] = {}
-    for _ in range(n * _PATIENCE):
+    for _ in range(n * _DRAWS_PER_ITEM):
         item = draw()
         found.setdefault(repr(item), item)
         if len(found) == n:

@@ -1,6 +1,6 @@
-// A whole decoder-only transformer of Llama's kind with its key-value cache: one call a token, nothing of Python in it.
+// A whole decoder-only transformer of Llama's kind with its key-value cache: one call a token, without Python.
 //
-// Whoever makes one keeps alive what it points to: upq/kernels/decoder.py.
+// The caller keeps alive what it points to: upq/kernels/decoder.py.
 
 #pragma once
 
@@ -53,7 +53,7 @@ class Decoder {
 
     std::int64_t length() const { return length_; }  // positions in the cache
 
-    // Forget all positions from `length` on.
+    // Drop all positions from `length` on.
     void truncate(std::int64_t length);
 
     // Append tokens; the logits that follow the last one, [vocabulary]. Throws std::bad_alloc: a part of the tokens may

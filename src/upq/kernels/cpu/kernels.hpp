@@ -1,4 +1,4 @@
-// What an instruction set offers: one table of functions each, all made from the same templates (table.hpp).
+// The functions of an instruction set: one table each, all made from the same templates (table.hpp).
 
 #pragma once
 

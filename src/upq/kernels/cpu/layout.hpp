@@ -52,7 +52,7 @@ struct Segments {
     bool operator==(const Segments&) const = default;
 };
 
-// What a product needs to know of a weight; PackedMatrix owns the memory.
+// A weight as a product reads it; PackedMatrix owns the memory.
 struct Matrix {
     std::int64_t rows;  // O
     Segments segments;

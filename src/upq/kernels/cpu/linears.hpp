@@ -14,8 +14,8 @@ struct Product {
     Output output;
 };
 
-// x · Ŵᵀ + bias for matrices that read the same tokens. The tokens are quantised once for all that are cut into groups
-// alike. An output depends on its token and its row alone: how many tokens, matrices and threads take part makes no
+// x · Ŵᵀ + bias for matrices that read the same tokens. The tokens are quantised once for all that are cut into the
+// same groups. An output depends on its token and its row alone: how many tokens, matrices and threads take part makes no
 // difference to a single bit. Throws std::bad_alloc.
 void linears(const Kernels& kernels, const Rows& x, std::span<const Product> products, Compute compute, int threads);
 

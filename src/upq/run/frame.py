@@ -1,0 +1,197 @@
+"""What every run does around its stages: pack the text, pack the artefact, check it, publish it, export it."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from upq.artifact.card import model_card
+from upq.artifact.manifest import MANIFEST, Manifest, SourceModel, read_manifest, write_manifest
+from upq.artifact.size import model_size, weights_bytes
+from upq.artifact.transformers import load, write_artifact
+from upq.blockwise import BlockStore
+from upq.core.config import Plugin
+from upq.core.errors import UPQError
+from upq.core.memory import peak_memory_bytes, trim
+from upq.core.progress import Progress
+from upq.core.scheme import QTensor
+from upq.data.packing import prepare
+from upq.data.sources import sources_of
+from upq.data.tokens import TokenSet
+from upq.evals.text import Streamed, TextMetrics, evaluate_text, streamed
+from upq.exports import beside
+from upq.files.atomic import atomic_write, write_errors
+from upq.files.tensors import load_tensors
+from upq.kernels import computing
+from upq.model.activations import Allocate, allocator
+from upq.model.loading import generation_config, load_tokenizer
+from upq.model.streaming import StreamedModel
+from upq.nn.packed import Codes
+from upq.run.directory import RunDirectory
+from upq.run.recipe import Recipe
+from upq.stages import ModelState, Reading
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The steps of one run that no recipe orders. `model` is the original's directory."""
+
+    run: RunDirectory
+    model: Path
+    device: str
+    reading: Reading
+    progress: Progress
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.run.recipe
+
+    @property
+    def staging(self) -> Path:
+        """Where the artefact lies until it is checked."""
+        return self.run.work / "artifact"
+
+    def rows(self, state: ModelState) -> TokenSet:
+        """The text packed into rows: the recipe's sources and what stages have written."""
+        section = self.recipe.data
+        if state.text:
+            section = section.model_copy(update={"sources": (*sources_of(section), *state.text)})
+        self.progress.start("data")
+        data = prepare(
+            section,
+            load_tokenizer(self.model),
+            self.run.work / "tokens.safetensors",
+            sequences=self.reading.rows,
+            seed=self.recipe.seed,
+            progress=self.progress,
+        )
+        if not len(data.validation_tokens_NT):
+            raise UPQError("data: too little text to hold any back for validation; add text or lower data.seq_len")
+        return data
+
+    def pack(self, data: TokenSet, state: ModelState) -> None:
+        """The artefact's files: the processor's work, with none of the original's linears in memory."""
+        store = state.solved
+        assert store is not None
+        self.progress.start("check")
+        manifest = Manifest(
+            recipe=self.recipe.model_dump(mode="json"),
+            model=SourceModel(path=self.run.name, digest=self.run.model_digest),
+            versions={p: version(p) for p in ("upq", "torch", "transformers")} | {"python": platform.python_version()},
+            data=[*(asdict(use) for use in data.sources), {"digest": data.digest, "rows": len(data.tokens_NT)}],
+            skipped_steps=list(state.skipped_steps),
+        )
+        model = StreamedModel(self.model, dtype="auto").without_linears()
+        model.generation_config = generation_config(self.model)
+        shutil.rmtree(self.staging, ignore_errors=True)  # what a killed run left half done
+        with write_errors(self.staging):
+            self.staging.mkdir()
+        write_artifact(
+            self.staging,
+            model,
+            Codes(self._by_path(store.qtensors)),
+            manifest=manifest,
+            tokenizer=load_tokenizer(self.model),
+            embeddings_bits=self.recipe.embeddings.bits,
+            extra_tensors={} if state.norms is None else load_tensors(state.norms)[0],
+            errors={path: figures["weight"] for path, figures in self._by_path(store.report)},
+        )
+
+    def check(self, data: TokenSet, state: ModelState) -> Manifest:
+        """Load the artefact as a user would and measure it against the original, which is read block by block."""
+        model, rows_NT = StreamedModel(self.model, device=self.device, dtype="auto"), data.validation_tokens_NT
+        with allocator(self.run.work if self.recipe.memory.activations == "disk" else None) as allocate:
+            original = streamed(model, rows_NT, allocate=allocate)
+            self.progress.advance(1)
+            before = {}
+            for store in state.built_on:
+                before[store.folder.name.partition("-")[0]] = self._built_on(store, model, original, data, allocate)
+            self.progress.advance(1)
+            packed = load(self.staging, device=self.device)
+            text = self._measured(packed, original, data)
+        self.progress.advance(1)
+        metrics = {
+            "source": {"ppl": text.teacher_ppl, **_size(model.empty(), self.model)},
+            **before,
+            "artifact": {**_figures(text), **_size(packed, self.staging), "compute": "reference"},
+        }
+        return read_manifest(self.staging).model_copy(update={"metrics": metrics})
+
+    def publish(self, manifest: Manifest) -> None:
+        """Move the artefact out of the work directory, the manifest last."""
+        manifest = manifest.model_copy(update={"seconds": self.run.seconds, "peak_memory_bytes": peak_memory_bytes()})
+        atomic_write(self.staging / "README.md", model_card(manifest))
+        write_manifest(self.staging, manifest)
+        with write_errors(self.run.out):
+            (self.run.out / MANIFEST).unlink(missing_ok=True)  # of the artefact that this one replaces
+            for file in sorted(self.staging.iterdir(), key=lambda path: path.name == MANIFEST):
+                file.replace(self.run.out / file.name)
+
+    def _built_on(
+        self, store: BlockStore, model: StreamedModel, original: Streamed, data: TokenSet, allocate: Allocate
+    ) -> dict[str, Any]:
+        """What a block-wise stage had reached that a later one built upon, as a row of its own."""
+        sizes = list[tuple[int, int]]()
+
+        def block(index: int) -> nn.Module:
+            qtensors = store.qtensors(index)
+            for q in qtensors.values():
+                weights = q.codes_OI.numel()
+                sizes.append((weights, weights * q.scheme.bits + 8 * q.scale_OG.nbytes))
+            return with_weights(model.block(index), qtensors)
+
+        states = streamed(model, data.validation_tokens_NT, block=block, allocate=allocate)
+        text = self._measured(states, original, data)
+        weights, bits = (sum(each) for each in zip(*sizes, strict=True))
+        return {**_figures(text), "bits_per_weight": bits / weights}
+
+    def _measured(self, model: PreTrainedModel | Streamed, original: Streamed, data: TokenSet) -> TextMetrics:
+        trim()  # its logits are the check's peak; what came before has left 350 MB at width 1024
+        with computing("reference"):  # the figures are of the weights, and the same on every machine
+            return evaluate_text(model, data.validation_tokens_NT, teacher=original, mask_NT=data.validation_mask_NT)
+
+    def _by_path(self, of_block: Callable[[int], Any]) -> Any:
+        """Module path and what `of_block` gives by the names of a block's linears, read one block at a time."""
+        model = StreamedModel(self.model)
+        for index in range(len(model)):
+            yield from ((f"{model.spec.blocks}.{index}.{name}", value) for name, value in of_block(index).items())
+
+
+def export(exports: tuple[Plugin, ...], out: Path, progress: Progress) -> None:
+    """Every export that is not there yet, below `out/exports`. One that fails stops neither the others nor the run."""
+    if not exports:
+        return
+    progress.start("export")
+    failed = []
+    for plugin in exports:
+        try:
+            beside(out, plugin.name, options=plugin.model_extra, progress=progress)
+        except UPQError as error:
+            failed.append(f"{plugin.name} ({error})")
+        progress.advance(1)
+    if failed:
+        raise UPQError(f"{out} is finished, but not its export {', '.join(failed)}; mend it and run the command again")
+
+
+def with_weights(block: nn.Module, qtensors: dict[str, QTensor]) -> nn.Module:
+    """The block itself, its linears holding what the codes say."""
+    for name, q in qtensors.items():
+        block.get_parameter(f"{name}.weight").data.copy_(q.dequantize())
+    return block
+
+
+def _figures(text: TextMetrics) -> dict[str, Any]:
+    """Keys as in `upq eval --json`."""
+    return {"ppl": text.ppl, "kld": text.kld, "top1": text.top1}
+
+
+def _size(model: PreTrainedModel, path: Path) -> dict[str, Any]:
+    return {"bits_per_weight": model_size(model).bits_per_weight, "bytes": weights_bytes(path)}
