@@ -118,14 +118,14 @@ class Study:
 
     def recipe(self, task: Task) -> Recipe:
         """What differs between rows comes last, so a row without training stays one at every budget."""
-        from upq.data.config import Source
+        from upq.data.config import TextSource
 
         row = ROWS[task.row]
         common = [f"seed={task.seed}", f"distill.tokens={task.tokens}", *self.subject.overrides]
         if load_recipe(row.recipe, ()).data.generated is not None:
             common.append(f"data.generated={self.subject.writes}")
         recipe = load_recipe(row.recipe, [*common, *row.overrides])
-        sources = tuple(Source(path=str(self.corpus(kind))) for kind in row.data)
+        sources = tuple(TextSource(path=str(self.corpus(kind))) for kind in row.data)
         return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})
 
     def key(self, task: Task) -> str:

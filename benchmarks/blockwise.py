@@ -120,10 +120,10 @@ def solve(folder: Path, iterations: int, batch_size: int, seed: int, precision: 
     from upq.blockwise import METHODS, BlockStore, walk
     from upq.core.progress import Silent
     from upq.core.scheme import QuantScheme
-    from upq.model.streaming import StreamedModel
+    from upq.model.source import Source
 
     tokens_NT = load_file(folder / "tokens.safetensors")["tokens_NT"]
-    model = StreamedModel(folder / "model", precision=precision)
+    model = Source(folder / "model", precision=precision)
     flexround = METHODS.get("flexround")
     method = flexround(flexround.Config(iterations=iterations, batch_size=batch_size))
     store = BlockStore(folder / "blocks", QuantScheme(bits=4), latents=False)
@@ -139,9 +139,9 @@ def products(folder: Path, iterations: int, batch_size: int, precision: Precisio
     from safetensors.torch import load_file
 
     from upq.blockwise import BlockTask
-    from upq.model.streaming import StreamedModel, run_block
+    from upq.model.source import Source, run_block
 
-    model = StreamedModel(folder / "model", precision=precision)
+    model = Source(folder / "model", precision=precision)
     tokens_NT = load_file(folder / "tokens.safetensors")["tokens_NT"][:batch_size]
     inputs_NTH, (context,) = model.embed(tokens_NT)
     targets_NTH, _ = model.embed(tokens_NT)
@@ -163,9 +163,9 @@ def judge(folder: Path) -> tuple[float, float]:
     from safetensors.torch import load_file
 
     from upq.blockwise import BlockTask
-    from upq.model.streaming import StreamedModel, run_block
+    from upq.model.source import Source, run_block
 
-    model = StreamedModel(folder / "model")
+    model = Source(folder / "model")
     tokens_NT = load_file(folder / "tokens.safetensors")["tokens_NT"]
     inputs_NTH, (context,) = model.embed(tokens_NT)
     targets_NTH, _ = model.embed(tokens_NT)

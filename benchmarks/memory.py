@@ -122,7 +122,7 @@ def measure(model: Path, layers: int, out: Path, samples: int, seq_len: int, ite
     from upq.core.progress import Silent
     from upq.core.scheme import QuantScheme
     from upq.model.activations import allocator
-    from upq.model.streaming import StreamedModel
+    from upq.model.source import Source
 
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
@@ -132,7 +132,7 @@ def measure(model: Path, layers: int, out: Path, samples: int, seq_len: int, ite
     flexround = METHODS.get("flexround")
     before, began = resident_bytes(), time.monotonic()
     walk(
-        StreamedModel(model, precision="auto"),
+        Source(model, precision="auto"),
         tokens_NT,
         flexround(flexround.Config(iterations=iterations)),
         BlockStore(out / "blocks", QuantScheme(bits=4), latents=False),

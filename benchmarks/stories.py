@@ -145,11 +145,11 @@ def run_worker(data_dir: Path, out: Path, task: str) -> None:
 
 
 def quantise(recipe: Recipe, source: Path, out: Path, data_dir: Path) -> dict[str, Any]:
-    from upq.data.config import Source
+    from upq.data.config import TextSource
     from upq.run.reporter import PlainLines
     from upq.run.run import quantize
 
-    train = Source(path=str(data_dir / "text" / "tinystories_train.txt"))
+    train = TextSource(path=str(data_dir / "text" / "tinystories_train.txt"))
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": (train,)})})
     began = time.monotonic()
     manifest = quantize(source, recipe, out, progress=PlainLines(Console(soft_wrap=True), every=60))

@@ -215,7 +215,7 @@ def solve(job: Job) -> float:
 
     from upq.blockwise import METHODS, BlockStore, walk
     from upq.core.progress import Silent
-    from upq.model.streaming import StreamedModel
+    from upq.model.source import Source
     from upq.run.recipe import Recipe
 
     folder, auto = Path(job.work), AutoModelForCausalLM
@@ -225,7 +225,7 @@ def solve(job: Job) -> float:
     cls = METHODS.get(stage.method.name)
     began = time.monotonic()
     walk(
-        StreamedModel(folder / "model", device=job.device, precision="auto"),
+        Source(folder / "model", device=job.device, precision="auto"),
         torch.randint(SHAPES[job.shape][5], (job.samples, job.seq_len)),
         cls(stage.method.options(cls.Config, "method")),
         BlockStore(folder / "int4", stage.scheme(), latents=False),

@@ -23,13 +23,13 @@ from tiny import CHAT, byte_tokenizer, tiny_artifact, tiny_model
 from upq.blockwise import METHODS
 from upq.core.errors import UPQError
 from upq.data import Message, read_documents
-from upq.data.config import Source
+from upq.data.config import TextSource
 from upq.data.conversations import ChatTemplate
 from upq.data.encoding import Encoder
-from upq.exports._source import Source as Artifact
+from upq.exports._source import TextSource as Artifact
 from upq.losses import LOSSES
 from upq.model.loading import load_tokenizer
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.run.recipe import Recipe
 
 TALK = (Message("user", "Hi"), Message("assistant", "Ho"))
@@ -98,7 +98,7 @@ def read_model(directory: Path) -> None:
         source = Artifact.open(directory)
         source.ends(), source.companions()
     with _refused():
-        StreamedModel(directory).block(0)
+        Source(directory).block(0)
 
 
 def read_recipe(file: Path) -> None:
@@ -116,7 +116,7 @@ def read_data(file: Path) -> None:
     tokenizer = byte_tokenizer(bos="<s>", eos="</s>", chat_template=CHAT)
     for separator in ("none", "blank_line"):
         with _refused():
-            documents = list(read_documents(Source(path=str(file), separator=separator)))
+            documents = list(read_documents(TextSource(path=str(file), separator=separator)))
             Encoder(tokenizer).encode(documents)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from upq.core.errors import UPQError
 from upq.core.memory import resident_bytes
-from upq.model.activations import OnDisk, allocator, stretches
+from upq.model.activations import OnDisk, allocator, batches
 
 CPU = torch.device("cpu")
 SHAPE = torch.Size((7, 5, 3))
@@ -70,9 +70,9 @@ def test_the_file_does_not_count_as_memory(tmp_path: Path) -> None:
         disk_NTH[:4] = batch_BTH
         disk_NTH[:4].sum()
         before = resident_bytes()
-        for at in stretches(rows, 4):
+        for at in batches(rows, 4):
             disk_NTH[at] = batch_BTH
-        assert sum(disk_NTH[at].sum().item() for at in stretches(rows, 4)) == rows * row.numel()
+        assert sum(disk_NTH[at].sum().item() for at in batches(rows, 4)) == rows * row.numel()
         assert resident_bytes() - before < 32 * 2**20  # two batches are 8 MiB, and the allocator keeps some more
 
 
@@ -91,7 +91,7 @@ def test_a_folder_that_takes_no_files_is_one_line(tmp_path: Path) -> None:
         OnDisk(tmp_path / "absent", SHAPE, CPU)
 
 
-def test_stretches_are_all_rows_in_order() -> None:
+def test_batches_are_all_rows_in_order() -> None:
     for rows, size in ((7, 3), (6, 3), (2, 8), (0, 4)):
-        assert [row for at in stretches(rows, size) for row in range(rows)[at]] == list(range(rows))
-        assert all(at.stop - at.start <= size for at in stretches(rows, size))
+        assert [row for at in batches(rows, size) for row in range(rows)[at]] == list(range(rows))
+        assert all(at.stop - at.start <= size for at in batches(rows, size))

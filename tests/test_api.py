@@ -17,7 +17,7 @@ import upq.cli
 from tiny import CHAT, byte_tokenizer, tiny_model
 from upq.core.errors import UPQError
 from upq.core.progress import Silent
-from upq.data.config import Source
+from upq.data.config import TextSource
 from upq.run.api import recipe_of
 from upq.run.recipe import Recipe
 from upq.run.reporter import PlainLines, reporter
@@ -123,9 +123,9 @@ def test_a_recipe_is_a_name_a_file_or_a_value(tmp_path: Path) -> None:
 
 
 def test_data_is_a_path_several_or_sources(text: Path) -> None:
-    source = Source(path=str(text), weight=2.0)
+    source = TextSource(path=str(text), weight=2.0)
     found = [recipe_of("paper", {}, data).data.sources for data in (text, str(text), [text, source], source)]
-    plain = Source(path=str(text))
+    plain = TextSource(path=str(text))
     assert found == [(plain,), (plain,), (plain, source), (source,)]
 
 

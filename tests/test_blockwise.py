@@ -24,7 +24,7 @@ from upq.core.progress import Silent
 from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.grids import GRIDS, Params, search_scale
 from upq.model.activations import allocator
-from upq.model.streaming import StreamedModel, run_block
+from upq.model.source import Source, run_block
 
 IDS = torch.randint(2, 67, (24, 12), generator=torch.Generator().manual_seed(0))
 FAST = {"flexround": {"iterations": 60, "lr": 1e-2}, "block_ap": {"iterations": 60}}
@@ -47,7 +47,7 @@ def make_task(tmp_path_factory: pytest.TempPathFactory) -> MakeTask:
     def build(width: int) -> BlockTask:
         path = tmp_path_factory.mktemp("model")
         tiny_model("llama", intermediate_size=width).save_pretrained(path)
-        model = StreamedModel(path)
+        model = Source(path)
         hidden_NTH, contexts = model.embed(IDS)
         first, second = model.block(0), model.block(1)
         targets_NTH = hidden_NTH.clone()
@@ -265,14 +265,14 @@ class Counting(Silent):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Source:
     path = tmp_path_factory.mktemp("model")
     tiny_model("llama", num_hidden_layers=3).save_pretrained(path)
-    return StreamedModel(path)
+    return Source(path)
 
 
 def stage(
-    model: StreamedModel,
+    model: Source,
     method: Method,
     store: BlockStore,
     *,
@@ -293,10 +293,8 @@ def files(store: BlockStore) -> dict[str, bytes]:
 
 class TestWalk:
     @pytest.mark.parametrize("name", METHODS.names())
-    def test_killed_and_resumed_is_never_killed(
-        self, name: str, model: StreamedModel, tmp_path: Path, device: str
-    ) -> None:
-        model = StreamedModel(model.path, device=device)
+    def test_killed_and_resumed_is_never_killed(self, name: str, model: Source, tmp_path: Path, device: str) -> None:
+        model = Source(model.path, device=device)
         method = make(name, **({"iterations": 8} if name in LEARNED else {}))
         int4, int2 = QuantScheme(bits=4), QuantScheme(bits=2)
         source = BlockStore(tmp_path / "int4", int4, latents=False)
@@ -313,7 +311,7 @@ class TestWalk:
         assert stage(model, method, whole, source=source) == 0
 
     @pytest.mark.parametrize("name", METHODS.names())
-    def test_where_activations_lie_makes_no_difference(self, name: str, model: StreamedModel, tmp_path: Path) -> None:
+    def test_where_activations_lie_makes_no_difference(self, name: str, model: Source, tmp_path: Path) -> None:
         """In memory, on disk, killed on disk and resumed on disk or in memory: the same bytes, and no file left."""
         options = {"iterations": 4} if name in LEARNED else {"scale": "hessian"}
         method, int2, disk = make(name, **options), QuantScheme(bits=2), tmp_path / "disk"
@@ -331,7 +329,7 @@ class TestWalk:
         assert not list(disk.iterdir())
 
     def test_hidden_states_are_held_twice_and_not_more(
-        self, model: StreamedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, model: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Each block's outputs take the place of its inputs: two tensors serve all blocks."""
         seen: list[tuple[int, int]] = []
@@ -366,12 +364,12 @@ class TestWalk:
         method, found = make("flexround", iterations=4), []
         for path in layouts:
             store = BlockStore(path / "blocks", QuantScheme(bits=2))
-            stage(StreamedModel(path), method, store)
+            stage(Source(path), method, store)
             found.append(files(store))
         assert len(found[0]) == 2
         assert all(each == found[0] for each in found)
 
-    def test_blocks_are_solved_on_the_quantised_prefix(self, model: StreamedModel, tmp_path: Path) -> None:
+    def test_blocks_are_solved_on_the_quantised_prefix(self, model: Source, tmp_path: Path) -> None:
         """Targets are the original's all the way; inputs are what the quantised blocks before it wrote."""
 
         class Spy(METHODS.get("rtn")):  # type: ignore[misc]
@@ -401,7 +399,7 @@ class TestWalk:
         assert not torch.equal(spy.tasks[2].inputs_NTH, spy.tasks[1].targets_NTH)
         assert len({task.seed for task in spy.tasks}) == 3
 
-    def test_the_source_gives_the_weights(self, model: StreamedModel, tmp_path: Path) -> None:
+    def test_the_source_gives_the_weights(self, model: Source, tmp_path: Path) -> None:
         source = BlockStore(tmp_path / "int4", QuantScheme(bits=4), latents=False)
         stage(model, make("rtn"), source)
         int2, grid = QuantScheme(bits=2), GRIDS.get("seq")
@@ -419,9 +417,9 @@ class TestWalk:
                     assert store.report(index)[linear]["weight"] == pytest.approx(error, rel=1e-5)
 
     def test_a_method_that_reads_no_inputs_needs_no_forward_pass(
-        self, model: StreamedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, model: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(StreamedModel, "embed", None)
+        monkeypatch.setattr(Source, "embed", None)
         assert stage(model, make("rtn"), BlockStore(tmp_path, QuantScheme(bits=2))) == 3
 
 

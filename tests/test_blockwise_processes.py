@@ -19,7 +19,7 @@ from upq.core.processes import ALONE, Processes
 from upq.core.progress import Silent
 from upq.core.scheme import QuantScheme
 from upq.model.activations import Allocate, allocator
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 
 IDS = torch.randint(2, 67, (7, 12), generator=torch.Generator().manual_seed(0))  # 4 and 3 rows
 BLOCKS = 2
@@ -52,7 +52,7 @@ class Stops(Silent):
 
 def solve(
     name: str,
-    model: StreamedModel,
+    model: Source,
     folder: Path,
     processes: Processes = ALONE,
     *,
@@ -79,7 +79,7 @@ def solve(
     return store
 
 
-class Poisoned(StreamedModel):
+class Poisoned(Source):
     """One hidden state of the last process is no number."""
 
     def embed(self, *args: Any, **options: Any) -> Any:
@@ -106,7 +106,7 @@ class Lengths(Rtn):
 
 
 def make_task(folder: Path) -> BlockTask:
-    model = StreamedModel(folder)
+    model = Source(folder)
     inputs_NTH, contexts = model.embed(IDS)
     targets_NTH = inputs_NTH + 0.1 * torch.randn(inputs_NTH.shape, generator=torch.Generator().manual_seed(0))
     return BlockTask(0, model.block(0), model.spec, contexts[0], seed=0, inputs_NTH=inputs_NTH, targets_NTH=targets_NTH)
@@ -130,13 +130,13 @@ def relative_losses(folder: Path, processes: Processes) -> list[list[float]]:
 
 def prepare(folder: Path) -> None:
     tiny_model("llama", num_hidden_layers=BLOCKS).save_pretrained(folder / "model")
-    solve("gptq", StreamedModel(folder / "model"), folder / "one-then-two", blocks=1)
+    solve("gptq", Source(folder / "model"), folder / "one-then-two", blocks=1)
 
 
 def ranked(folder: Path) -> None:
     """What each of the two processes does. What is to be looked at goes to files."""
     processes = Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
-    model, errors = StreamedModel(folder / "model"), {}
+    model, errors = Source(folder / "model"), {}
     for name in WALKS:
         solve(name, model, folder / "two", processes)
     solve("block_ap", model, folder / "killed", processes, blocks=1)
@@ -184,7 +184,7 @@ def assert_same(one: BlockStore, two: BlockStore) -> None:
 @pytest.mark.parametrize("name", WALKS)
 def test_two_processes_solve_as_one_does(name: str, folder: Path) -> None:
     one, two = (
-        solve(name, StreamedModel(folder / "model"), folder / "one"),
+        solve(name, Source(folder / "model"), folder / "one"),
         BlockStore(folder / "two" / name, QuantScheme(bits=2)),
     )
     assert_same(one, two)
@@ -204,7 +204,7 @@ def test_killed_and_resumed_is_never_killed(folder: Path) -> None:
 
 def test_another_number_of_processes_goes_on(folder: Path) -> None:
     """What is solved stays as it is; what is left is solved on it."""
-    model, scheme = StreamedModel(folder / "model"), QuantScheme(bits=2)
+    model, scheme = Source(folder / "model"), QuantScheme(bits=2)
     first = BlockStore(folder / "two-then-one" / "gptq", scheme).path(0).read_bytes()
     one, then = solve("gptq", model, folder / "one"), solve("gptq", model, folder / "two-then-one")
     assert then.path(0).read_bytes() == first

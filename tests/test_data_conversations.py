@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from tiny import byte_tokenizer
 from upq.core.errors import UPQError
-from upq.data.config import Source
+from upq.data.config import TextSource
 from upq.data.encoding import Encoded, Encoder
 from upq.data.sources import Document, Message, read_documents
 
@@ -204,7 +204,7 @@ def test_real_templates(file: Path, as_written: bool, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "qwen2.5-0.5b-instruct"])
 def test_real_tokenizers_on_real_conversations(name: str) -> None:
     tokenizer = real_tokenizer(name)
-    stream = read_documents(Source(path=str(SHARED.parent / "instruct" / "chats.jsonl")))
+    stream = read_documents(TextSource(path=str(SHARED.parent / "instruct" / "chats.jsonl")))
     documents = [next(stream) for _ in range(64)]
     for document, encoded in zip(documents, Encoder(tokenizer, "assistant").encode(documents), strict=True):
         assert isinstance(document.content, tuple)

@@ -22,11 +22,11 @@ from upq.core.errors import UPQError
 from upq.core.processes import ALONE, Processes
 from upq.core.progress import Silent
 from upq.data import generated
-from upq.data.config import Generated, Source
+from upq.data.config import Generated, TextSource
 from upq.data.generated import sample, write_conversations
 from upq.model.loading import check_finite, generation_config, load_model
 from upq.model.sharding import load_original, make_mesh
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.run.recipe import Recipe
 from upq.run.run import quantize
 
@@ -170,7 +170,7 @@ def test_a_run_learns_from_what_its_model_wrote(tmp_path: Path, tokens: str, lea
     recipe = recipe.model_copy(
         update={
             "data": recipe.data.model_copy(
-                update={"sources": (Source(path=str(tmp_path / "text.txt"), separator="blank_line"),)}
+                update={"sources": (TextSource(path=str(tmp_path / "text.txt"), separator="blank_line"),)}
             )
         }
     )
@@ -188,7 +188,9 @@ def test_a_missing_file_shows_before_anything_is_written(tmp_path: Path) -> None
     tiny(20).save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
     recipe = Recipe.load("paper", ["data.generated={tokens: 800}", "data.seq_len=32"])
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": (Source(path="no.txt"),)})})
+    recipe = recipe.model_copy(
+        update={"data": recipe.data.model_copy(update={"sources": (TextSource(path="no.txt"),)})}
+    )
     with pytest.raises(UPQError, match="no such file"):
         quantize(tmp_path / "model", recipe, tmp_path / "out")
     assert not list((tmp_path / "out" / ".work").glob("generated-*"))
@@ -392,7 +394,7 @@ def alone_as_sharded(folder: Path) -> dict[tuple[str, int], Written]:
 
 def sharded(processes: Processes, folder: Path) -> dict[str, Any]:
     mesh = make_mesh("cpu")
-    model, whole = load_original(StreamedModel(folder / "model"), mesh), load_model(folder / "model")
+    model, whole = load_original(Source(folder / "model"), mesh), load_model(folder / "model")
     model.generation_config = generation_config(folder / "model")
     found: dict[str, Any] = {
         (name, number): written(
@@ -408,7 +410,7 @@ def sharded(processes: Processes, folder: Path) -> dict[str, Any]:
         if not torch.equal(p.full_tensor() if isinstance(p, DTensor) else p, whole.get_parameter(name))
     ]
     with pytest.raises(UPQError) as raised:
-        load_original(StreamedModel(folder / "damaged"), mesh)
+        load_original(Source(folder / "damaged"), mesh)
     found["damaged"] = str(raised.value)
     return found
 

@@ -23,7 +23,7 @@ from tiny import byte_tokenizer
 from upq.core.errors import UPQError
 from upq.core.progress import Silent
 from upq.data import TokenSet, load_eval_text, prepare, tokens
-from upq.data.config import Data, Source
+from upq.data.config import Data, TextSource
 from upq.data.tokens import permutation
 
 BOS, EOS = "<s>", "</s>"
@@ -56,7 +56,9 @@ def numbered(n: int, word: str = "document") -> list[str]:
 
 
 def section(*paths: Path, weights: tuple[float, ...] = (), **options: Any) -> Data:
-    sources = tuple(Source(path=str(p), weight=w) for p, w in zip(paths, weights or (1.0,) * len(paths), strict=True))
+    sources = tuple(
+        TextSource(path=str(p), weight=w) for p, w in zip(paths, weights or (1.0,) * len(paths), strict=True)
+    )
     return Data(sources=sources, **({"seq_len": 32, "validation": 4} | options))
 
 
@@ -444,7 +446,7 @@ def test_real_text_with_a_real_tokenizer(tmp_path: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "stories260K")
     stories = SHARED / "text" / "tinystories_heldout.txt"
-    source = Source(path=str(stories), separator="blank_line")
+    source = TextSource(path=str(stories), separator="blank_line")
     made = pack(Data(sources=(source,), seq_len=128, validation=8), tmp_path / "set", tokenizer, sequences=64)
     assert (made.tokens_NT.shape, made.validation_tokens_NT.shape) == ((64, 128), (8, 128))
     blocks = [block.strip("\n") for block in stories.read_text().split("\n\n")]

@@ -16,7 +16,7 @@ import pytest
 
 from upq.core.errors import UPQError
 from upq.data import DEFAULT_SOURCE, Message, read_documents
-from upq.data.config import Data, Source
+from upq.data.config import Data, TextSource
 from upq.data.sources import identity, sources_of
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
@@ -25,7 +25,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 def contents(path: Path | str, **options: Any) -> list[Any]:
-    return [document.content for document in read_documents(Source(path=str(path), **options))]
+    return [document.content for document in read_documents(TextSource(path=str(path), **options))]
 
 
 def lines(*rows: object) -> str:
@@ -53,7 +53,7 @@ def test_blank_lines_separate_documents(tmp_path: Path, end: str) -> None:
     text = end.join(["", "one", "two", " ", "", "three"])
     file = written(tmp_path / "a.txt", text)
     assert contents(file, separator="blank_line") == [f"one{end}two", "three"]
-    places = [d.where for d in read_documents(Source(path=str(file), separator="blank_line"))]
+    places = [d.where for d in read_documents(TextSource(path=str(file), separator="blank_line"))]
     assert places == [f"{file}:2", f"{file}:6"]
 
 
@@ -99,7 +99,7 @@ def test_texts_without_a_character_are_passed_over(tmp_path: Path) -> None:
 
 def test_reading_is_lazy(tmp_path: Path) -> None:
     file = written(tmp_path / "a.jsonl", lines({"text": "good"}) + "{broken\n")
-    documents = read_documents(Source(path=str(file)))
+    documents = read_documents(TextSource(path=str(file)))
     assert next(documents).content == "good"
     with pytest.raises(UPQError, match=r"a\.jsonl:2: invalid JSON"):
         next(documents)
@@ -225,15 +225,15 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 def test_identity_follows_content(tmp_path: Path, name: str) -> None:
     written(tmp_path / "a.txt", "first")
     written(tmp_path / "b.txt", "second")
-    before = identity(Source(path=str(tmp_path)))
-    assert identity(Source(path=str(tmp_path))) == before
+    before = identity(TextSource(path=str(tmp_path)))
+    assert identity(TextSource(path=str(tmp_path))) == before
     CHANGES[name](tmp_path)
-    assert identity(Source(path=str(tmp_path))) != before
+    assert identity(TextSource(path=str(tmp_path))) != before
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data beside the repository")
 def test_real_files() -> None:
-    books = list(read_documents(Source(path=str(SHARED / "text" / "books.jsonl"))))
+    books = list(read_documents(TextSource(path=str(SHARED / "text" / "books.jsonl"))))
     assert len(books) == 55
     stories = SHARED / "text" / "tinystories_heldout.txt"
     blocks = contents(stories, separator="blank_line")

@@ -19,7 +19,7 @@ from upq.distill.sharding import load_sharded
 from upq.distill.student import make_student
 from upq.grids import search_scale
 from upq.model.loading import load_model
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.nn.fake_quant import Solution
 from upq.nn.fixed_codes import Coded, Start
 from upq.nn.trained import whole
@@ -33,7 +33,7 @@ MODELS: dict[str, tuple[str, bool, bool, bool]] = {
 }
 
 
-class OneAtATime(StreamedModel):
+class OneAtATime(Source):
     """The memory of a block's whole matrices is free before the next block is read."""
 
     def __init__(self, path: Path, *, latents: bool) -> None:

@@ -28,7 +28,7 @@ from upq.grids import search_scale
 from upq.losses import LOSSES, Divergence, Loss, TopK
 from upq.model.families import FAMILIES
 from upq.model.loading import decoder_blocks
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.nn.fake_quant import Solution
 from upq.nn.fixed_codes import Coded
 
@@ -59,7 +59,7 @@ def make_cache(folder, teacher, data, config, steps=6, progress=None):
     rows = data.rows(0, steps * config.batch_size).tolist()
     cache = CachedTeacher(folder, tuple(dict.fromkeys(rows)))
     teacher.save_pretrained(folder.parent / "original")
-    streamed = StreamedTeacher.of(StreamedModel(folder.parent / "original"), teacher)
+    streamed = StreamedTeacher.of(Source(folder.parent / "original"), teacher)
     write_cache(cache, streamed, data.tokens_NT, config, progress=progress or Silent())
     return cache
 
@@ -189,7 +189,7 @@ def test_streamed_teacher_trains_as_the_one_in_memory(tmp_path, family):
     """Hidden states of every block in the loss, a norm that the student trains; bit for bit."""
     model = tiny_model(family).requires_grad_(False)
     model.save_pretrained(tmp_path / "model")
-    streamed = StreamedTeacher.of(StreamedModel(tmp_path / "model"), model)
+    streamed = StreamedTeacher.of(Source(tmp_path / "model"), model)
     config = make_config(hidden=0.3, train_norms=True, micro_batch_size=4)
     students = [make(model, train_norms=True) for _ in range(2)]
     losses = [
@@ -206,7 +206,7 @@ def test_streamed_teacher_trains_as_the_one_in_memory(tmp_path, family):
 def test_a_student_that_is_read_block_by_block_is_the_same(tmp_path, family, tied, latents):
     teacher = tiny_model(family, tie_word_embeddings=tied).requires_grad_(False)
     teacher.save_pretrained(tmp_path)
-    model, scheme, let_go = StreamedModel(tmp_path), QuantScheme(bits=2), []
+    model, scheme, let_go = Source(tmp_path), QuantScheme(bits=2), []
 
     def starts(index):
         found = {}

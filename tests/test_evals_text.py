@@ -23,7 +23,7 @@ from upq.model.activations import allocator
 from upq.model.families import FAMILIES
 from upq.model.families.llama import LLAMA
 from upq.model.loading import load_model
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.nn.fake_quant import FakeQuantLinear
 from upq.nn.packed import PackedLinear
 
@@ -123,7 +123,7 @@ def test_read_block_by_block_a_model_has_the_figures_of_the_whole(
     whole = evaluate_text(model, tokens_NT, teacher=teacher, mask_NT=mask_NT)
     with allocator(tmp_path if on_disk else None) as allocate:
         first, second = (
-            streamed(StreamedModel(tmp_path / name, device=device, dtype="auto"), tokens_NT, allocate=allocate)
+            streamed(Source(tmp_path / name, device=device, dtype="auto"), tokens_NT, allocate=allocate)
             for name in ("model", "teacher")
         )
         assert evaluate_text(first, tokens_NT, teacher=second, mask_NT=mask_NT) == whole
@@ -134,7 +134,7 @@ def test_read_block_by_block_a_model_has_the_figures_of_the_whole(
 def test_blocks_of_another_take_the_place_of_a_models_own(tokens_NT: Tensor, tmp_path: Path) -> None:
     for seed, name in enumerate(("model", "other")):
         tiny_model("llama", seed=seed).save_pretrained(tmp_path / name)
-    stream, other, mixed = StreamedModel(tmp_path / "model"), *(load_model(tmp_path / n) for n in ("other", "model"))
+    stream, other, mixed = Source(tmp_path / "model"), *(load_model(tmp_path / n) for n in ("other", "model"))
     mixed.model.layers[1] = other.model.layers[1]
     found = streamed(stream, tokens_NT, block=lambda i: other.model.layers[1] if i == 1 else stream.block(i))
     assert evaluate_text(found, tokens_NT) == evaluate_text(mixed, tokens_NT)
@@ -223,7 +223,7 @@ def test_nan_of_a_model_on_disk_names_the_row(tokens_NT: Tensor, tmp_path: Path)
     huge.model.norm.weight.data.fill_(6e4)
     huge.lm_head.weight.data.fill_(6e4)
     huge.save_pretrained(tmp_path)
-    found = streamed(StreamedModel(tmp_path, dtype="auto"), tokens_NT)
+    found = streamed(Source(tmp_path, dtype="auto"), tokens_NT)
     with pytest.raises(UPQError, match=r"row 0 of the text: the model computes NaN \(torch.float16\)"):
         evaluate_text(found, tokens_NT)
 

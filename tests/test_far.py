@@ -26,7 +26,7 @@ from upq.files.tensors import load_metadata
 from upq.grids import GRIDS, search_scale
 from upq.losses import LOSSES
 from upq.model.activations import allocator
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.nn.fake_quant import Solution
 
 IDS = torch.randint(2, 67, (6, 12), generator=torch.Generator().manual_seed(0))
@@ -69,7 +69,7 @@ def test_the_walk(name: str, on_disk: bool, model: Path, tmp_path: Path, monkeyp
         into.path(1).unlink(missing_ok=True)
         with far_away() as device:
             walk(
-                StreamedModel(model, device=device), IDS, cls(cls.Config(scale="max", **few)), into, source=given,
+                Source(model, device=device), IDS, cls(cls.Config(scale="max", **few)), into, source=given,
                 seed=0, progress=Silent(), activations=allocator(tmp_path if on_disk else None),
             )  # fmt: skip
         assert into.done(2) == 2
@@ -112,7 +112,7 @@ def test_the_training(kind: str, loss: str, model: Path, tmp_path: Path) -> None
         teacher = original.to(device)
         student = make_student(teacher, solutions, train_norms=True)
         config = trainer.settled(config, teacher, Rows())
-        streamed = StreamedTeacher.of(StreamedModel(model, device=device), teacher)
+        streamed = StreamedTeacher.of(Source(model, device=device), teacher)
         taught: Teacher = teacher
         if kind == "offloaded":
             taught = streamed
@@ -132,11 +132,11 @@ def test_the_training(kind: str, loss: str, model: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("grid", GRIDS.names())
 def test_the_check(grid: str, embeddings: Any, model: Path, tmp_path: Path) -> None:
     scheme = QuantScheme(bits=2, grid=grid)
-    packed = StreamedModel(model, dtype="auto").without_linears()
+    packed = Source(model, dtype="auto").without_linears()
     weights = {path: torch.randn(packed.get_submodule(path).weight.shape) for path in block_linears(packed)}
     codes = {path: GRIDS.get(grid).freeze(w, search_scale(w, scheme), scheme) for path, w in weights.items()}
     pack_model(packed, codes, embeddings_bits=embeddings)
     with far_away() as device, allocator(tmp_path) as allocate:
-        original = streamed(StreamedModel(model, device=device, dtype="auto"), IDS, allocate=allocate)
+        original = streamed(Source(model, device=device, dtype="auto"), IDS, allocate=allocate)
         found = evaluate_text(packed.to(device), IDS, teacher=original, mask_NT=MASK, chunk_tokens=7)
     assert found.tokens == int(MASK[:, 1:].sum())

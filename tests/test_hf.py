@@ -31,7 +31,7 @@ from upq.core.scheme import QTensor, QuantScheme
 from upq.grids import GRIDS, search_scale
 from upq.model.families import FAMILIES
 from upq.model.loading import generation_config, load_model
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.nn.fake_quant import FakeQuantLinear
 from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead
 
@@ -166,7 +166,7 @@ def test_without_the_linears_the_artefact_is_the_same_bytes(
     if layout.startswith("tied, but"):
         file = tmp_path / "source" / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
-    whole, bare = load_model(tmp_path / "source"), StreamedModel(tmp_path / "source", dtype="auto").without_linears()
+    whole, bare = load_model(tmp_path / "source"), Source(tmp_path / "source", dtype="auto").without_linears()
     bare.generation_config = generation_config(tmp_path / "source")
     paths = block_linears(whole)
     weights = {path: whole.get_submodule(path).weight.float() for path in paths}

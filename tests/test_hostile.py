@@ -31,11 +31,11 @@ from upq.core import bounded
 from upq.core.errors import UPQError
 from upq.core.memory import peak_memory_bytes, resident_bytes
 from upq.data import read_documents, sources, tokens
-from upq.data.config import Source
+from upq.data.config import TextSource
 from upq.data.conversations import ChatTemplate
-from upq.exports._source import Source as Artifact
+from upq.exports._source import TextSource as Artifact
 from upq.model.loading import load_model, load_tokenizer
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.run.recipe import Recipe
 from upq.run.run import quantize
 
@@ -231,7 +231,7 @@ def test_shards_are_files_of_the_directory(name: str, valid: list[Path], tmp_pat
     for place in (tmp_path / "outside.safetensors", model / "sub" / "model.safetensors"):
         save_file(tensors, place, {"format": "pt"})
     changed(model, "model.safetensors.index.json", lambda raw: raw.update(weight_map=dict.fromkeys(tensors, name)))
-    for read in (upq.load, StreamedModel, weights_bytes):
+    for read in (upq.load, Source, weights_bytes):
         refusal(lambda read=read: read(model), r"index\.json: names .* no file name of this directory")
 
 
@@ -286,7 +286,7 @@ def test_a_size_that_is_a_lie_is_refused_before_memory_is_taken(key: str, size: 
     for model in valid:
         config = json.loads((model / "config.json").read_text()) | {key: size}
         with with_file(model, "config.json", json.dumps(config).encode()):
-            for read in (upq.load, StreamedModel):
+            for read in (upq.load, Source):
                 refusal(lambda read=read, model=model: read(model), "config.json|AutoConfig")
 
 
@@ -353,7 +353,7 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(tmp_path: Path) -
     marker = tmp_path / "marker"
     for name in ("pytorch_model.bin", "model.pt"):
         (model / name).write_bytes(pickle.dumps(_Bomb(marker)))
-        for read in (upq.load, StreamedModel):
+        for read in (upq.load, Source):
             refusal(lambda read=read: read(model), rf"{name}, a pickle, .* python -c")
         (model / name).unlink()
     assert not marker.exists()
@@ -383,7 +383,7 @@ def test_code_beside_a_model_is_not_run(valid: list[Path], tmp_path: Path) -> No
         upq.load(model)
         load_tokenizer(model)
         if n:
-            StreamedModel(model)
+            Source(model)
         else:
             Artifact.open(model)
         changed(model, "config.json", lambda raw: raw.update(model_type="evil"))
@@ -441,7 +441,7 @@ def test_a_chat_template_reaches_nothing(template: str, tmp_path: Path) -> None:
 
 
 def documents(file: Path, **options: Any) -> list[Any]:
-    return [document.content for document in read_documents(Source(path=str(file), **options))]
+    return [document.content for document in read_documents(TextSource(path=str(file), **options))]
 
 
 @pytest.mark.parametrize(

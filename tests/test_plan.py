@@ -27,7 +27,7 @@ from upq.grids import GRIDS
 from upq.model.activations import allocator
 from upq.model.loading import load_config
 from upq.model.sizes import sizes_of
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.nn.fake_quant import Solution
 from upq.nn.fixed_codes import Coded, Start
 from upq.run import plan as planning
@@ -177,7 +177,7 @@ def own_accelerator() -> Iterator[None]:
 )
 def test_training(settings: tuple[str, ...], tmp_path: Path) -> None:
     folder, chosen = saved(tmp_path / "m", config(4)), recipe("distill.micro_batch_size=2", *settings)
-    latents, streamed = _distill(chosen).train_weights, StreamedModel(folder)
+    latents, streamed = _distill(chosen).train_weights, Source(folder)
     with counted() as tally:
         original = AutoModelForCausalLM.from_config(config(4), dtype=torch.float32).eval().requires_grad_(False)
         starts = _starts(original, chosen, latents=latents)
@@ -223,9 +223,9 @@ def test_blockwise(method: str, settings: tuple[str, ...], tmp_path: Path) -> No
     cls = METHODS.get(stage.method.name)
     with counted() as tally:
         walk(
-            StreamedModel(folder, precision=stage.precision), torch.randint(600, (stage.samples, T)),
-            cls(stage.method.options(cls.Config, "")), BlockStore(tmp_path / "s", stage.scheme()), source=None, seed=0,
-            progress=Silent(), activations=allocator(tmp_path if on_disk else None),
+            Source(folder), torch.randint(600, (stage.samples, T)),
+            cls(stage.method.options(cls.Config, "")), BlockStore(tmp_path / "s", stage.scheme()), given=None,
+            precision=stage.precision, seed=0, progress=Silent(), activations=allocator(tmp_path if on_disk else None),
         )  # fmt: skip
     need = needed(config(2), chosen)["int2"]
     assert need.memory == pytest.approx(tally.peak, rel=LAW)
@@ -241,8 +241,8 @@ def test_teacher(tmp_path: Path) -> None:
     rows = steps(_distill(chosen), T) * _distill(chosen).batch_size
     cache = CachedTeacher(tmp_path / "t", range(rows))
     with counted() as tally:
-        model = StreamedModel(folder)
-        teacher = StreamedTeacher(model, *model.ending())
+        model = Source(folder)
+        teacher = StreamedTeacher(model, *model.norm_and_head())
         write_cache(cache, teacher, torch.randint(600, (rows, T)), _distill(chosen), progress=Silent())
     need = needed(config(3), chosen)["distill.teacher"]
     assert need.memory == pytest.approx(tally.peak, rel=LAW)
@@ -317,7 +317,7 @@ def test_shards_and_shares_of_a_batch_need_less() -> None:
 
 def test_conversations_are_shared_out_by_whole_batches() -> None:
     settings = "generate.tokens=640", "generate.batch_size=4", "generate.max_new_tokens=16"  # in ten batches
-    alone, two, four = (needed(config(2), recipe(settings), Machine(10**12, gpus=n))["generate"] for n in (1, 2, 4))
+    alone, two, four = (needed(config(2), recipe(*settings), Machine(10**12, gpus=n))["generate"] for n in (1, 2, 4))
     for need, rounds in ((two, 5), (four, 3)):
         assert need.flops == pytest.approx(alone.flops * rounds / 10)
         assert need.moved == pytest.approx(alone.moved * rounds / 10)

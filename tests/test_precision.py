@@ -12,7 +12,7 @@ from upq.blockwise import METHODS, BlockStore, walk
 from upq.core.precision import computes_in_bf16
 from upq.core.progress import Silent
 from upq.core.scheme import QuantScheme
-from upq.model.streaming import StreamedModel, run_block
+from upq.model.source import Source, run_block
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -40,7 +40,7 @@ def test_blocks_in_bf16_give_float32_near_the_exact(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     tokens_NT, found = torch.arange(48).view(4, 12), {}
     for precision in ("fp32", "bf16"):
-        model = StreamedModel(tmp_path, precision=precision)
+        model = Source(tmp_path, precision=precision)
         hidden_NTH, (context, *_) = model.embed(tokens_NT)
         with model.autocast():
             run_block(model.block(0), hidden_NTH, context)
@@ -59,7 +59,7 @@ def test_solutions_in_bf16_are_near_those_in_float32(name: str, tmp_path: Path) 
     errors = {}
     for precision in ("fp32", "bf16"):
         store = BlockStore(tmp_path / precision, scheme, latents=True)
-        model = StreamedModel(tmp_path / "m", precision=precision)
+        model = Source(tmp_path / "m", precision=precision)
         walk(model, tokens_NT, cls(config), store, source=None, seed=0, progress=Silent())
         solutions = store.solutions(0)
         assert all(solution.latent_OI.dtype == torch.float32 for solution in solutions.values())

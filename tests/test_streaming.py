@@ -16,7 +16,7 @@ from tiny import tiny_model
 from upq.core.errors import UPQError
 from upq.model.families import FAMILIES
 from upq.model.loading import load_model
-from upq.model.streaming import StreamedModel, run_block
+from upq.model.source import Source, run_block
 
 IDS = torch.randint(2, 67, (11, 13), generator=torch.Generator().manual_seed(0))  # more rows than one batch
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
@@ -32,7 +32,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 @torch.no_grad()
-def streamed_logits(stream: StreamedModel, whole: PreTrainedModel, ids_NT: Tensor, **options: int) -> Tensor:
+def streamed_logits(stream: Source, whole: PreTrainedModel, ids_NT: Tensor, **options: int) -> Tensor:
     """Embedding and blocks from the stream; final norm and head, which it leaves alone, from the whole model."""
     hidden_NTH, contexts = stream.embed(ids_NT, **options)
     for index in range(len(stream)):
@@ -47,7 +47,7 @@ def streamed_logits(stream: StreamedModel, whole: PreTrainedModel, ids_NT: Tenso
 def test_blocks_in_order_are_the_whole_model(name: str, overrides: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(name, **overrides)
     model.save_pretrained(tmp_path)
-    stream = StreamedModel(tmp_path)
+    stream = Source(tmp_path)
     assert len(stream) == model.config.num_hidden_layers
     with torch.no_grad():
         expected = model(IDS).logits
@@ -75,9 +75,9 @@ def test_the_frame_is_the_whole_model_but_for_its_blocks(layout: str, tmp_path: 
     if layout.startswith("tied, but"):
         file = tmp_path / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
-    whole, stream = load_model(tmp_path), StreamedModel(tmp_path)
+    whole, stream = load_model(tmp_path), Source(tmp_path)
     stream.embed(IDS)  # which takes the layout apart
-    frame = stream.frame()
+    frame = stream.without_blocks()
     for (name, expected), (_, found) in zip(
         [*whole.named_parameters(remove_duplicate=False), *whole.named_buffers()],
         [*frame.named_parameters(remove_duplicate=False), *frame.named_buffers()],
@@ -91,7 +91,7 @@ def test_the_frame_is_the_whole_model_but_for_its_blocks(layout: str, tmp_path: 
 def test_reading_twice_gives_the_same(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path)
-    stream = StreamedModel(tmp_path)
+    stream = Source(tmp_path)
     assert torch.equal(streamed_logits(stream, model, IDS), streamed_logits(stream, model, IDS))
     first, second = stream.block(0), stream.block(0)
     first.mlp.up_proj.weight.data.zero_()
@@ -100,7 +100,7 @@ def test_reading_twice_gives_the_same(tmp_path: Path) -> None:
 
 def test_only_what_is_asked_for_takes_memory(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
-    stream = StreamedModel(tmp_path)
+    stream = Source(tmp_path)
     stream.embed(IDS)
     stream.block(1)
     assert all(p.is_meta for p in stream._skeleton.parameters())
@@ -114,7 +114,7 @@ def test_only_what_is_asked_for_takes_memory(tmp_path: Path) -> None:
 def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
     model = tiny_model("qwen2").to(torch.bfloat16)
     model.save_pretrained(tmp_path)
-    block = StreamedModel(tmp_path).block(1)
+    block = Source(tmp_path).block(1)
     weight = block.get_submodule("mlp.down_proj").weight
     assert weight.dtype == torch.float32
     assert torch.equal(weight, model.model.layers[1].mlp.down_proj.weight.float())
@@ -129,7 +129,7 @@ def test_a_models_own_type_is_the_one_it_loads_in(dtype: torch.dtype, named: boo
     if not named:
         file = tmp_path / "config.json"
         file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "dtype"}))
-    stream = StreamedModel(tmp_path, dtype="auto")
+    stream = Source(tmp_path, dtype="auto")
     assert stream.dtype == load_model(tmp_path).dtype == dtype
     assert torch.equal(stream.block(1).mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
 
@@ -146,7 +146,7 @@ def test_a_sharded_checkpoint_is_the_same_model(sharded: tuple[PreTrainedModel, 
     model, path = sharded
     with torch.no_grad():
         expected = model(IDS).logits
-    torch.testing.assert_close(streamed_logits(StreamedModel(path), model, IDS), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(streamed_logits(Source(path), model, IDS), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_missing_shard_is_named(sharded: tuple[PreTrainedModel, Path]) -> None:
@@ -154,7 +154,7 @@ def test_a_missing_shard_is_named(sharded: tuple[PreTrainedModel, Path]) -> None
     shard = sorted(path.glob("*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(UPQError, match=rf"{path}: shard {shard.name} named by the index is missing; .*download"):
-        StreamedModel(path)
+        Source(path)
 
 
 def test_a_shard_outside_the_directory_is_refused(sharded: tuple[PreTrainedModel, Path]) -> None:
@@ -166,7 +166,7 @@ def test_a_shard_outside_the_directory_is_refused(sharded: tuple[PreTrainedModel
     index.write_text(json.dumps(content))
     (path.parent / "elsewhere.safetensors").write_bytes(b"")
     with pytest.raises(UPQError, match=r"elsewhere\.safetensors"):
-        StreamedModel(path)
+        Source(path)
 
 
 def test_a_truncated_shard_is_named(sharded: tuple[PreTrainedModel, Path]) -> None:
@@ -174,7 +174,7 @@ def test_a_truncated_shard_is_named(sharded: tuple[PreTrainedModel, Path]) -> No
     for shard in path.glob("*.safetensors"):
         shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(UPQError, match=rf"{path}/model-.*\.safetensors: damaged.*download"):
-        StreamedModel(path).block(0)
+        Source(path).block(0)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])
@@ -182,7 +182,7 @@ def test_a_damaged_index_is_named(sharded: tuple[PreTrainedModel, Path], text: s
     _, path = sharded
     (path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(UPQError, match=r"model\.safetensors\.index\.json: .*download"):
-        StreamedModel(path)
+        Source(path)
 
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -192,7 +192,7 @@ def test_of_the_embedding_only_the_rows_of_the_tokens_are_read(tmp_path: Path) -
     """Damage in a row that no token asks for is not noticed, and in one that a token asks for it is named."""
     tiny_model("llama").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    expected_NTH, _ = StreamedModel(tmp_path).embed(IDS)
+    expected_NTH, _ = Source(tmp_path).embed(IDS)
     weight_VH = load_file(file)[EMBEDDING]
     assert torch.equal(expected_NTH, weight_VH[IDS])
     assert 0 not in IDS
@@ -200,16 +200,16 @@ def test_of_the_embedding_only_the_rows_of_the_tokens_are_read(tmp_path: Path) -
         save_file(load_file(file) | {EMBEDDING: weight_VH.index_fill(0, torch.tensor([token]), torch.nan)}, file)
         if damaged:
             with pytest.raises(UPQError, match=rf"{tmp_path}: tensor {EMBEDDING} holds NaN or infinity; .*damaged"):
-                StreamedModel(tmp_path).embed(IDS)
+                Source(tmp_path).embed(IDS)
         else:
-            assert torch.equal(StreamedModel(tmp_path).embed(IDS)[0], expected_NTH)
+            assert torch.equal(Source(tmp_path).embed(IDS)[0], expected_NTH)
 
 
 @pytest.mark.parametrize(("name", "overrides"), VARIANTS)
 def test_blocks_of_a_kind_share_their_context(name: str, overrides: dict[str, Any], tmp_path: Path) -> None:
     """Masks and rotations are as many as there are kinds of blocks, however many blocks there are."""
     tiny_model(name, **overrides).save_pretrained(tmp_path)
-    _, contexts = StreamedModel(tmp_path).embed(IDS)
+    _, contexts = Source(tmp_path).embed(IDS)
     kinds = len(set(overrides.get("layer_types", [""])))
     for key in contexts[0]:
         assert len({id(context[key]) for context in contexts}) <= kinds, key
@@ -234,7 +234,7 @@ def test_a_damaged_tensor_is_named(change: Any, message: str, tmp_path: Path) ->
     tensors = load_file(file)
     changed = change(tensors.pop(NAME))
     save_file(tensors | ({} if changed is None else {NAME: changed.contiguous()}), file)
-    stream = StreamedModel(tmp_path)
+    stream = Source(tmp_path)
     stream.block(0)
     with pytest.raises(UPQError, match=message) as caught:
         stream.block(1)
@@ -255,11 +255,11 @@ def test_without_safetensors_the_remedy_is_named(file: str | None, remedy: str, 
     if file:
         (tmp_path / file).write_bytes(b"")
     with pytest.raises(UPQError, match=rf"{tmp_path}: no model\.safetensors; {remedy}"):
-        StreamedModel(tmp_path)
+        Source(tmp_path)
 
 
 def test_a_directory_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UPQError, match=rf"{tmp_path}: no config\.json"):
-        StreamedModel(tmp_path)
+        Source(tmp_path)
     with pytest.raises(UPQError, match="no such directory"):
-        StreamedModel(tmp_path / "nowhere")
+        Source(tmp_path / "nowhere")

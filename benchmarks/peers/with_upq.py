@@ -16,7 +16,7 @@ VARIANTS = {
 
 
 def quantise(job: peer.Job) -> str:
-    from upq.data.config import Source
+    from upq.data.config import TextSource
     from upq.model.loading import load_tokenizer
     from upq.run.recipe import Recipe
     from upq.run.run import quantize
@@ -33,7 +33,7 @@ def quantise(job: peer.Job) -> str:
     if job.group_size != -1:
         overrides.append(f"int2.group_size={job.group_size}")
     recipe = Recipe.load(name, overrides)
-    data = recipe.data.model_copy(update={"sources": (Source(path=str(job.text)),)})
+    data = recipe.data.model_copy(update={"sources": (TextSource(path=str(job.text)),)})
     quantize(job.model, recipe.model_copy(update={"data": data}), job.stored, device="cpu")
     return " ".join([f"--recipe {name}", *(f"--set {override}" for override in overrides)])
 

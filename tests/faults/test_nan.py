@@ -16,7 +16,7 @@ from upq.core.errors import UPQError
 from upq.core.progress import Silent
 from upq.core.scheme import QuantScheme
 from upq.model.loading import load_model
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.run.run import quantize
 from victim import Victim
 
@@ -56,7 +56,7 @@ def test_a_solution_that_is_no_number_is_not_stored(tmp_path: Path, scale: Any, 
     store = BlockStore(tmp_path / "int2", QuantScheme(bits=2))
     with pytest.raises(UPQError, match=rf"int2: block 1, quantised: .*self_attn\.v_proj {what} NaN or infinity"):
         walk(
-            StreamedModel(tmp_path / "model"),
+            Source(tmp_path / "model"),
             IDS,
             Broken(Rtn.Config(scale=scale)),
             store,

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from upq.core.processes import ALONE, Processes
 from upq.core.registry import Registry
 from upq.core.scheme import QuantScheme
 from upq.grids import GRIDS, Params, search_scale
-from upq.model.activations import Activations, stretches
+from upq.model.activations import Activations, batches
 from upq.model.families import ModelSpec
 from upq.model.sizes import Bytes, Sizes
-from upq.model.streaming import Context
+from upq.model.walker import Step
 from upq.nn.fake_quant import Solution
 
 ScaleStart = Literal["max", "mse", "hessian"]
+ORIGINAL, QUANTISED = 0, 1  # the two streams of hidden states
 # A search for the scales tries 62 ranges. Each moves 126 bytes a weight within the processor's caches, which takes the
 # time of a quarter of them in memory.
 SEARCH_BYTES = 62 * 126 / 4
@@ -32,36 +31,38 @@ SEARCH_BYTES = 62 * 126 / 4
 class BlockTask:
     """One decoder block to be quantised.
 
-    `block` holds the weights that become codes: the original's, or the INT4 stage's. Inputs and targets are None for
-    methods that need none. Where several processes share the calibration rows, both hold this one's rows alone, and
-    each method here that speaks of all rows is to be called by every process.
+    `block` holds the weights that become codes: the original's, or the INT4 stage's. For methods that need no inputs,
+    `step` has no streams. Where several processes share the calibration rows, the streams hold this one's rows alone,
+    and each method here that speaks of all rows is to be called by every process.
     """
 
-    index: int
+    step: Step
     block: nn.Module
     spec: ModelSpec
-    context: Context
     seed: int
-    inputs_NTH: Activations | None = None  # what this block will read: the output of the quantised blocks before it
-    targets_NTH: Activations | None = None  # what the original block writes behind the original blocks before it
     processes: Processes = ALONE
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext  # what the block is called in
+
+    @property
+    def index(self) -> int:
+        return self.step.index
+
+    @property
+    def inputs_NTH(self) -> Activations:
+        """What this block will read: the output of the quantised blocks before it."""
+        return self.step.states[QUANTISED]
+
+    @property
+    def targets_NTH(self) -> Activations:
+        """What the original block writes behind the original blocks before it."""
+        return self.step.states[ORIGINAL]
 
     def rows(self) -> int:
         """How many calibration rows there are, over all processes."""
-        assert self.inputs_NTH is not None
         return int(self.processes.total(len(self.inputs_NTH)))
 
     def weights(self) -> dict[str, Tensor]:
         """Linear name to weight (O, I), in the order of the family's groups."""
         return {name: linear(self.block, name).weight.detach() for name in self.spec.linears}
-
-    def run(self, weights: dict[str, Tensor], hidden_NTH: Tensor) -> Tensor:
-        """The block's output with `weights` in place of its own; differentiable."""
-        named = {f"{name}.weight": weight for name, weight in weights.items()}
-        with self.autocast():
-            out: Tensor = functional_call(self.block, named, (hidden_NTH,), self.context)
-        return out
 
     def loss(
         self,
@@ -76,10 +77,9 @@ class BlockTask:
         Over `rows` of this process. `relative`: each token's over the mean square of its own target, which is how the
         norms after it will see it; `size` is the targets' mean square over the batch that `rows` are a part of.
         """
-        assert self.inputs_NTH is not None
-        assert self.targets_NTH is not None
         targets_BTH = self.targets_NTH[rows]
-        squares_BTH = (self.run(weights, self.inputs_NTH[rows]) - targets_BTH).square()
+        out_BTH = self.step.run(self.block, rows, weights=weights, stream=QUANTISED)
+        squares_BTH = (out_BTH - targets_BTH).square()
         if not relative:
             return squares_BTH.mean()
         size_BT1 = targets_BTH.square().mean(-1, keepdim=True)
@@ -94,7 +94,6 @@ class BlockTask:
 
         The parts of all processes, and so their gradients, add up to what a single one computes.
         """
-        assert self.targets_NTH is not None
         mine_B, size = self.processes.mine(index_B), None
         if relative and self.processes.world > 1:
             size = self.targets_NTH[mine_B].square().mean((1, 2)).sum() / len(index_B)
@@ -111,8 +110,7 @@ class BlockTask:
     @torch.no_grad()
     def error_here(self, weights: dict[str, Tensor], *, relative: bool = False, batch_size: int = 8) -> float:
         """The sum of `loss` over the rows of this process."""
-        assert self.targets_NTH is not None
-        at = stretches(len(self.targets_NTH), batch_size)
+        at = batches(len(self.targets_NTH), batch_size)
         squares = (self.loss(weights, rows, relative=relative).item() * (rows.stop - rows.start) for rows in at)
         return float(sum(squares))
 
@@ -122,12 +120,10 @@ class BlockTask:
 
         Over all calibration rows.
         """
-        assert self.inputs_NTH is not None
         moments: dict[str, Tensor] = {}
         with _recorded_inputs(self.block, names) as inputs:
-            for rows in stretches(len(self.inputs_NTH), batch_size):
-                with self.autocast():
-                    self.block(self.inputs_NTH[rows], **self.context)
+            for rows in batches(len(self.inputs_NTH), batch_size):
+                self.step.run(self.block, rows, stream=QUANTISED)
                 for name, x in inputs.items():
                     x_TI = x.reshape(-1, x.shape[-1]).float()
                     moment = x_TI.T @ x_TI if full else x_TI.square().sum(0)
@@ -253,7 +249,7 @@ class _recorded_inputs:
             handle.remove()
 
 
-def batches(rows: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
+def shuffled_batches(rows: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
     """`steps` batches of row indices: shuffled epochs, a pure function of the seed."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from upq.core.errors import UPQError
+from upq.model.walker import hidden_states
 
 
 @contextmanager
@@ -16,8 +17,8 @@ def watched(block: nn.Module, linears: tuple[str, ...], where: str, remedy: str)
     """Within, the first linear of `block` that writes NaN or infinity is an UPQError, or else the block itself."""
 
     def check(name: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, out_BTX: Tensor) -> None:
-            if not out_BTX.isfinite().all():
+        def hook(_module: nn.Module, _args: Any, out: Tensor | tuple[Any, ...]) -> None:
+            if not hidden_states(out).isfinite().all():
                 raise UPQError(f"{where}: what {name} writes holds NaN or infinity; {remedy}")
 
         return hook

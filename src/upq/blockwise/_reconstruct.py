@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from upq.blockwise._base import BlockTask, Calibration, Work, batches, pass_work
+from upq.blockwise._base import BlockTask, Calibration, Work, pass_work, shuffled_batches
 from upq.core.errors import UPQError
 from upq.model.sizes import FP32, Bytes, Sizes, largest, tensors
 
@@ -38,7 +38,7 @@ def reconstruct(
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / iterations)))
     rows = task.rows()
-    for index_B in batches(rows, min(batch_size, rows), iterations, task.seed):
+    for index_B in shuffled_batches(rows, min(batch_size, rows), iterations, task.seed):
         loss = task.batch_loss(weights, index_B, relative=relative)
         if loss is not None:
             loss.backward()  # type: ignore[no-untyped-call]

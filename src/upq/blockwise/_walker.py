@@ -4,129 +4,103 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from upq.blockwise._base import BlockTask, Method, linear
+from upq.blockwise._base import ORIGINAL, QUANTISED, BlockTask, Method, linear
 from upq.blockwise._finite import watched
 from upq.blockwise._store import BlockStore, Report
 from upq.core.errors import UPQError
 from upq.core.memory import trim
+from upq.core.precision import Precision, computes_in_bf16
 from upq.core.processes import ALONE, Processes
 from upq.core.progress import Progress
-from upq.model.activations import Activations, Allocate, allocator, stretches
-from upq.model.streaming import Context, StreamedModel, run_block
+from upq.model.activations import Activations, Allocate, allocator, batches
+from upq.model.source import Source
+from upq.model.walker import Step
+from upq.model.walker import walk as run_blocks
 
 
 def walk(
-    model: StreamedModel,
+    source: Source,
     calibration_NT: Tensor,
     method: Method,
     store: BlockStore,
     *,
-    source: BlockStore | None,
+    given: BlockStore | None,
     seed: int,
     progress: Progress,
+    precision: Precision = "fp32",
     activations: AbstractContextManager[Allocate] | None = None,
     processes: Processes = ALONE,
 ) -> None:
-    """Solve every block of `model` that `store` does not hold yet.
+    """Solve every block of `source` that `store` does not hold yet.
 
-    Two streams of hidden states pass through the blocks: the original's, which gives the targets, and that of the
-    quantised prefix, which each block will really read. `source` gives the weights that become codes (the INT4
-    stage's, for the INT2 stage); None takes the original's. Blocks already on disk are run, not solved, so an
-    interrupted walk ends in the same bytes. One block is in memory at a time; the streams are in memory too, or where
-    `activations` puts them.
+    Two streams of hidden states go through the blocks: the original's, which gives the targets, and that of the
+    quantised prefix, which each block will really read. `given` has the weights that become codes (the INT4 stage's,
+    for the INT2 stage); None takes the original's. Blocks already on disk are run, not solved, so an interrupted walk
+    ends in the same bytes. One block is in memory at a time; the streams are in memory too, or where `activations` puts
+    them.
 
     Several `processes` walk together, each with its share of the calibration rows: the solutions are those of a single
-    one but for the rounding of sums over rows. The first one writes, and what it wrote is what all go on with.
+    one but for the rounding of sums over rows. The first one writes, and all others go on with what it wrote.
 
     Raises UPQError, in all processes, where a block writes NaN or infinity: it names block and linear, and such a block
     is not stored.
     """
-    done = processes.of_first(store.done(len(model)))
+    done = processes.of_first(store.done(len(source)))
+    streams = 2 if method.needs_inputs and done < len(source) else 0
+    bf16 = computes_in_bf16(precision, source.device, source.config.hidden_size)
     with activations or allocator(None) as allocate:
-        streams: _Streams | None = None
-        if method.needs_inputs and done < len(model):
-            with processes.shared_errors():
-                streams = _Streams.begin(model, calibration_NT, allocate, processes)
-        walked = _Walk(model, method, store, source, streams, seed, progress, processes)
-        for index in range(done if streams is None else 0, len(model)):
-            walked.block(index, solved=index < done)
+        with processes.shared_errors():
+            share_NT = processes.share(calibration_NT)
+            steps = run_blocks(source, share_NT, streams=streams, allocate=allocate, bf16=bf16)
+        stage = _Stage(source, method, store, given, seed, progress, processes)
+        for step in steps:
+            if streams or step.index >= done:
+                stage.block(step, solved=step.index < done)
 
 
 @dataclass(frozen=True)
-class _Walk:
+class _Stage:
     """What stays the same from block to block."""
 
-    model: StreamedModel
+    source: Source
     method: Method
     store: BlockStore
-    source: BlockStore | None
-    streams: _Streams | None
+    given: BlockStore | None
     seed: int
     progress: Progress
     processes: Processes
 
-    def block(self, index: int, *, solved: bool) -> None:
-        """Solve one block, or take it `solved` from the store, and go through it. Of the block nothing stays."""
-        model, store, streams, processes = self.model, self.store, self.streams, self.processes
-        linears, at = model.spec.linears, f"{store.folder.name}: block {index}"
-        context = {} if streams is None else streams.contexts[index]
-        trim()  # of a block of a 1B that is rounded, 400 MB stay in the heap
+    def block(self, step: Step, *, solved: bool) -> None:
+        """Solve one block, or take it `solved` from the store, and go through it. Nothing of the block stays."""
+        source, store, processes, index = self.source, self.store, self.processes, step.index
+        linears, at = source.spec.linears, f"{store.folder.name}: block {index}"
+        trim()  # after a block of a 1B is rounded, 400 MB stay in the heap
         with processes.shared_errors():
-            block = model.block(index)
-            trim()  # and of one that is read 200
-            if streams is not None:
-                with model.autocast(), watched(block, linears, f"{at}, of the original model", "is it whole?"):
-                    run_block(block, streams.original_NTH, context)
-        if self.source is not None:
-            _put(block, linears, self.source, index, processes)
+            block = source.block(index)
+            trim()  # and after one is read, 200
+            if step.states:
+                with watched(block, linears, f"{at}, of the original model", "is it whole?"):
+                    step.advance(block, stream=ORIGINAL)
+        if self.given is not None:
+            _put(block, linears, self.given, index, processes)
         if not solved:
-            seeded = self.seed * 1_000_003 + index
-            task = BlockTask(
-                index, block, model.spec, context, seed=seeded, processes=processes, autocast=model.autocast
-            )
-            if streams is not None:
-                task = replace(task, inputs_NTH=streams.quantised_NTH, targets_NTH=streams.original_NTH)
-            report = _solve(task, self.method, store, model, at)
-            figures = {} if streams is None else {"error": report[linears[0]]["block"]}
+            task = BlockTask(step, block, source.spec, self.seed * 1_000_003 + index, processes)
+            report = _solve(task, self.method, store, source, at)
+            figures = {"error": report[linears[0]]["block"]} if step.states else {}
             self.progress.advance(1, **figures)
-        if streams is not None:
+        if step.states:
             _put(block, linears, store, index, processes)
             remedy = f"delete {store.path(index)}"
-            with processes.shared_errors(), model.autocast(), watched(block, linears, f"{at}, stored", remedy):
-                run_block(block, streams.quantised_NTH, context)
+            with processes.shared_errors(), watched(block, linears, f"{at}, stored", remedy):
+                step.advance(block, stream=QUANTISED)
 
 
-@dataclass(frozen=True)
-class _Streams:
-    """The hidden states before a block, of this process's share of the calibration rows.
-
-    Each block's outputs take the place of its inputs: no other copy is kept.
-    """
-
-    original_NTH: Activations
-    quantised_NTH: Activations
-    contexts: list[Context]
-
-    @classmethod
-    def begin(cls, model: StreamedModel, calibration_NT: Tensor, allocate: Allocate, processes: Processes) -> _Streams:
-        share_NT = processes.share(calibration_NT)
-        if len(share_NT):
-            original_NTH, contexts = model.embed(share_NT, allocate=allocate)
-        else:  # more processes than rows: this one still takes part in the sums
-            row_NTH, contexts = model.embed(calibration_NT[:1])
-            original_NTH = allocate(torch.Size((0, *row_NTH.shape[1:])), model.device)
-        quantised_NTH = allocate(original_NTH.shape, model.device)
-        for rows in stretches(len(original_NTH), 1):
-            quantised_NTH[rows] = original_NTH[rows]
-        return cls(original_NTH, quantised_NTH, contexts)
-
-
-def _solve(task: BlockTask, method: Method, store: BlockStore, model: StreamedModel, at: str) -> Report:
+def _solve(task: BlockTask, method: Method, store: BlockStore, source: Source, at: str) -> Report:
     """Solve one block and write it. What that took is free again on return, before the next block is read.
 
     The report has for each linear the relative error of its weight against the original's and, where it is known, of
@@ -137,15 +111,15 @@ def _solve(task: BlockTask, method: Method, store: BlockStore, model: StreamedMo
     weights = {name: s.qtensor().dequantize() for name, s in solutions.items()}
     with task.processes.shared_errors():
         # The original is read once more: kept, it would be a copy of the block for as long as the block is solved.
-        report = {name: {"weight": _relative(w_OI, model.weight(task.index, name))} for name, w_OI in weights.items()}
+        report = {name: {"weight": _relative(w_OI, source.weight(task.index, name))} for name, w_OI in weights.items()}
         error = size = 0.0
-        if task.targets_NTH is not None:
+        if task.step.states:
             with watched(task.block, task.spec.linears, f"{at}, quantised", remedy):
                 error, size = task.error_here(weights), _squares(task.targets_NTH)
         for name, found in report.items():
             if not math.isfinite(found["weight"]):
                 raise UPQError(f"{at}, quantised: {name} holds NaN or infinity; {remedy}")
-    if task.targets_NTH is not None:
+    if task.step.states:
         block = (task.processes.total(error) / task.processes.total(size)) ** 0.5
         for found in report.values():
             found["block"] = block
@@ -161,8 +135,8 @@ def _relative(approximation: Tensor, exact: Tensor) -> float:
 
 def _squares(hidden_NTH: Activations, batch_size: int = 8) -> float:
     """The sum of the rows' mean squares."""
-    batches = (hidden_NTH[rows] for rows in stretches(len(hidden_NTH), batch_size))
-    return float(sum(batch.square().mean().item() * len(batch) for batch in batches))
+    parts = (hidden_NTH[rows] for rows in batches(len(hidden_NTH), batch_size))
+    return float(sum(part.square().mean().item() * len(part) for part in parts))
 
 
 @torch.no_grad()

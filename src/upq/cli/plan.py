@@ -47,7 +47,7 @@ def plan(
 
     made = plan(
         model,
-        Recipe.load(recipe, set_),
+        Recipe.load(recipe, set_ or []),
         memory=memory,
         gpus=gpus,
         gpu_memory=gpu_memory,

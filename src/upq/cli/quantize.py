@@ -28,6 +28,10 @@ def quantize(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     keep_work: Annotated[bool, typer.Option(help="Keep solved blocks and checkpoints after the end.")] = False,
+    redo: Annotated[bool, typer.Option("--redo", help="Agree to do stages anew whose settings differ now.")] = False,
+    work: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep stages in DIR, where other runs of this model find them.")
+    ] = None,
 ) -> None:
     """Quantise MODEL: block by block, then by distillation from the original, packed into --out."""
     from rich.console import Console
@@ -38,9 +42,11 @@ def quantize(
     with loading():
         from upq.run.recipe import Recipe
 
-    chosen = Recipe.load(recipe, set_)
+    chosen = Recipe.load(recipe, set_ or [])
     with Stop().listening() as stop:
-        manifest = quantize(model, out, chosen, data=data, device=device, keep_work=keep_work, stop=stop)
+        manifest = quantize(
+            model, out, chosen, data=data, device=device, keep_work=keep_work, redo=redo, work=work, stop=stop
+        )
     console = Console()
     console.print(result_table(manifest))
     console.print(f"[bold]{out}[/bold] is ready: upq chat {out}", highlight=False, soft_wrap=True)
@@ -51,13 +57,13 @@ def result_table(manifest: Manifest) -> Table:
     from upq.cli.console import size, table
     from upq.run.reporter import duration
 
-    names = {"source": "original", "int4": "after INT4", "artifact": "artefact"}
+    names = {"source": "original", "artifact": "artefact"}
     rows = []
     for key, figures in manifest.metrics.items():
         kld, top1 = figures.get("kld"), figures.get("top1")
         rows.append(
             [
-                names.get(key, key),
+                names.get(key, f"after {key}"),
                 size(figures["bytes"]) if "bytes" in figures else "–",
                 f"{figures['bits_per_weight']:.2f}",
                 f"{figures['ppl']:.3f}",

@@ -9,7 +9,7 @@ from pydantic import Field
 from upq.core.config import Strict
 
 
-class Source(Strict):
+class TextSource(Strict):
     """One place text comes from: a file, a directory or a hub data set."""
 
     path: str
@@ -33,7 +33,7 @@ class Generated(Strict):
 
 
 class Data(Strict):
-    sources: tuple[Source, ...] = ()
+    sources: tuple[TextSource, ...] = ()
     seq_len: int = Field(default=2048, ge=8)
     loss_on: Literal["all", "assistant"] = "all"
     validation: int = Field(default=32, ge=1)  # sequences held out, for the figures in the final table

@@ -27,7 +27,7 @@ from upq.core.config import digest
 from upq.core.errors import UPQError
 from upq.core.progress import Progress, Silent
 from upq.data import tokens
-from upq.data.config import Data, Source
+from upq.data.config import Data, TextSource
 from upq.data.encoding import Encoded, Encoder, tokenizer_identity
 from upq.data.sources import Document, identity, read_documents, sources_of
 from upq.data.tokens import Entry, SourceUse, TokenSet
@@ -112,7 +112,7 @@ def load_eval_text(
 
     A text shorter than `seq_len` is one shorter row. Raises UPQError below two tokens: nothing would be predicted.
     """
-    source = Source(path=str(path), separator=separator, weight=1.0)
+    source = TextSource(path=str(path), separator=separator, weight=1.0)
     reading = _Reading((source,), Encoder(tokenizer), Silent())
     flat = np.concatenate([encoded.tokens_L for _, encoded in reading])
     if len(flat) < 2:
@@ -131,7 +131,7 @@ class _Reading:
     The next document is always one of the source that is furthest behind its share of the tokens.
     """
 
-    def __init__(self, sources: tuple[Source, ...], encoder: Encoder, progress: Progress) -> None:
+    def __init__(self, sources: tuple[TextSource, ...], encoder: Encoder, progress: Progress) -> None:
         self.documents = [0] * len(sources)
         self.tokens = [0] * len(sources)
         self.finished = False
@@ -164,7 +164,7 @@ class _Reading:
             yield turn, encoded
 
 
-def _encoded(source: Source, encoder: Encoder) -> Iterator[Encoded]:
+def _encoded(source: TextSource, encoder: Encoder) -> Iterator[Encoded]:
     for batch in _batches(read_documents(source)):
         encoded = deque(encoder.encode(batch))
         while encoded:

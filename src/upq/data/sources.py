@@ -33,9 +33,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from upq.core.errors import UPQError
-from upq.data.config import Data, Source
+from upq.data.config import Data, TextSource
 
-DEFAULT_SOURCE = Source(path="HuggingFaceFW/fineweb-edu", subset="sample-10BT", weight=1.0)
+DEFAULT_SOURCE = TextSource(path="HuggingFaceFW/fineweb-edu", subset="sample-10BT", weight=1.0)
 TEXT = (".txt", ".text", ".md")
 LINES = (".jsonl", ".ndjson", ".json")
 KINDS = (*TEXT, *LINES, ".parquet")
@@ -65,7 +65,7 @@ class Document:
     where: str
 
 
-def sources_of(section: Data) -> tuple[Source, ...]:
+def sources_of(section: Data) -> tuple[TextSource, ...]:
     """The sources of a recipe's section; without any, the default open pre-training set."""
     if not section.sources and section.loss_on == "assistant":
         raise UPQError(
@@ -75,13 +75,13 @@ def sources_of(section: Data) -> tuple[Source, ...]:
     return section.sources or (DEFAULT_SOURCE,)
 
 
-def read_documents(source: Source) -> Iterator[Document]:
+def read_documents(source: TextSource) -> Iterator[Document]:
     """Stream the documents of a source; the order is always the same. Errors name file, line and remedy."""
     files = _files(source)
     return _hub(source) if files is None else _local(source, files)
 
 
-def identity(source: Source) -> str:
+def identity(source: TextSource) -> str:
     """What the source is made of: a hash over names, sizes and contents of local files, or the hub id."""
     files = _files(source)
     if files is None:
@@ -100,7 +100,7 @@ def identity(source: Source) -> str:
 # Files
 
 
-def _files(source: Source) -> list[Path] | None:
+def _files(source: TextSource) -> list[Path] | None:
     """The local files of a source in reading order; None when it is a hub data set."""
     root = Path(source.path).expanduser()
     if root.is_dir():
@@ -137,10 +137,10 @@ def _kind(path: Path) -> str | None:
     return suffix if suffix in KINDS and not (suffix == ".parquet" and name.endswith(".gz")) else None
 
 
-def _local(source: Source, files: Iterable[Path]) -> Iterator[Document]:
+def _local(source: TextSource, files: Iterable[Path]) -> Iterator[Document]:
     for file in files:
         kind = _kind(file)
-        read: Callable[[Path, Source], Iterator[Document]] = _parquet
+        read: Callable[[Path, TextSource], Iterator[Document]] = _parquet
         if kind in TEXT:
             read = _text_blocks if source.separator == "blank_line" else _text_file
         elif kind in LINES:
@@ -212,7 +212,7 @@ def _no_text(file: Path, at: int) -> UPQError:
     return UPQError(f"{file}: not UTF-8 text at byte {at}; convert the file, for example with iconv")
 
 
-def _text_file(file: Path, source: Source) -> Iterator[Document]:
+def _text_file(file: Path, source: TextSource) -> Iterator[Document]:
     with _reading(file) as raw:
         whole = raw.read(TEXT_BYTES + 1)
     if len(whole) > TEXT_BYTES:
@@ -220,7 +220,7 @@ def _text_file(file: Path, source: Source) -> Iterator[Document]:
     yield Document(_decode(whole, file, 0), str(file))
 
 
-def _text_blocks(file: Path, source: Source) -> Iterator[Document]:
+def _text_blocks(file: Path, source: TextSource) -> Iterator[Document]:
     block: list[str] = []
     first, size = 1, 0
     for number, line in _lines(file, TEXT_BYTES):
@@ -236,7 +236,7 @@ def _text_blocks(file: Path, source: Source) -> Iterator[Document]:
         yield Document("".join(block).rstrip("\r\n"), f"{file}:{first}")
 
 
-def _json_lines(file: Path, source: Source) -> Iterator[Document]:
+def _json_lines(file: Path, source: TextSource) -> Iterator[Document]:
     for number, line in _lines(file, ROW_BYTES):
         if line.strip():
             where = f"{file}:{number}"
@@ -247,7 +247,7 @@ def _json_lines(file: Path, source: Source) -> Iterator[Document]:
             yield _from_row(row, source, where)
 
 
-def _json_array(file: Path, source: Source) -> Iterator[Document]:
+def _json_array(file: Path, source: TextSource) -> Iterator[Document]:
     for number, row in enumerate(_items(file), start=1):
         yield _from_row(row, source, f"{file}: item {number}")
 
@@ -331,7 +331,7 @@ def _starts_array(file: Path) -> bool:
         return _Ahead(raw, file).peek() == "["
 
 
-def _parquet(file: Path, source: Source) -> Iterator[Document]:
+def _parquet(file: Path, source: TextSource) -> Iterator[Document]:
     import pyarrow as pa  # costs a second: only where a source needs it
     import pyarrow.parquet as pq
 
@@ -350,7 +350,7 @@ def _parquet(file: Path, source: Source) -> Iterator[Document]:
 # Hub data sets
 
 
-def _hub(source: Source) -> Iterator[Document]:
+def _hub(source: TextSource) -> Iterator[Document]:
     from datasets import load_dataset  # costs seconds: only where a source needs it
 
     def rows() -> Iterator[Any]:
@@ -371,14 +371,14 @@ def _hub(source: Source) -> Iterator[Document]:
 # Rows
 
 
-def _from_row(row: Any, source: Source, where: str) -> Document:
+def _from_row(row: Any, source: TextSource, where: str) -> Document:
     if not isinstance(row, dict):
         raise UPQError(f'{where}: expected an object such as {{"text": …}}, got {type(row).__name__}')
     column = _column(list(row), source, where)
     return _document(row[column], column, where)
 
 
-def _column(names: list[str], source: Source, where: str) -> str:
+def _column(names: list[str], source: TextSource, where: str) -> str:
     wanted = COLUMNS if source.field is None else (source.field,)
     for name in wanted:
         if name in names:

@@ -8,31 +8,28 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
-from upq.core.memory import trim
 from upq.distill.objective import Objective
 from upq.distill.student import Starts, load_student
 from upq.model.loading import decoder_blocks
 from upq.model.sharding import make_mesh, shard_frozen
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 
 
 def load_sharded(
-    model: StreamedModel, solutions: Callable[[int], Starts], *, train_norms: bool, keep: bool = True
+    source: Source, solutions: Callable[[int], Starts], *, train_norms: bool, keep: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Student and teacher as `load_student` and `shard` leave them; without `keep`, the teacher has no blocks.
 
     Beside its shards, a process has embedding, final norm, head and one block whole.
     """
-    mesh, originals = make_mesh(model.device.type), list[nn.Module]()
+    mesh, originals = make_mesh(source.device.type), list[nn.Module]()
 
     def cut(block: nn.Module, original: nn.Module) -> None:
         fully_shard(block, mesh=mesh)
         if keep:
-            shard_frozen(original, mesh)
-            originals.append(original)
-        trim()
+            originals.append(shard_frozen(original, mesh))
 
-    student, teacher = load_student(model, solutions, train_norms=train_norms, after=cut)
+    student, teacher = load_student(source, solutions, train_norms=train_norms, after=cut)
     for index, original in enumerate(originals):
         decoder_blocks(teacher)[index] = original
     return student, teacher

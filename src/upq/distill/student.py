@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from upq.model.loading import decoder_blocks, family
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.nn.fixed_codes import Start
 from upq.nn.trained import TrainedLinear
 
@@ -33,7 +33,7 @@ def make_student(teacher: PreTrainedModel, solutions: Starts, *, train_norms: bo
 
 
 def load_student(
-    model: StreamedModel,
+    source: Source,
     solutions: Callable[[int], Starts],
     *,
     train_norms: bool,
@@ -41,18 +41,20 @@ def load_student(
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """What `make_student` gives, read from the disk one decoder block at a time, and the original without its blocks.
 
-    `solutions` gives those of a block, by the names of its linears. `after` is shown each block of the student and the
-    original's, which is let go then.
+    `solutions` gives those of a block, by the names of its linears. `after` is called with each block of the student
+    and of the original, which is freed then.
     Law (tests/test_distill_teacher.py): that student, bit for bit.
     """
-    original = model.frame()
+    original = source.without_blocks()
     student = make_student(original, {}, train_norms=train_norms)
-    blocks = decoder_blocks(student)
-    for index in range(len(model)):
-        block = model.block(index)
-        blocks[index] = make_student_block(block, solutions(index), train_norms=train_norms)
+
+    def prepare(index: int, block: nn.Module) -> nn.Module:
+        twin = make_student_block(block, solutions(index), train_norms=train_norms)
         if after is not None:
-            after(blocks[index], block)
+            after(twin, block)
+        return twin
+
+    source.fill_blocks(student, prepare)
     return student, original
 
 
@@ -77,6 +79,14 @@ def _own(norms: dict[str, nn.Module]) -> None:
     """From here on the norms share nothing, and learn."""
     for norm in norms.values():
         norm.weight = nn.Parameter(norm_weight(norm).detach().float().clone())
+
+
+def start_norms(student: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Put in norms that an earlier training left, by parameter name. Nothing is shared with the teacher afterwards."""
+    for name, weight in weights.items():
+        norm = student.get_submodule(name.removesuffix(".weight"))
+        old = norm_weight(norm)
+        norm.weight = nn.Parameter(weight.to(old.device, old.dtype), requires_grad=old.requires_grad)
 
 
 def checkpoint_blocks(student: PreTrainedModel) -> None:

@@ -20,7 +20,8 @@ from upq.core.progress import Progress
 from upq.distill.config import Distill
 from upq.files.tensors import load_rows, save_tensors
 from upq.losses import LOSSES, Divergence, TopK, log_softmax
-from upq.model.streaming import StreamedModel, run_block
+from upq.model.source import Source
+from upq.model.walker import Replay, walk
 
 ROWS_A_SHARD = 64  # 8 MB at 512 tokens and 64 of a vocabulary below 2^16: what a killed run does again
 
@@ -102,12 +103,12 @@ def write_cache(
     The teacher's blocks are read once a shard. Batches do not cross shards, so a shard's bytes do not depend on where
     an earlier run stopped.
     """
-    model = teacher.model
-    k, index_dtype = min(config.teacher_top_k, model.config.vocab_size), _index_dtype(model.config.vocab_size)
-    bf16 = computes_in_bf16(config.precision, model.device, model.config.hidden_size)
+    source, vocabulary = teacher.source, teacher.source.config.vocab_size
+    k, index_dtype = min(config.teacher_top_k, vocabulary), _index_dtype(vocabulary)
+    bf16 = computes_in_bf16(config.precision, source.device, source.config.hidden_size)
     for shard in cache.missing():
         rows_NT, parts = tokens_NT[torch.tensor(cache.of_shard(shard))].long(), []
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(source.device.type, torch.bfloat16, enabled=bf16):
             (states_NTH,) = teacher.states(rows_NT, every_block=False, batch_size=config.micro_batch_size)
             for states_BTH in torch.split(states_NTH, config.micro_batch_size):
                 parts.append(likeliest(states_BTH, teacher.head, k, config.chunk_tokens))
@@ -139,14 +140,14 @@ class StreamedTeacher:
     Law (tests/test_distill_teacher.py): training with it is training with the teacher in memory, bit for bit.
     """
 
-    model: StreamedModel
+    source: Source
     final_norm: nn.Module
     head: nn.Module
 
     @classmethod
-    def of(cls, model: StreamedModel, frame: PreTrainedModel) -> StreamedTeacher:
-        """`frame` is that of the model: the original without the weights of its blocks."""
-        return cls(model, frame.get_submodule(model.spec.final_norm), frame.get_submodule(model.spec.head))
+    def of(cls, source: Source, original: PreTrainedModel) -> StreamedTeacher:
+        """`original` is the model of `source` without the weights of its blocks."""
+        return cls(source, original.get_submodule(source.spec.final_norm), original.get_submodule(source.spec.head))
 
     @torch.no_grad()
     def states(self, tokens_BT: Tensor, *, every_block: bool, batch_size: int | None = None) -> list[Tensor]:
@@ -154,14 +155,17 @@ class StreamedTeacher:
 
         A block computes all rows at once, or `batch_size` at a time.
         """
-        rows = batch_size or len(tokens_BT)
-        hidden_BTH, contexts = self.model.embed(tokens_BT, batch_size=rows)
-        written = []
-        for index, context in enumerate(contexts):
-            run_block(self.model.block(index), hidden_BTH, context, batch_size=rows)
+        written = list[Tensor]()
+        for step in walk(self.source, tokens_BT, batch_size=batch_size or len(tokens_BT), replay=self._replay):
+            step.advance(self.source.block(step.index))
+            (hidden_BTH,) = (states[:] for states in step.states)
             if every_block:
-                written.append(hidden_BTH[:].clone())
-        return [*written[:-1], self.final_norm(hidden_BTH[:])]
+                written.append(hidden_BTH.clone())
+        return [*written[:-1], self.final_norm(hidden_BTH)]
+
+    @cached_property
+    def _replay(self) -> Replay:
+        return Replay(self.source)
 
 
 Teacher = PreTrainedModel | StreamedTeacher | CachedTeacher

@@ -75,6 +75,7 @@ def distill(
     progress: Progress,
     sharded: bool = False,
     stop: Stop | None = None,
+    name: str = "distill",
 ) -> list[float]:
     """Train `student` in place; returns the loss of each step (nats a token) since the last resume.
 
@@ -88,7 +89,7 @@ def distill(
     """
     training, stop = Training(student, teacher, data, config, sharded=sharded), stop or Stop()
     first, skipped = _resume(checkpoint, training, progress) if checkpoint.is_file() else (0, [])
-    progress.start("distill", done=first)
+    progress.start(name, done=first)
     losses: list[float] = []
     for step in range(first, total_steps):
         value, norm, stopping = training.step(step, learning_rate_factor(step, total_steps, config), stop)
@@ -99,18 +100,18 @@ def distill(
                     _save(checkpoint, training, step, skipped)
                 kept = f"; the state before it is kept in {checkpoint}" if checkpoint.is_file() else ""
                 raise UPQError(
-                    f"distill: step {step}: {wrong}; raise distill.skip_bad_steps (now {config.skip_bad_steps}) to go "
-                    f"on without it, or lower distill.lr or distill.scale_lr with another --out{kept}"
+                    f"{name}: step {step}: {wrong}; raise {name}.skip_bad_steps (now {config.skip_bad_steps}) to go "
+                    f"on without it, or lower {name}.lr or {name}.scale_lr with another --out{kept}"
                 )
             skipped.append(step)
-            progress.note(f"distill: step {step} is left out: {wrong} ({len(skipped)} of {config.skip_bad_steps})")
+            progress.note(f"{name}: step {step} is left out: {wrong} ({len(skipped)} of {config.skip_bad_steps})")
         losses.append(value)
         finished = step + 1
         if finished % config.checkpoint_every == 0 or finished == total_steps or stopping:
             _save(checkpoint, training, finished, skipped)
         progress.advance(1, loss=value)
         if stopping:
-            progress.note(f"distill: stopped after step {step}; its state is in {checkpoint}")
+            progress.note(f"{name}: stopped after step {step}; its state is in {checkpoint}")
             raise Stopped(stop.signum or signal.SIGTERM)  # another process's, under torchrun
     return losses
 

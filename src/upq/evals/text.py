@@ -17,9 +17,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from upq.core.errors import UPQError
 from upq.core.progress import Progress, Silent
-from upq.model.activations import Activations, Allocate, in_memory
+from upq.model.activations import Activations, Allocate, batches, in_memory
 from upq.model.loading import family
-from upq.model.streaming import StreamedModel, run_block
+from upq.model.source import Source
+from upq.model.walker import walk
 
 _MEASURES = ("nll", "kld", "top1", "teacher_nll")  # summed over the tokens of a row
 _BATCH = 4  # rows
@@ -55,7 +56,7 @@ class Streamed:
 
 @torch.no_grad()
 def streamed(
-    model: StreamedModel,
+    source: Source,
     tokens_NT: Tensor,
     *,
     block: Callable[[int], nn.Module] | None = None,
@@ -67,12 +68,13 @@ def streamed(
     Law (tests/test_evals_text.py): what `evaluate_text` makes of it in the same batches are the figures of the whole
     model, bit for bit.
     """
-    states_NTH, contexts = model.embed(tokens_NT, batch_size=batch_size, allocate=allocate)
-    for index, context in enumerate(contexts):
-        run_block((block or model.block)(index), states_NTH, context, batch_size=batch_size, dtype=model.dtype)
-    norm, head = model.ending()
-    run_block(norm, states_NTH, {}, batch_size=batch_size, dtype=model.dtype)
-    return Streamed(model.config, states_NTH, head, model.device, model.dtype)
+    for step in walk(source, tokens_NT, batch_size=batch_size, allocate=allocate):
+        step.advance((block or source.block)(step.index))
+    (states_NTH,) = step.states
+    norm, head = source.norm_and_head()
+    for rows in batches(len(states_NTH), batch_size):
+        states_NTH[rows] = norm(states_NTH[rows].to(source.dtype)).float()
+    return Streamed(source.config, states_NTH, head, source.device, source.dtype)
 
 
 @torch.inference_mode()

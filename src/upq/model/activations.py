@@ -105,6 +105,6 @@ class OnDisk:
         self._file.close()
 
 
-def stretches(rows: int, size: int) -> Iterator[slice]:
+def batches(rows: int, size: int) -> Iterator[slice]:
     """All rows in order, `size` at a time; the last stretch may be shorter."""
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))

@@ -9,30 +9,26 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
 from upq.core.memory import trim
-from upq.model.loading import decoder_blocks
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 
 
-def load_original(model: StreamedModel, mesh: DeviceMesh) -> PreTrainedModel:
+def load_original(source: Source, mesh: DeviceMesh) -> PreTrainedModel:
     """The whole model in the values of `load_model`, but for `generation_config`, which it has from its config alone.
 
     Beside its shards, a process has embedding, final norm, head and one block whole. Nothing here waits for other
     processes; a forward pass does, at each block.
     """
-    whole = model.frame()
-    places = decoder_blocks(whole)
-    for index in range(len(model)):
-        places[index] = model.block(index)
-        shard_frozen(places[index], mesh)
-        trim()  # its shards lie between what it leaves: of 8 blocks of 61 MB, glibc kept 180
+    whole = source.without_blocks()
+    source.fill_blocks(whole, lambda _, block: shard_frozen(block, mesh))
     return whole
 
 
-def shard_frozen(block: nn.Module, mesh: DeviceMesh) -> None:
-    """Cut a decoder block that is never trained, in place."""
+def shard_frozen(block: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Cut a decoder block that is never trained, in place. Returns it."""
     # Each is a root of its own, and a root would stay whole after its first forward pass.
     fully_shard(block, mesh=mesh, reshard_after_forward=True)
     block.register_forward_hook(_forget)
+    return block
 
 
 def _forget(block: nn.Module, *_: object) -> None:

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from upq.artifact.manifest import Manifest
     from upq.core.progress import Progress
     from upq.core.signals import Stop
-    from upq.data.config import Source
+    from upq.data.config import TextSource
     from upq.exports import Report
     from upq.run.plan import Machine, Plan
     from upq.run.recipe import Recipe
 
-Text: TypeAlias = "str | Path | Source"
+Text: TypeAlias = "str | Path | TextSource"
 
 
 class Figures(TypedDict):
@@ -53,6 +53,8 @@ def quantize(
     data: Text | Sequence[Text] | None = None,
     device: str = "auto",
     keep_work: bool = False,
+    redo: bool = False,
+    work: str | Path | None = None,
     progress: Progress | Literal["auto"] | None = "auto",
     stop: Stop | None = None,
     **settings: Any,
@@ -65,9 +67,11 @@ def quantize(
     model: directory or hub id of a Hugging Face model.
     out: directory of the artefact. It is new, or holds the same run.
     recipe: name of a recipe of the package, a YAML file, or a Recipe.
-    data: text to learn from, in place of the recipe's: paths, hub data sets, or `upq.data.config.Source` with options.
+    data: text to learn from, in place of the recipe's: paths, hub data sets, or TextSource values.
     device: "auto", "cpu" or "cuda".
     keep_work: solved blocks and checkpoints stay on disk after the end.
+    redo: do stages anew whose settings differ from those of the run in `out`. Without it, that is an error.
+    work: directory in which several runs keep their stages and take one another's.
     progress: "auto" shows bars on a terminal and lines elsewhere, None nothing; or an object like upq.core.Progress.
     stop: a listener for signals (upq.core.signals). Without one, Ctrl-C interrupts at once; the same call resumes.
     settings: keys of the recipe with dots and their values, as `--set` of the command line.
@@ -81,7 +85,17 @@ def quantize(
         from upq.run.run import quantize as run
 
     with quietly(), reporting(progress) as shown:
-        return run(model, chosen, out, device=device, keep_work=keep_work, progress=shown, stop=stop)
+        return run(
+            model,
+            chosen,
+            out,
+            device=device,
+            keep_work=keep_work,
+            redo=redo,
+            work=work,
+            progress=shown,
+            stop=stop,
+        )
 
 
 def plan(
@@ -243,7 +257,7 @@ def recipe_of(
     recipe: str | Path | Recipe, settings: Mapping[str, Any], data: Text | Sequence[Text] | None = None
 ) -> Recipe:
     """A recipe by name, file or value, with settings over it. `data`, where given, replaces its sources."""
-    from upq.data.config import Source
+    from upq.data.config import TextSource
     from upq.run.recipe import Recipe
 
     items = [_item(key, value) for key, value in settings.items()]
@@ -251,9 +265,9 @@ def recipe_of(
         chosen = Recipe.load(str(recipe), items)
     else:
         chosen = recipe.changed(items) if items else recipe
-    given = [data] if isinstance(data, str | Path | Source) else list(data or ())
+    given = [data] if isinstance(data, str | Path | TextSource) else list(data or ())
     if given:
-        sources = tuple(text if isinstance(text, Source) else Source(path=str(text)) for text in given)
+        sources = tuple(text if isinstance(text, TextSource) else TextSource(path=str(text)) for text in given)
         chosen = chosen.model_copy(update={"data": chosen.data.model_copy(update={"sources": sources})})
     for source in chosen.data.sources:
         if source.path.startswith((".", "/", "~")) and not Path(source.path).exists():

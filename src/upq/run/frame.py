@@ -33,7 +33,7 @@ from upq.files.tensors import load_tensors
 from upq.kernels import computing
 from upq.model.activations import Allocate, allocator
 from upq.model.loading import generation_config, load_tokenizer
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.nn.packed import Codes
 from upq.run.directory import RunDirectory
 from upq.run.recipe import Recipe
@@ -89,7 +89,7 @@ class Frame:
             data=[*(asdict(use) for use in data.sources), {"digest": data.digest, "rows": len(data.tokens_NT)}],
             skipped_steps=list(state.skipped_steps),
         )
-        model = StreamedModel(self.model, dtype="auto").without_linears()
+        model = Source(self.model, dtype="auto").without_linears()
         model.generation_config = generation_config(self.model)
         shutil.rmtree(self.staging, ignore_errors=True)  # what a killed run left half done
         with write_errors(self.staging):
@@ -107,7 +107,7 @@ class Frame:
 
     def check(self, data: TokenSet, state: ModelState) -> Manifest:
         """Load the artefact as a user would and measure it against the original, which is read block by block."""
-        model, rows_NT = StreamedModel(self.model, device=self.device, dtype="auto"), data.validation_tokens_NT
+        model, rows_NT = Source(self.model, device=self.device, dtype="auto"), data.validation_tokens_NT
         with allocator(self.run.work if self.recipe.memory.activations == "disk" else None) as allocate:
             original = streamed(model, rows_NT, allocate=allocate)
             self.progress.advance(1)
@@ -136,7 +136,7 @@ class Frame:
                 file.replace(self.run.out / file.name)
 
     def _built_on(
-        self, store: BlockStore, model: StreamedModel, original: Streamed, data: TokenSet, allocate: Allocate
+        self, store: BlockStore, model: Source, original: Streamed, data: TokenSet, allocate: Allocate
     ) -> dict[str, Any]:
         """What a block-wise stage had reached that a later one built upon, as a row of its own."""
         sizes = list[tuple[int, int]]()
@@ -160,7 +160,7 @@ class Frame:
 
     def _by_path(self, of_block: Callable[[int], Any]) -> Any:
         """Module path and what `of_block` gives by the names of a block's linears, read one block at a time."""
-        model = StreamedModel(self.model)
+        model = Source(self.model)
         for index in range(len(model)):
             yield from ((f"{model.spec.blocks}.{index}.{name}", value) for name, value in of_block(index).items())
 

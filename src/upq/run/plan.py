@@ -17,7 +17,7 @@ from upq.core.errors import UPQError
 from upq.core.memory import resident_bytes
 from upq.distill.optimizer import check as check_optimizer
 from upq.model.sizes import Sizes, sizes_of
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.run.recipe import Recipe
 from upq.run.run import check as check_run
 from upq.run.run import reading_of
@@ -41,7 +41,7 @@ SCALES_ALONE = "distill.train_weights=false"
 
 def check(config: PretrainedConfig, recipe: Recipe, name: str) -> None:
     """Every error of model and recipe that shows without data. Raises UPQError."""
-    check_run(config, recipe, StreamedModel.without_files(config), name)
+    check_run(config, recipe, Source.without_files(config), name)
 
 
 def needs(sizes: Sizes, recipe: Recipe, machine: Machine) -> dict[str, Need]:

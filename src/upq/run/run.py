@@ -30,7 +30,7 @@ from upq.exports import exporter
 from upq.files.digests import model_digests
 from upq.files.lock import lock
 from upq.model.loading import family, load_config
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.run.directory import LOCK, Keep, Place, RunDirectory, sweep
 from upq.run.frame import Frame, export
 from upq.run.recipe import Recipe
@@ -72,7 +72,7 @@ def quantize(
     reading = reading_of(recipe)
     with ExitStack() as held:
         with state.main_process_first():  # the others then find the directory as it has left it
-            check(load_config(path), recipe, StreamedModel(path), name)
+            check(load_config(path), recipe, Source(path), name)
             if not directory.open(progress, held, redo=redo):
                 progress.note(f"{out} is finished already: nothing to do")
                 if recipe.export:
@@ -171,7 +171,7 @@ class _Run:
         return self._packed[1]
 
 
-def check(config: PretrainedConfig, recipe: Recipe, model: StreamedModel, name: str) -> None:
+def check(config: PretrainedConfig, recipe: Recipe, model: Source, name: str) -> None:
     """Every fault of model and recipe that shows without data, so that a typo shows before hours of work."""
     family(config)
     if getattr(config, "quantization_config", None) is not None:

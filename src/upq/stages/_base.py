@@ -22,10 +22,10 @@ from upq.core.progress import Progress
 from upq.core.registry import Registry
 from upq.core.scheme import QuantScheme
 from upq.core.signals import Stop
-from upq.data.config import Data, Source
+from upq.data.config import Data, TextSource
 from upq.data.tokens import TokenSet
 from upq.model.activations import Allocate, allocator
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.stages.sizes import Machine, Need, Saving, Sizes
 
 Start = Literal["latents", "codes"]  # what a stage reads of the solved blocks: weights that learn, or codes alone
@@ -72,7 +72,7 @@ class ModelState:
     """
 
     digest: str
-    text: tuple[Source, ...] = ()  # written by stages, beside the recipe's sources
+    text: tuple[TextSource, ...] = ()  # written by stages, beside the recipe's sources
     solved: BlockStore | None = None  # blocks of the last stage that quantised or trained
     built_on: tuple[BlockStore, ...] = ()  # blocks that a later block-wise stage started from
     norms: Path | None = None  # trained norms, by parameter name
@@ -101,7 +101,7 @@ class ModelState:
 
         return cls(
             raw["digest"],
-            tuple(Source(**{**source, "path": str(work / source["path"])}) for source in raw["text"]),
+            tuple(TextSource(**{**source, "path": str(work / source["path"])}) for source in raw["text"]),
             None if raw["solved"] is None else store(raw["solved"]),
             tuple(store(each) for each in raw["built_on"]),
             None if raw["norms"] is None else work / raw["norms"],
@@ -138,9 +138,9 @@ class Job:
     def sharded(self) -> bool:
         return self.memory.weights == "sharded" and self.processes.world > 1
 
-    def source(self, **options: Any) -> StreamedModel:
+    def source(self, **options: Any) -> Source:
         """The original, read block by block."""
-        return StreamedModel(self.model, device=self.device, **options)
+        return Source(self.model, device=self.device, **options)
 
     def activations(self) -> AbstractContextManager[Allocate]:
         return allocator(self.folder if self.memory.activations == "disk" else None)
@@ -176,7 +176,7 @@ class Stage(Strict):
     solves: ClassVar[bool] = False  # it leaves blocks as codes
     trains: ClassVar[bool] = False  # it starts from solved blocks
 
-    def check(self, name: str, model: StreamedModel, data: Data) -> None:
+    def check(self, name: str, model: Source, data: Data) -> None:
         """Raises UPQError for every fault that shows without data. `name` is that of the stage in its recipe."""
 
     @abstractmethod

@@ -15,7 +15,7 @@ from upq.core.precision import Precision
 from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.data.config import Data
 from upq.files.tensors import load_tensors, save_tensors
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, register
 from upq.stages._need import blockwise_need
 from upq.stages.sizes import Machine, Need, Sizes
@@ -41,7 +41,7 @@ class Blockwise(Stage):
         cls = METHODS.get(self.method.name)
         return cls(self.method.options(cls.Config, f"method {self.method.name}"))
 
-    def check(self, name: str, model: StreamedModel, data: Data) -> None:
+    def check(self, name: str, model: Source, data: Data) -> None:
         self.solver()
         for linear in model.spec.linears:
             self.scheme().groups(model.in_features(linear))
@@ -60,16 +60,17 @@ class Blockwise(Stage):
 
     def run(self, job: Job, state: ModelState) -> ModelState:
         store = BlockStore(job.folder, self.scheme(), latents=job.keep == "latents")
-        model = job.source(precision=self.precision)
+        model = job.source()
         job.progress.start(job.name, done=store.done(len(model)))
         walk(
             model,
             self._calibration(job),
             self.solver(),
             store,
-            source=state.solved,
+            given=state.solved,
             seed=job.seed,
             progress=job.progress,
+            precision=self.precision,
             activations=job.activations(),
             processes=job.processes,
         )

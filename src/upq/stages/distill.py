@@ -16,13 +16,13 @@ from upq.data.tokens import TokenSet
 from upq.distill import optimizer, teacher
 from upq.distill.config import Distill as Settings
 from upq.distill.sharding import load_sharded
-from upq.distill.student import load_student, make_student, norm_weight, norms, trained_blocks
+from upq.distill.student import load_student, make_student, norm_weight, norms, start_norms, trained_blocks
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher, write_cache
 from upq.distill.trainer import distill, settled, skipped_steps, steps
-from upq.files.tensors import save_tensors
+from upq.files.tensors import load_tensors, save_tensors
 from upq.losses import LOSSES
 from upq.model.loading import check_finite, family, load_model
-from upq.model.streaming import StreamedModel
+from upq.model.source import Source
 from upq.nn.trained import whole
 from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, register
 from upq.stages._need import distill_need, teacher_need
@@ -46,7 +46,7 @@ class Distill(Settings, Stage):
         Saving(9, ("train_weights=false", "scale_lr=5e-3"), other_artefact=True),
     )
 
-    def check(self, name: str, model: StreamedModel, data: Data) -> None:
+    def check(self, name: str, model: Source, data: Data) -> None:
         teacher.check(self)
         optimizer.check(self)
         loss = LOSSES.get(self.loss.name)
@@ -57,8 +57,7 @@ class Distill(Settings, Stage):
 
     def demands(self, data: Data) -> Demands:
         number = steps(self, data.seq_len)
-        start = "latents" if self.train_weights and number else "codes"
-        return Demands(rows=number * self.batch_size, start=start)
+        return Demands(rows=number * self.batch_size, start="latents" if self.train_weights and number else "codes")
 
     @property
     def caches_teacher(self) -> bool:
@@ -94,6 +93,13 @@ class Distill(Settings, Stage):
         data = job.rows()
         cache = self._cached(job, data) if self.caches_teacher else None
         student, original = self._models(job, state.solved)
+        before = {} if state.norms is None else load_tensors(state.norms)[0]
+        if before and job.sharded:
+            raise UPQError(
+                f"{job.name}: an earlier stage trained the norms, and a sharded training cannot start from them; "
+                "set memory.weights=replicated"
+            )
+        start_norms(student, before)
         config = settled(self, original, data)
         targets: Teacher = original if cache is None else cache
         del original  # what the student does not share of it goes, unless it gives the `targets`
@@ -109,6 +115,7 @@ class Distill(Settings, Stage):
                 progress=job.progress,
                 sharded=job.sharded,
                 stop=job.stop,
+                name=job.name,
             )
         solved, norms_file = job.folder / "blocks", job.folder / "norms.safetensors"
         store = replace(state.solved, folder=solved, latents=job.keep == "latents")
@@ -116,7 +123,7 @@ class Distill(Settings, Stage):
             if job.processes.first:
                 store.save(index, solutions, state.solved.report(index))
         trained = norms(student) if self.train_norms else {}
-        weights = {f"{path}.weight": whole(norm_weight(norm).detach()) for path, norm in trained.items()}
+        weights = before | {f"{path}.weight": whole(norm_weight(norm).detach()) for path, norm in trained.items()}
         if weights and job.processes.first:
             save_tensors(norms_file, weights)
         skipped = (*state.skipped_steps, *skipped_steps(checkpoint)) if job.processes.first else ()
@@ -140,7 +147,7 @@ class Distill(Settings, Stage):
         size = cache.bytes(self.teacher_top_k, vocabulary, job.reading.seq_len)
         kept = f"the {min(self.teacher_top_k, vocabulary)} likeliest of {vocabulary} tokens"
         job.progress.note(f"teacher: {kept} at each position of {len(cache.rows)} rows, {size / 1e6:,.2f} MB on disk")
-        write_cache(cache, StreamedTeacher(model, *model.ending()), data.tokens_NT, self, progress=job.progress)
+        write_cache(cache, StreamedTeacher(model, *model.norm_and_head()), data.tokens_NT, self, progress=job.progress)
 
     def _models(self, job: Job, solved: BlockStore) -> tuple[PreTrainedModel, PreTrainedModel | StreamedTeacher]:
         """Student and teacher before the training: whole, or with no more in memory than stays there."""

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from upq.data.config import Data, Generated, Source
+from upq.data.config import Data, Generated, TextSource
 from upq.data.generated import write_conversations
 from upq.files.atomic import atomic_write
 from upq.model.loading import check_finite, generation_config, load_model, load_tokenizer
@@ -66,7 +66,7 @@ class Generate(Generated, Stage):
         with job.processes.shared_errors():
             if job.processes.first:
                 atomic_write(written, b"".join(file.read_bytes() for file in sorted(batches.iterdir())))
-        return replace(state, text=(*state.text, Source(path=str(written), weight=self.weight)))
+        return replace(state, text=(*state.text, TextSource(path=str(written), weight=self.weight)))
 
 
 def _original(job: Job, mesh: DeviceMesh | None) -> PreTrainedModel:

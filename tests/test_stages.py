@@ -1,0 +1,198 @@
+"""Laws over the registry of stages: whatever their order and kind, a run can be killed, repeated and changed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import upq
+from upq.core.config import fixed
+from upq.core.errors import UPQError
+from upq.core.progress import Silent
+from upq.run.recipe import Recipe
+from upq.run.run import quantize
+from upq.stages import STAGES, Stage
+from victim import Victim, make_victim
+
+DISTILL = {"loss": "gjs", "batch_size": 4, "micro_batch_size": 2, "lr": 1e-3, "scale_lr": 1e-3, "train_norms": True}
+# Every kind at least once, two kinds twice.
+CHAIN: dict[str, dict[str, Any]] = {
+    "generate": {"tokens": 200, "weight": 0.25, "max_new_tokens": 40, "batch_size": 8},
+    "int4": {"stage": "blockwise", "bits": 4, "samples": 8, "method": {"name": "flexround", "iterations": 2}},
+    "int2": {"stage": "blockwise", "bits": 2, "samples": 8, "method": {"name": "block_ap", "iterations": 2}},
+    "distill": {**DISTILL, "tokens": 512, "checkpoint_every": 2},
+    "again": {**DISTILL, "stage": "distill", "tokens": 256, "train_weights": False},
+}
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Victim:
+    return make_victim(tmp_path_factory.mktemp("victim"))
+
+
+@pytest.fixture(scope="module")
+def recipe(victim: Victim) -> Callable[..., Recipe]:
+    sources = victim.recipe().data.model_dump(mode="json")["sources"]
+
+    def make(**changes: dict[str, Any]) -> Recipe:
+        stages = {name: {**settings, **changes.get(name, {})} for name, settings in CHAIN.items()}
+        data = {"seq_len": 32, "validation": 8, "sources": sources}
+        return Recipe.of({"data": data, "stages": stages}, "here")
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(victim: Victim, recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with its work kept."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    quantize(victim.model, recipe(), out, keep_work=True)
+    return out
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model.safetensors").read_bytes()
+
+
+def times(folder: Path) -> dict[str, int]:
+    """Of the files that a stage left."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+class EndsBefore(Silent):
+    """Interrupts a run as a stage begins."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+
+    def start(self, stage: str, *, done: int = 0) -> None:
+        if stage == self.stage:
+            raise KeyboardInterrupt
+
+
+def test_the_chain_has_every_kind() -> None:
+    assert {settings.get("stage", name) for name, settings in CHAIN.items()} == set(STAGES.names())
+
+
+@pytest.mark.parametrize("stage", list(CHAIN))
+def test_stopped_before_a_stage_and_run_again_is_never_stopped(
+    victim: Victim, recipe: Callable[..., Recipe], finished: Path, tmp_path: Path, stage: str
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        quantize(victim.model, recipe(), tmp_path / "out", progress=EndsBefore(stage))
+    work = tmp_path / "out" / ".work"
+    before = {name: times(work / name) for name in list(CHAIN)[: list(CHAIN).index(stage)]}
+    quantize(victim.model, recipe(), tmp_path / "out", keep_work=True)
+    assert weights(tmp_path / "out") == weights(finished)
+    assert before == {name: times(work / name) for name in before}  # what was there is taken up
+
+
+def test_run_twice_is_once(victim: Victim, recipe: Callable[..., Recipe], finished: Path) -> None:
+    before = times(finished)
+    quantize(victim.model, recipe(), finished, keep_work=True)
+    assert times(finished) == before
+
+
+FREE = [(kind, key) for kind in STAGES.names() for key in STAGES.get(kind).model_fields]
+FREE = [(kind, key) for kind, key in FREE if key not in fixed(STAGES.get(kind).model_construct())]
+OTHER = {"skip_bad_steps": 3, "gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize(("kind", "key"), FREE)
+def test_a_free_setting_changes_no_byte(
+    victim: Victim, recipe: Callable[..., Recipe], finished: Path, tmp_path: Path, kind: str, key: str
+) -> None:
+    names = [name for name, settings in CHAIN.items() if settings.get("stage", name) == kind]
+    changed = recipe(**{name: {key: OTHER[key]} for name in names})
+    quantize(victim.model, changed, tmp_path / "out")
+    assert weights(tmp_path / "out") == weights(finished)
+    before = times(finished)
+    quantize(victim.model, changed, finished, keep_work=True)  # and a finished run stays finished
+    assert times(finished) == before
+
+
+CHANGES: list[tuple[str, dict[str, Any], str]] = [
+    ("again", {"tokens": 512}, r"again\.tokens was 256 and is now 512; again would be done anew"),
+    ("distill", {"tokens": 1024}, r"distill\.tokens was 512 and is now 1024; distill, again would be done anew"),
+    ("int2", {"samples": 4}, r"int2\.samples was 8 and is now 4; int2, distill, again would be done anew"),
+]
+
+
+@pytest.mark.parametrize(("stage", "change", "message"), CHANGES)
+def test_another_later_stage_keeps_the_earlier_ones_files(
+    victim: Victim,
+    recipe: Callable[..., Recipe],
+    finished: Path,
+    tmp_path: Path,
+    stage: str,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    """Refused until it is agreed to, with what it costs; then the stages before it stay as they are."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "upq.json").unlink()  # as it stands before the end of a run
+    kept = {name: times(out / ".work" / name) for name in list(CHAIN)[: list(CHAIN).index(stage)]}
+    with pytest.raises(UPQError, match=message + r".*generate, .* kept.*--redo") as caught:
+        quantize(victim.model, recipe(**{stage: change}), out)
+    assert "\n" not in str(caught.value)
+    quantize(victim.model, recipe(**{stage: change}), out, redo=True, keep_work=True)
+    assert kept == {name: times(out / ".work" / name) for name in kept}
+    assert upq.load(out)
+
+
+def test_a_refused_change_touches_nothing(victim: Victim, recipe: Callable[..., Recipe], finished: Path) -> None:
+    before = times(finished)
+    with pytest.raises(UPQError, match=r"distill\.lr was 0\.001 and is now 0\.5"):
+        quantize(victim.model, recipe(distill={"lr": 0.5}), finished)
+    assert times(finished) == before
+
+
+def test_an_agreed_change_that_was_stopped_needs_no_second_word(
+    victim: Victim, recipe: Callable[..., Recipe], finished: Path, tmp_path: Path
+) -> None:
+    """And the old artefact stays until the new one is there."""
+    out, changed = shutil.copytree(finished, tmp_path / "out"), recipe(distill={"tokens": 1024})
+    with pytest.raises(KeyboardInterrupt):
+        quantize(victim.model, changed, out, redo=True, progress=EndsBefore("again"))
+    assert weights(out) == weights(finished)
+    quantize(victim.model, changed, out)
+    assert weights(out) != weights(finished)
+
+
+def test_runs_that_share_a_work_folder_solve_the_blocks_once(
+    victim: Victim, recipe: Callable[..., Recipe], finished: Path, tmp_path: Path
+) -> None:
+    """Four trainings: each its own artefact, as without the folder; nothing is ever thrown away."""
+    work, seen = tmp_path / "work", dict[str, int]()
+    for lr in (1e-3, 2e-3, 5e-3, 1e-2):
+        quantize(victim.model, recipe(distill={"lr": lr}), tmp_path / str(lr), work=work)
+        now = times(work)
+        assert seen.items() <= now.items()
+        seen = now
+    assert weights(tmp_path / "0.001") == weights(finished)
+    kinds = [path.name.partition("-")[0] for path in work.iterdir()]
+    assert [kinds.count(name) for name in CHAIN] == [1, 1, 1, 4, 4]
+
+
+def test_two_runs_at_once_in_a_shared_folder(victim: Victim, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """The second is refused while the first solves the blocks, by a line that names the first."""
+
+    class Second(Silent):
+        def start(self, stage: str, *, done: int = 0) -> None:
+            if stage == "int4":
+                with pytest.raises(UPQError, match=r"int4-\w+: in use by process \d+"):
+                    quantize(victim.model, recipe(), tmp_path / "two", work=tmp_path / "work")
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(victim.model, recipe(), tmp_path / "one", work=tmp_path / "work", progress=Second())
+
+
+def test_a_stage_is_abstract_in_what_it_must_say() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        Stage()  # type: ignore[abstract]
