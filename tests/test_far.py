@@ -69,7 +69,7 @@ def test_the_walk(name: str, on_disk: bool, model: Path, tmp_path: Path, monkeyp
         into.path(1).unlink(missing_ok=True)
         with far_away() as device:
             walk(
-                Source(model, device=device), IDS, cls(cls.Config(scale="max", **few)), into, source=given,
+                Source(model, device=device), IDS, cls(cls.Config(scale="max", **few)), into, given=given,
                 seed=0, progress=Silent(), activations=allocator(tmp_path if on_disk else None),
             )  # fmt: skip
         assert into.done(2) == 2
