@@ -18,7 +18,9 @@ from typing import Annotated, Any
 
 import typer
 
+import _rows
 from _alone import run_alone
+from _rows import THROUGH_INT4
 from _table import Figure, Table, make_console, show_figures, write_figures
 
 SIZES = (256, 512, 1024)
@@ -30,7 +32,7 @@ TOKENS = 32  # of other vocabularies for each unit of the hidden size, as in Lla
 OFF = 0.15  # of memory, either way
 SETTINGS = (
     "data.generated=null", "data.seq_len=256", "data.validation=4",
-    "int4={bits: 4, samples: 8, method: {name: flexround, scale: mse, relative: true, iterations: 2, batch_size: 2}}",
+    THROUGH_INT4, "int4.samples=8", "int4.method.iterations=2",
     "int2.samples=8", "int2.method.iterations=2", "distill.tokens=2048",
 )  # fmt: skip
 
@@ -100,10 +102,8 @@ def make(folder: Path, hidden: int, blocks: int) -> None:
 
 
 def load_recipe(model: Path, overrides: list[str]) -> Any:
-    from upq.run.recipe import Recipe
-
     source = f"data.sources=[{{path: {model / 'text.jsonl'}}}]"
-    return Recipe.load("default", [source, *SETTINGS, *overrides])
+    return _rows.load_recipe("default", [source, *SETTINGS, *overrides])
 
 
 def planned(model: Path, gigabytes: float, overrides: list[str]) -> None:
