@@ -21,6 +21,9 @@ from _alone import run_alone
 from _table import Figure, Table, make_console, show_figures, spread, write_figures
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from upq.blockwise import BlockTask
     from upq.core.precision import Precision
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,18 +121,20 @@ def solve(folder: Path, iterations: int, batch_size: int, seed: int, precision: 
     from safetensors.torch import load_file, save_file
 
     from upq.blockwise import METHODS, BlockStore, walk
+    from upq.core.precision import computes_in_bf16
     from upq.core.progress import Silent
     from upq.core.scheme import QuantScheme
     from upq.model.source import Source
 
     tokens_NT = load_file(folder / "tokens.safetensors")["tokens_NT"]
-    model = Source(folder / "model", precision=precision)
+    source = Source(folder / "model")
     flexround = METHODS.get("flexround")
     method = flexround(flexround.Config(iterations=iterations, batch_size=batch_size))
     store = BlockStore(folder / "blocks", QuantScheme(bits=4), latents=False)
     wall, cpu = time.monotonic(), time.process_time()
-    walk(model, tokens_NT, method, store, source=None, seed=seed, progress=Silent())
-    seconds = {"seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu, "bf16": model.bf16}
+    walk(source, tokens_NT, method, store, given=None, seed=seed, progress=Silent(), precision=precision)
+    bf16 = computes_in_bf16(precision, source.device, source.config.hidden_size)
+    seconds = {"seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu, "bf16": bf16}
     save_file(store.weights(0), folder / "upq.safetensors")
     return seconds
 
@@ -138,17 +143,7 @@ def products(folder: Path, iterations: int, batch_size: int, precision: Precisio
     """The block's own weights, each with a gradient, in place of quantised ones."""
     from safetensors.torch import load_file
 
-    from upq.blockwise import BlockTask
-    from upq.model.source import Source, run_block
-
-    model = Source(folder / "model", precision=precision)
-    tokens_NT = load_file(folder / "tokens.safetensors")["tokens_NT"][:batch_size]
-    inputs_NTH, (context,) = model.embed(tokens_NT)
-    targets_NTH, _ = model.embed(tokens_NT)
-    block = model.block(0)
-    with model.autocast():
-        run_block(block, targets_NTH, context)
-    task = BlockTask(0, block, model.spec, context, 0, inputs_NTH, targets_NTH, autocast=model.autocast)
+    task = only_block(folder, load_file(folder / "tokens.safetensors")["tokens_NT"][:batch_size], precision)
     weights = {name: w_OI.requires_grad_() for name, w_OI in task.weights().items()}
     wall, cpu = time.monotonic(), time.process_time()
     for _ in range(iterations):
@@ -158,20 +153,27 @@ def products(folder: Path, iterations: int, batch_size: int, precision: Precisio
     return {"seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
 
 
+def only_block(folder: Path, tokens_NT: Tensor, precision: Precision) -> BlockTask:
+    """The block of the model, to be solved for some rows."""
+    from upq.blockwise import BlockTask
+    from upq.blockwise._base import ORIGINAL
+    from upq.core.precision import computes_in_bf16
+    from upq.model.source import Source
+    from upq.model.walker import walk
+
+    source = Source(folder / "model")
+    bf16 = computes_in_bf16(precision, source.device, source.config.hidden_size)
+    (step,) = walk(source, tokens_NT, streams=2, bf16=bf16)
+    block = source.block(0)
+    step.advance(block, stream=ORIGINAL)
+    return BlockTask(step, block, source.spec, seed=0)
+
+
 def judge(folder: Path) -> tuple[float, float]:
     """Errors of the block's output over all rows, UPQ's and AutoRound's."""
     from safetensors.torch import load_file
 
-    from upq.blockwise import BlockTask
-    from upq.model.source import Source, run_block
-
-    model = Source(folder / "model")
-    tokens_NT = load_file(folder / "tokens.safetensors")["tokens_NT"]
-    inputs_NTH, (context,) = model.embed(tokens_NT)
-    targets_NTH, _ = model.embed(tokens_NT)
-    block = model.block(0)
-    run_block(block, targets_NTH, context)
-    task = BlockTask(0, block, model.spec, context, 0, inputs_NTH, targets_NTH)
+    task = only_block(folder, load_file(folder / "tokens.safetensors")["tokens_NT"], "fp32")
     errors = []
     for name in ("upq", "autoround"):
         weights = load_file(folder / f"{name}.safetensors")

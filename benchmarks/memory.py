@@ -132,13 +132,14 @@ def measure(model: Path, layers: int, out: Path, samples: int, seq_len: int, ite
     flexround = METHODS.get("flexround")
     before, began = resident_bytes(), time.monotonic()
     walk(
-        Source(model, precision="auto"),
+        Source(model),
         tokens_NT,
         flexround(flexround.Config(iterations=iterations)),
         BlockStore(out / "blocks", QuantScheme(bits=4), latents=False),
-        source=None,
+        given=None,
         seed=0,
         progress=Silent(),
+        precision="auto",
         activations=allocator(out if disk else None),
     )
     print(json.dumps({"before": before, "peak": peak_memory_bytes(), "seconds": time.monotonic() - began}))

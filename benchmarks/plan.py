@@ -112,7 +112,7 @@ def planned(model: Path, gigabytes: float, overrides: list[str]) -> None:
     """Memory and seconds of each stage, as this machine plans it, and the settings that make it fit."""
     from upq.model.loading import load_config
     from upq.run.plan import plan, this_speed
-    from upq.stages.sizes import Machine
+    from upq.stages._sizes import Machine
 
     machine = Machine(int(gigabytes * 1e9), speed=this_speed())
     made = plan(load_config(model), load_recipe(model, overrides), machine)

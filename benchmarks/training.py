@@ -225,13 +225,14 @@ def solve(job: Job) -> float:
     cls = METHODS.get(stage.method.name)
     began = time.monotonic()
     walk(
-        Source(folder / "model", device=job.device, precision="auto"),
+        Source(folder / "model", device=job.device),
         torch.randint(SHAPES[job.shape][5], (job.samples, job.seq_len)),
         cls(stage.method.options(cls.Config, "method")),
         BlockStore(folder / "int4", stage.scheme(), latents=False),
-        source=None,
+        given=None,
         seed=0,
         progress=Silent(),
+        precision="auto",
     )
     return (time.monotonic() - began) / job.blocks * SHAPES[job.shape][2]
 

@@ -16,15 +16,16 @@ from torch import Tensor
 from pairwise import covering
 from tiny import tiny_model
 from upq.blockwise import METHODS, BlockStore, BlockTask, Method, Solution, walk
-from upq.blockwise._base import batches, start_scales
+from upq.blockwise._base import ORIGINAL, QUANTISED, shuffled_batches, start_scales
 from upq.blockwise.flexround import _Divided
 from upq.blockwise.gptq import gptq, objective
 from upq.core.errors import UPQError
 from upq.core.progress import Silent
 from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.grids import GRIDS, Params, search_scale
+from upq.model import walker
 from upq.model.activations import allocator
-from upq.model.source import Source, run_block
+from upq.model.source import Source
 
 IDS = torch.randint(2, 67, (24, 12), generator=torch.Generator().manual_seed(0))
 FAST = {"flexround": {"iterations": 60, "lr": 1e-2}, "block_ap": {"iterations": 60}}
@@ -48,17 +49,18 @@ def make_task(tmp_path_factory: pytest.TempPathFactory) -> MakeTask:
         path = tmp_path_factory.mktemp("model")
         tiny_model("llama", intermediate_size=width).save_pretrained(path)
         model = Source(path)
-        hidden_NTH, contexts = model.embed(IDS)
+        steps = walker.walk(model, IDS, streams=2)
         first, second = model.block(0), model.block(1)
-        targets_NTH = hidden_NTH.clone()
-        run_block(first, targets_NTH, contexts[0])
-        run_block(second, targets_NTH, contexts[1])
+        step = next(steps)
+        step.advance(first, stream=ORIGINAL)
         for linear in model.spec.linears:
             weight = first.get_submodule(linear).weight
             scheme = QuantScheme(bits=3)
             weight.copy_(GRIDS.get("seq").fake(weight, search_scale(weight, scheme), scheme))
-        run_block(first, hidden_NTH, contexts[0])
-        return RecordingTask(1, second, model.spec, contexts[1], seed=0, inputs_NTH=hidden_NTH, targets_NTH=targets_NTH)
+        step.advance(first, stream=QUANTISED)
+        step = next(steps)
+        step.advance(second, stream=ORIGINAL)
+        return RecordingTask(step, second, model.spec, seed=0)
 
     built: dict[int, BlockTask] = {}
 
@@ -180,7 +182,6 @@ class TestLearned:
     def test_each_error_has_its_own_winner(self, name: str, grid: str, make_task: MakeTask) -> None:
         """Never worse than the start by the error asked for, and better by it than what the other one finds."""
         scheme, task = QuantScheme(bits=2, grid=grid), make_task()
-        assert task.targets_NTH is not None
         task.targets_NTH[::2] *= 10  # tokens of different sizes
         start = nearest(task, start_scales(task, scheme, "mse"), scheme)
         found = {kind: dense(make(name, relative=kind).solve(task, scheme)) for kind in (False, True)}
@@ -229,7 +230,7 @@ def test_second_moments_are_those_of_the_inputs(make_task: MakeTask) -> None:
         task.block.get_submodule(linear).register_forward_pre_hook(
             lambda _module, args, linear=linear: seen.__setitem__(linear, args[0].flatten(0, 1).double())
         )
-    task.block(task.inputs_NTH, **task.context)
+    task.step.run(task.block, slice(None), stream=QUANTISED)
     inputs = dict(seen)
     full = task.second_moments(task.spec.linears, full=True, batch_size=5)
     diagonal = task.second_moments(task.spec.linears, full=False)
@@ -240,12 +241,12 @@ def test_second_moments_are_those_of_the_inputs(make_task: MakeTask) -> None:
 
 
 def test_batches_are_epochs() -> None:
-    drawn = torch.cat(list(batches(10, 4, 5, seed=1)))
+    drawn = torch.cat(list(shuffled_batches(10, 4, 5, seed=1)))
     for epoch in drawn.split(10):
         assert sorted(epoch.tolist()) == list(range(10))
-    assert torch.equal(drawn, torch.cat(list(batches(10, 4, 5, seed=1))))
-    assert not torch.equal(drawn, torch.cat(list(batches(10, 4, 5, seed=2))))
-    assert [len(b) for b in batches(3, 3, 4, seed=0)] == [3, 3, 3, 3]
+    assert torch.equal(drawn, torch.cat(list(shuffled_batches(10, 4, 5, seed=1))))
+    assert not torch.equal(drawn, torch.cat(list(shuffled_batches(10, 4, 5, seed=2))))
+    assert [len(b) for b in shuffled_batches(3, 3, 4, seed=0)] == [3, 3, 3, 3]
 
 
 class Killed(Exception):
@@ -283,7 +284,7 @@ def stage(
 ) -> int:
     """Blocks solved in this walk."""
     progress, where = Counting(limit), allocator(activations)
-    walk(model, IDS[:rows], method, store, source=source, seed=5, progress=progress, activations=where)
+    walk(model, IDS[:rows], method, store, given=source, seed=5, progress=progress, activations=where)
     return progress.blocks
 
 
@@ -383,17 +384,15 @@ class TestWalk:
         spy, store = Spy(Spy.Config()), BlockStore(tmp_path, QuantScheme(bits=2))
         spy.tasks = []
         stage(model, spy, store)
-        fp_NTH, contexts = model.embed(IDS[:8])
-        quantised_NTH = fp_NTH.clone()
-        for index, task in enumerate(spy.tasks):
-            block = model.block(index)
+        for index, (task, step) in enumerate(zip(spy.tasks, walker.walk(model, IDS[:8], streams=2), strict=True)):
+            block, (fp_NTH, quantised_NTH) = model.block(index), step.states
             assert task.index == index
             assert torch.equal(task.inputs_NTH, quantised_NTH)
-            run_block(block, fp_NTH, contexts[index])
+            step.advance(block, stream=ORIGINAL)
             assert torch.equal(task.targets_NTH, fp_NTH)
             for linear, weight in store.weights(index).items():
                 block.get_submodule(linear).weight.copy_(weight)
-            run_block(block, quantised_NTH, contexts[index])
+            step.advance(block, stream=QUANTISED)
             relative = ((quantised_NTH - fp_NTH).norm() / fp_NTH.norm()).item()
             assert store.report(index)["mlp.up_proj"]["block"] == pytest.approx(relative, rel=1e-4)
         assert not torch.equal(spy.tasks[2].inputs_NTH, spy.tasks[1].targets_NTH)
@@ -419,7 +418,7 @@ class TestWalk:
     def test_a_method_that_reads_no_inputs_needs_no_forward_pass(
         self, model: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(Source, "embed", None)
+        monkeypatch.setattr(Source, "skeleton", None)
         assert stage(model, make("rtn"), BlockStore(tmp_path, QuantScheme(bits=2))) == 3
 
 
@@ -471,10 +470,9 @@ class TestStore:
 
 def test_the_relative_error_is_of_each_token(make_task: MakeTask) -> None:
     task = make_task()
-    assert task.inputs_NTH is not None
-    assert task.targets_NTH is not None
     weights = nearest(task, start_scales(task, QuantScheme(bits=2), "mse"), QuantScheme(bits=2))
-    wrong_NTH, exact_NTH = (task.run(weights, task.inputs_NTH) - task.targets_NTH).double(), task.targets_NTH.double()
+    found_NTH = task.step.run(task.block, slice(None), weights=weights, stream=QUANTISED)
+    wrong_NTH, exact_NTH = (found_NTH - task.targets_NTH).double(), task.targets_NTH.double()
     absolute = wrong_NTH.square().mean().item()
     relative = (wrong_NTH.norm(dim=-1) / exact_NTH.norm(dim=-1)).square().mean().item()
     for batch_size in (5, 100):
@@ -484,7 +482,6 @@ def test_the_relative_error_is_of_each_token(make_task: MakeTask) -> None:
 
 def test_a_token_of_zeros_does_not_outweigh_the_others(make_task: MakeTask) -> None:
     task = make_task()
-    assert task.targets_NTH is not None
     weights = nearest(task, start_scales(task, QuantScheme(bits=2), "mse"), QuantScheme(bits=2))
     task.targets_NTH[0, 0] = 0
     assert task.error(weights, relative=True) < 1e6

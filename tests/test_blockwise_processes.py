@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tiny import tiny_model
 from upq.blockwise import METHODS, BlockStore, BlockTask, Solution, walk
+from upq.blockwise._base import ORIGINAL
 from upq.blockwise.rtn import Rtn
 from upq.core.errors import UPQError
 from upq.core.processes import ALONE, Processes
 from upq.core.progress import Silent
 from upq.core.scheme import QuantScheme
+from upq.model import walker
 from upq.model.activations import Allocate, allocator
 from upq.model.source import Source
 
@@ -68,7 +71,7 @@ def solve(
             IDS[:rows],
             cls(cls.Config(**options)),
             store,
-            source=None,
+            given=None,
             seed=0,
             progress=Stops(blocks),
             activations=activations,
@@ -82,11 +85,11 @@ def solve(
 class Poisoned(Source):
     """One hidden state of the last process is no number."""
 
-    def embed(self, *args: Any, **options: Any) -> Any:
-        hidden_NTH, contexts = super().embed(*args, **options)
-        if torch.distributed.get_rank() == 1:
-            hidden_NTH[0, 3] = torch.nan
-        return hidden_NTH, contexts
+    def inputs(self, ids_BT: Tensor, hidden_BTH: Tensor | None = None) -> dict[str, Tensor]:
+        inputs = super().inputs(ids_BT, hidden_BTH)
+        if hidden_BTH is None and torch.distributed.get_rank() == 1:
+            inputs["inputs_embeds"][0, 3] = torch.nan
+        return inputs
 
 
 class Full(BlockStore):
@@ -99,22 +102,22 @@ class Lengths(Rtn):
     seen: tuple[int, ...] = ()
 
     def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
-        assert task.inputs_NTH is not None
-        assert task.targets_NTH is not None
         self.seen = (len(task.inputs_NTH), len(task.targets_NTH), task.rows())
         return super().solve(task, scheme)
 
 
 def make_task(folder: Path) -> BlockTask:
     model = Source(folder)
-    inputs_NTH, contexts = model.embed(IDS)
-    targets_NTH = inputs_NTH + 0.1 * torch.randn(inputs_NTH.shape, generator=torch.Generator().manual_seed(0))
-    return BlockTask(0, model.block(0), model.spec, contexts[0], seed=0, inputs_NTH=inputs_NTH, targets_NTH=targets_NTH)
+    step = next(walker.walk(model, IDS, streams=2))
+    targets_NTH = step.states[ORIGINAL]
+    targets_NTH += 0.1 * torch.randn(targets_NTH.shape, generator=torch.Generator().manual_seed(0))
+    return BlockTask(step, model.block(0), model.spec, seed=0)
 
 
 def share_of(task: BlockTask, processes: Processes) -> BlockTask:
-    shares = {key: processes.share(getattr(task, key)) for key in ("inputs_NTH", "targets_NTH")}
-    return replace(task, **shares, processes=processes)
+    step, share = task.step, processes.share
+    states = tuple(share(states_NTH) for states_NTH in step.states)
+    return replace(task, step=replace(step, states=states, tokens_NT=share(step.tokens_NT)), processes=processes)
 
 
 def relative_losses(folder: Path, processes: Processes) -> list[list[float]]:
@@ -151,7 +154,7 @@ def ranked(folder: Path) -> None:
         ("disk", model, Full(folder / "disk", QuantScheme(bits=2))),
     ):
         try:
-            walk(poisoned, IDS, method, store, source=None, seed=0, progress=Silent(), processes=processes)
+            walk(poisoned, IDS, method, store, given=None, seed=0, progress=Silent(), processes=processes)
         except UPQError as error:
             errors[what] = str(error)
     said = {"errors": errors, "lengths": method.seen, "losses": relative_losses(folder / "model", processes)}

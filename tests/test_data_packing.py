@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 from tiny import byte_tokenizer
 from upq.core.errors import UPQError
 from upq.core.progress import Silent
-from upq.data import TokenSet, load_eval_text, prepare, tokens
+from upq.data import TokenSet, load_eval_text, prepare
 from upq.data.config import Data, TextSource
 from upq.data.tokens import permutation
+from upq.files.tensors import TensorPlan
 
 BOS, EOS = "<s>", "</s>"
 TOKENIZER = byte_tokenizer(bos=BOS, eos=EOS)
@@ -405,9 +406,9 @@ def test_killed_on_the_way_leaves_nothing(
         lines = corpus.read_text().splitlines()
         corpus.write_text("\n".join([*lines, "{broken"]))
     elif at == "rows":
-        monkeypatch.setattr(tokens, "_write_entry", killed)
+        monkeypatch.setattr(TensorPlan, "pieces", killed)
     else:
-        monkeypatch.setattr(os, "replace", killed)
+        monkeypatch.setattr(Path, "replace", killed)
     for name in ("old", "new"):
         with pytest.raises((KeyboardInterrupt, UPQError)):
             pack(section(corpus), tmp_path / name, seed=9)

@@ -17,7 +17,7 @@ from upq.core.scheme import QuantScheme
 from upq.core.signals import Stop, Stopped
 from upq.distill.config import Distill
 from upq.distill.objective import Objective
-from upq.distill.student import freeze, make_student, norms, trained_linears
+from upq.distill.student import make_student, norms, trained_linears
 from upq.distill.trainer import confidence, distill, learning_rate_factor, make_loss, skipped_steps
 from upq.files.tensors import load_tensors, save_tensors
 from upq.grids import search_scale
@@ -176,7 +176,7 @@ def test_freeze_is_what_the_forward_pass_computes_with(tmp_path, grid):
     teacher = make_teacher()
     student = make(teacher, grid=grid)
     train(student, teacher, make_config(), tmp_path / "c.safetensors")
-    codes = freeze(student)
+    codes = {path: layer.freeze() for path, layer in trained_linears(student).items()}
     assert codes.keys() == set(block_linears(teacher))
     for path, layer in trained_linears(student).items():
         assert torch.equal(codes[path].dequantize(), layer.fake())

@@ -22,7 +22,7 @@ from upq.model.loading import load_model
 from upq.model.source import Source
 from upq.nn.fake_quant import Solution
 from upq.nn.fixed_codes import Coded, Start
-from upq.nn.trained import whole
+from upq.nn.trained import full_tensor
 
 BLOCKS = 3
 # Model to family, whether the head is the embedding, and whether norms and weights are trained.
@@ -87,7 +87,7 @@ def trained_both_ways(folder: Path, train_norms: bool, latents: bool) -> dict[st
         assert names == {name for name, _ in found.named_parameters(remove_duplicate=False)}
         for name in sorted(names):
             a, b = expected.get_parameter(name), found.get_parameter(name)
-            if not torch.equal(a, whole(b)) or a.requires_grad != b.requires_grad:
+            if not torch.equal(a, full_tensor(b)) or a.requires_grad != b.requires_grad:
                 different.append(name)
     # Blocks that run again in the backward pass, in one of the models: cut before or after that is switched on.
     config, losses = make_config(hidden=0.25, micro_batch_size=2, gradient_checkpointing=not train_norms), []

@@ -23,9 +23,9 @@ from upq.exports._ggml import BLOCKS, TERNARY  # noqa: E402
 from upq.exports._llamacpp import LlamaCpp  # noqa: E402
 from upq.exports._vocabulary import _LLAMA3, vocabulary  # noqa: E402
 from upq.files.tensors import save_tensors  # noqa: E402
-from upq.formats import FORMATS  # noqa: E402
 from upq.grids import GRIDS, search_scale  # noqa: E402
 from upq.model.families import FAMILIES  # noqa: E402
+from upq.nn.packed import PackedLinear  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("reference")
 
@@ -36,7 +36,7 @@ BY_NAME = {block.name: block for block in BLOCKS}
 def stored(q: QTensor, folder: Path) -> Weight:
     """`q` as a weight of an artefact."""
     file = folder / "w.safetensors"
-    tensors = {f"w.{name}": tensor for name, tensor in FORMATS.get("upq").encode(q).items()}
+    tensors = {f"w.{name}": tensor for name, tensor in PackedLinear.from_qtensor(q).state_dict().items()}
     save_tensors(file, tensors)
     shape = (q.codes_OI.shape[0], q.codes_OI.shape[1])
     return Weight(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tiny import tiny_model
 from upq.core.errors import UPQError
 from upq.model.families import FAMILIES
+from upq.model.layout import block_list
 from upq.model.loading import family
 
 IDS = torch.arange(6)[None]
@@ -49,6 +50,8 @@ class TestLaws:
         spec, model = FAMILIES.get(name), tiny_model(name, tie_word_embeddings=False)
         assert model.get_submodule(spec.embedding) is model.get_input_embeddings()
         assert model.get_submodule(spec.head) is model.get_output_embeddings()
+        assert block_list(model) is model.get_submodule(spec.blocks)
+        assert model.get_decoder() is model.get_submodule(spec.decoder)
         decoder, norm = model.get_submodule(spec.decoder), model.get_submodule(spec.final_norm)
         between: list[Tensor] = []
         norm.register_forward_hook(lambda _module, _args, out: between.append(out))

@@ -19,7 +19,7 @@ from upq.core.scheme import QuantScheme
 from upq.core.signals import Stopped
 from upq.distill import trainer
 from upq.distill.config import Distill
-from upq.distill.student import freeze, make_student
+from upq.distill.student import make_student, trained_blocks
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher, write_cache
 from upq.evals import evaluate_text, streamed
 from upq.files.tensors import load_metadata
@@ -69,7 +69,7 @@ def test_the_walk(name: str, on_disk: bool, model: Path, tmp_path: Path, monkeyp
         into.path(1).unlink(missing_ok=True)
         with far_away() as device:
             walk(
-                Source(model, device=device), IDS, cls(cls.Config(scale="max", **few)), into, source=given,
+                Source(model, device=device), IDS, cls(cls.Config(scale="max", **few)), into, given=given,
                 seed=0, progress=Silent(), activations=allocator(tmp_path if on_disk else None),
             )  # fmt: skip
         assert into.done(2) == 2
@@ -124,7 +124,10 @@ def test_the_training(kind: str, loss: str, model: Path, tmp_path: Path) -> None
                 student, taught, Rows(), config, total_steps=3, checkpoint=tmp_path / "state", progress=Silent()
             )
         assert load_metadata(tmp_path / "state")["step"] == 1
-        assert {q.codes_OI.device.type for q in freeze(student).values()} == {"cpu"}
+        store = BlockStore(tmp_path / "trained", scheme)
+        for index, solutions in trained_blocks(student):
+            store.save(index, solutions, {})
+        assert store.done(2) == 2
 
 
 @pytest.mark.usefixtures("reference")

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from pairwise import pairwise
 from test_distill import Losses, Random, make_config, make_teacher, train
 from upq.artifact.transformers import block_linears
 from upq.blockwise import BlockStore, Solution
 from upq.core.scheme import PER_CHANNEL, QTensor, QuantScheme, to_groups
-from upq.distill.student import Starts, freeze, make_student, trained_linears
+from upq.distill.student import Starts, make_student, trained_linears
 from upq.files.tensors import load_tensors
 from upq.grids import GRIDS, search_scale
 from upq.nn.fake_quant import FakeQuantLinear
@@ -97,15 +98,19 @@ def starts(scheme: QuantScheme, *, latents: bool) -> tuple[torch.nn.Module, Star
     return teacher, solutions if latents else {p: Coded.of(s.qtensor(), s.params) for p, s in solutions.items()}
 
 
+def codes_of(student: PreTrainedModel) -> dict[str, QTensor]:
+    return {path: layer.freeze() for path, layer in trained_linears(student).items()}
+
+
 @pytest.mark.parametrize("grid", GRIDS.names())
 def test_a_training_moves_scales_and_norms_alone(grid: str, tmp_path: Path) -> None:
     scheme, config = QuantScheme(bits=2, grid=grid), make_config(train_norms=True, train_weights=False, scale_lr=1e-2)
     teacher, coded = starts(scheme, latents=False)
     student = make_student(teacher, coded, train_norms=True)
-    before = freeze(student)
+    before = codes_of(student)
     seen = Losses()
     train(student, teacher, config, tmp_path / "c.safetensors", steps=30, data=Random(), progress=seen)
-    after = freeze(student)
+    after = codes_of(student)
     for path, q in before.items():
         assert torch.equal(q.codes_OI, after[path].codes_OI)
         assert not torch.equal(q.scale_OG, after[path].scale_OG)
@@ -138,6 +143,6 @@ def test_a_student_of_codes_takes_two_bits_a_weight() -> None:
         layers = trained_linears(student).values()
         assert {type(layer) for layer in layers} == {FakeQuantLinear if latents else FixedCodesLinear}
         sizes[latents] = sum(p.nbytes for layer in layers for p in layer.parameters())
-    weights = sum(q.codes_OI.numel() for q in freeze(student).values())
-    rows = sum(len(q.scale_OG) for q in freeze(student).values())
+    weights = sum(q.codes_OI.numel() for q in codes_of(student).values())
+    rows = sum(len(q.scale_OG) for q in codes_of(student).values())
     assert sizes == {True: 4 * weights + 4 * rows, False: weights // 4 + 4 * rows}

@@ -16,7 +16,7 @@ FLOORS = (
     ("core",),
     ("files", "grids", "losses", "kernels"),
     ("nn", "model", "data", "world"),
-    ("blockwise", "distill", "decoding", "formats"),
+    ("blockwise", "distill", "decoding"),
     ("artifact",),
     ("exports",),
     ("evals",),

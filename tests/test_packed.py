@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 
+import hypothesis.strategies as st
 import pytest
 import torch
-from torch import nn
+from hypothesis import given, settings
+from torch import Tensor, nn
 
 from pairwise import pairwise
-from upq.core.scheme import PER_CHANNEL, QuantScheme
+from upq.core.errors import UPQError
+from upq.core.scheme import PER_CHANNEL, QTensor, QuantScheme
 from upq.grids import GRIDS, search_scale
+from upq.kernels import pack, unpack
 from upq.nn.fake_quant import FakeQuantLinear
 from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead, dense_like
 
@@ -65,13 +69,94 @@ def test_embedding_and_tied_head_equal_the_dense_table(grid: str, bits: int, dty
     assert torch.equal(head(x), nn.functional.linear(x, table))
 
 
-def test_the_value_comes_back() -> None:
-    for grid in GRIDS.names():
-        q = fake_linear(5, 24, QuantScheme(bits=3, group_size=8, grid=grid), False, torch.float32).freeze()
-        back = PackedLinear.from_qtensor(q).qtensor()
+# --- what is stored: the canonical layout of an artefact
+
+
+def random_qtensor(rows: int, columns: int, scheme: QuantScheme, seed: int) -> QTensor:
+    w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    grid = GRIDS.get(scheme.grid)
+    return grid.freeze(w, grid.init(w, scheme), scheme)
+
+
+@pytest.mark.parametrize("grid", GRIDS.names())
+@settings(deadline=None, max_examples=60)
+@given(
+    bits=st.integers(2, 8),
+    rows=st.integers(1, 5),
+    size=st.sampled_from([PER_CHANNEL, 8, 16, 24]),
+    width=st.integers(1, 50),
+    dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
+    seed=st.integers(0, 1000),
+)
+def test_the_value_comes_back(grid: str, bits: int, rows: int, size: int, width: int, dtype: str, seed: int) -> None:
+    scheme = QuantScheme(bits=bits, group_size=size, grid=grid, scale_dtype=dtype)
+    columns = width if size == PER_CHANNEL else size * (1 + width % 4)
+    q = random_qtensor(rows, columns, scheme, seed)
+    packed = PackedLinear.from_qtensor(q)
+    with torch.device("meta"):
+        loaded = PackedLinear(columns, rows, scheme)
+    loaded.load_state_dict(packed.state_dict(), assign=True)
+    for back in (packed.qtensor(), loaded.qtensor()):
         assert back.scheme == q.scheme
         for name in ("codes_OI", "scale_OG", "zero_OG"):
-            assert torch.equal(getattr(back, name), getattr(q, name))
+            got, want = getattr(back, name), getattr(q, name)
+            assert got.dtype == want.dtype
+            assert torch.equal(got, want)
+
+
+def packed_by_definition(codes_OI: Tensor, bits: int) -> list[list[int]]:
+    """The row as one big integer, least significant code first: independent of the vectorised code."""
+    rows = []
+    for row in codes_OI.tolist():
+        stream = sum(code << (k * bits) for k, code in enumerate(row))
+        rows.append(list(stream.to_bytes(-(-len(row) * bits // 8), "little")))
+    return rows
+
+
+@settings(deadline=None, max_examples=100)
+@given(bits=st.integers(1, 8), rows=st.integers(1, 4), columns=st.integers(1, 41), seed=st.integers(0, 1000))
+def test_packed_rows_are_little_endian_bit_streams(bits: int, rows: int, columns: int, seed: int) -> None:
+    codes = torch.randint(2**bits, (rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.tolist() == packed_by_definition(codes, bits)
+    assert torch.equal(unpack(packed, bits, columns), codes)
+
+
+@pytest.mark.parametrize(
+    ("bits", "codes", "golden"),
+    [
+        (2, [3, 0, 1, 2, 1], [0b10_01_00_11, 0b01]),
+        (3, [1, 2, 3, 4, 5, 6, 7, 0, 5], [0b11_010_001, 0b0_101_100_0, 0b000_111_11, 0b101]),
+        (4, [1, 15, 8], [0xF1, 0x08]),
+    ],
+)
+def test_golden_bytes(bits: int, codes: list[int], golden: list[int]) -> None:
+    scheme = QuantScheme(bits=bits)
+    scale = torch.tensor([[0.5]], dtype=torch.float16)
+    zero = torch.tensor([[(2**bits - 1) / 2]])
+    q = QTensor(torch.tensor([codes], dtype=torch.uint8), scale, zero, scheme)
+    tensors = PackedLinear.from_qtensor(q).state_dict()
+    assert tensors.keys() == {"weight_packed", "weight_scale"}
+    assert tensors["weight_packed"].tolist() == [golden]
+    assert tensors["weight_packed"].dtype == torch.uint8
+    assert tensors["weight_scale"].view(torch.uint8).tolist() == [[0x00, 0x38]]
+
+
+def test_affine_stores_its_zero_as_a_scale() -> None:
+    tensors = PackedLinear.from_qtensor(
+        random_qtensor(3, 16, QuantScheme(bits=2, group_size=8, grid="affine"), 0)
+    ).state_dict()
+    assert tensors["weight_zero"].shape == (3, 2)
+    assert tensors["weight_zero"].dtype == torch.float16
+
+
+def test_a_zero_that_the_file_cannot_hold_is_an_error() -> None:
+    q = random_qtensor(2, 8, QuantScheme(bits=2), 0)
+    with pytest.raises(UPQError, match=r"zero points must be 1\.5"):
+        PackedLinear.from_qtensor(QTensor(q.codes_OI, q.scale_OG, q.zero_OG + 0.5, q.scheme))
+
+
+# --- as a module of a model
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

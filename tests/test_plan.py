@@ -35,7 +35,7 @@ from upq.run import run as pipeline
 from upq.run.frame import Frame
 from upq.run.plan import needs, plan
 from upq.run.recipe import Recipe
-from upq.stages.sizes import Machine, Need, Speed
+from upq.stages._sizes import Machine, Need, Speed
 
 T = 32
 LAW = 0.15  # of what is counted

@@ -12,7 +12,8 @@ from upq.blockwise import METHODS, BlockStore, walk
 from upq.core.precision import computes_in_bf16
 from upq.core.progress import Silent
 from upq.core.scheme import QuantScheme
-from upq.model.source import Source, run_block
+from upq.model import walker
+from upq.model.source import Source
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -38,15 +39,13 @@ def test_an_old_torch_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_blocks_in_bf16_give_float32_near_the_exact(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
-    tokens_NT, found = torch.arange(48).view(4, 12), {}
-    for precision in ("fp32", "bf16"):
-        model = Source(tmp_path, precision=precision)
-        hidden_NTH, (context, *_) = model.embed(tokens_NT)
-        with model.autocast():
-            run_block(model.block(0), hidden_NTH, context)
-        found[precision] = hidden_NTH[:]
-        assert found[precision].dtype == torch.float32
-    error = (found["bf16"] - found["fp32"]).norm() / found["fp32"].norm()
+    source, tokens_NT, found = Source(tmp_path), torch.arange(48).view(4, 12), {}
+    for bf16 in (False, True):
+        step = next(walker.walk(source, tokens_NT, bf16=bf16))
+        step.advance(source.block(0))
+        found[bf16] = step.states[0]
+        assert found[bf16].dtype == torch.float32
+    error = (found[True] - found[False]).norm() / found[False].norm()
     assert 0 < error < 0.01  # bfloat16 has 8 bits
 
 
@@ -59,8 +58,8 @@ def test_solutions_in_bf16_are_near_those_in_float32(name: str, tmp_path: Path) 
     errors = {}
     for precision in ("fp32", "bf16"):
         store = BlockStore(tmp_path / precision, scheme, latents=True)
-        model = Source(tmp_path / "m", precision=precision)
-        walk(model, tokens_NT, cls(config), store, source=None, seed=0, progress=Silent())
+        source, method = Source(tmp_path / "m"), cls(config)
+        walk(source, tokens_NT, method, store, given=None, seed=0, progress=Silent(), precision=precision)
         solutions = store.solutions(0)
         assert all(solution.latent_OI.dtype == torch.float32 for solution in solutions.values())
         errors[precision] = next(iter(store.report(0).values())).get("block", 0.0)

@@ -11,7 +11,6 @@ from upq.blockwise import METHODS
 from upq.core.errors import UPQError
 from upq.core.registry import Registry
 from upq.exports import EXPORTS
-from upq.formats import FORMATS
 from upq.grids import GRIDS
 from upq.losses import LOSSES
 from upq.model.families import FAMILIES
@@ -58,7 +57,7 @@ def test_a_name_belongs_to_one_plugin(fruits: Registry[str]) -> None:
     assert fruits.get("pear") == "a pear"
 
 
-@pytest.mark.parametrize("registry", [GRIDS, LOSSES, METHODS, FAMILIES, FORMATS, EXPORTS], ids=lambda r: r._package)
+@pytest.mark.parametrize("registry", [GRIDS, LOSSES, METHODS, FAMILIES, EXPORTS], ids=lambda r: r._package)
 def test_every_plugin_of_the_package_loads(registry: Registry[object]) -> None:
     assert registry.names()
     for name in registry.names():

@@ -60,7 +60,7 @@ def test_a_solution_that_is_no_number_is_not_stored(tmp_path: Path, scale: Any, 
             IDS,
             Broken(Rtn.Config(scale=scale)),
             store,
-            source=None,
+            given=None,
             seed=0,
             progress=Silent(),
         )

@@ -24,11 +24,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from upq import decoding
-from upq.artifact.card import model_card
-from upq.artifact.manifest import MANIFEST, Layer, Manifest, file_entry, write_manifest
+from upq.artifact.manifest import Layer, Manifest, file_entry
+from upq.artifact.publish import describe
 from upq.core.errors import UPQError
 from upq.core.scheme import QTensor, QuantScheme
-from upq.files.atomic import atomic_write, staged
+from upq.files.atomic import written
 from upq.files.tensors import tensor_shapes
 from upq.grids import GRIDS, search_scale
 from upq.model.loading import check_sizes, decoder_blocks, family, library_errors, load_config, load_model
@@ -270,13 +270,20 @@ def write_artifact(
     extra_tensors: Mapping[str, Tensor] | None = None,
     errors: Mapping[str, float] | None = None,
 ) -> Manifest:
-    """Pack `model` in place (see `pack_model`) and write it with its tokenizer into the directory `out`.
+    """Pack `model` in place (see `pack_model`) and write it with its tokenizer as the new directory `out`, whole.
 
     Returns `manifest` with `layers` (`errors` by module path among them) and `files` filled in, as it stands in
-    `out/upq.json`. That file goes first and comes back last, so a directory that has one is complete.
+    `out/upq.json`.
     """
+    if out.is_dir() and any(out.iterdir()):
+        raise UPQError(f"{out}: exists already; name a new directory, or delete it first")
     config = pack_model(model, qtensors, embeddings_bits=embeddings_bits, extra_tensors=extra_tensors)
-    with staged(out) as scratch:
+    layers = [
+        _layer(model.get_submodule(path), path, scheme, (errors or {}).get(path))
+        for path, scheme in config.schemes(model).items()
+    ]
+    with written(out) as scratch:
+        scratch.mkdir(parents=True)
         try:
             # Under the names in memory: a source in an old layout must not hand its names down.
             model.save_pretrained(scratch, save_original_format=False)
@@ -286,14 +293,8 @@ def write_artifact(
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
         files = {file.name: file_entry(file) for file in sorted(scratch.iterdir())}
-        (out / MANIFEST).unlink(missing_ok=True)
-    layers = [
-        _layer(model.get_submodule(path), path, scheme, (errors or {}).get(path))
-        for path, scheme in config.schemes(model).items()
-    ]
-    manifest = manifest.model_copy(update={"layers": layers, "files": files})
-    atomic_write(out / "README.md", model_card(manifest))
-    write_manifest(out, manifest)
+        manifest = manifest.model_copy(update={"layers": layers, "files": files})
+        describe(scratch, manifest)
     return manifest
 
 

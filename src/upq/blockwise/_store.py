@@ -11,7 +11,7 @@ from torch import Tensor
 
 from upq.core.scheme import QTensor, QuantScheme
 from upq.files.atomic import write_errors
-from upq.files.tensors import complete, load_metadata, load_tensors, save_tensors
+from upq.files.tensors import keys_required, load_metadata, load_tensors, save_tensors
 from upq.grids import Params
 from upq.kernels.reference import unpack
 from upq.nn.fake_quant import Solution
@@ -67,7 +67,7 @@ class BlockStore:
     def solutions(self, index: int) -> Mapping[str, Start]:
         """What each linear of a block trains from, by name."""
         parts = _by_linear(load_tensors(self.path(index))[0])
-        with complete(self.path(index)):
+        with keys_required(self.path(index)):
             if self.latents:
                 return {name: Solution(part["latent"], _params(part), self.scheme) for name, part in parts.items()}
             return {
@@ -80,7 +80,7 @@ class BlockStore:
             solutions = self.solutions(index)
             return {name: solution.qtensor() for name, solution in solutions.items()}
         parts = _by_linear(load_tensors(self.path(index))[0])
-        with complete(self.path(index)):
+        with keys_required(self.path(index)):
             return {
                 name: QTensor(
                     unpack(part["packed"], self.scheme.bits, int(part["columns"])),
@@ -97,7 +97,7 @@ class BlockStore:
 
     def report(self, index: int) -> Report:
         """Linear name to its figures, as measured when the block was solved."""
-        with complete(self.path(index)):
+        with keys_required(self.path(index)):
             report: Report = load_metadata(self.path(index))["report"]
         return report
 

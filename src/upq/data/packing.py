@@ -30,8 +30,9 @@ from upq.data import tokens
 from upq.data.config import Data, TextSource
 from upq.data.encoding import Encoded, Encoder, tokenizer_identity
 from upq.data.sources import Document, identity, read_documents, sources_of
-from upq.data.tokens import Entry, SourceUse, TokenSet
+from upq.data.tokens import SourceUse, TokenSet
 from upq.files.atomic import write_errors
+from upq.files.tensors import TensorPlan, write_tensors
 
 LAYOUT = 1  # part of the key: a change of what `prepare` makes of the same input is a new layout
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20
@@ -96,7 +97,7 @@ def prepare(
                 "sources": json.dumps([dataclasses.asdict(use) for use in uses]),
                 "counts": json.dumps({"rows": plan.training.count, "validation": plan.validation.count}),
             }
-            tokens.write(path, _entries(plan, spool, section.seq_len), metadata)
+            write_tensors(path, _tensors(plan, spool, section.seq_len), metadata, digest="digest")
     made = tokens.read(path, key, seed)
     assert made is not None
     return made
@@ -355,18 +356,23 @@ def _rows(flat: NDArray[Any], spans: list[tuple[int, int]], t: int) -> Iterator[
             rest = rest[whole * t :]
 
 
-def _entries(plan: _Plan, spool: _Spool, t: int) -> dict[str, Entry]:
+def _tensors(plan: _Plan, spool: _Spool, t: int) -> list[TensorPlan]:
     """The tensors of the file, int32 first; a mask that is all ones is left out."""
 
-    def entry(part: _Part, name: Literal["tokens", "mask"]) -> Entry:
-        return Entry("I32" if name == "tokens" else "U8", (part.count, t), lambda: part.blocks(spool.view(name), t))
+    def tensor(prefix: str, part: _Part, name: Literal["tokens", "mask"]) -> TensorPlan:
+        def blocks() -> Iterator[Tensor]:
+            return (torch.from_numpy(block_KT) for block_KT in part.blocks(spool.view(name), t))
+
+        dtype = torch.int32 if name == "tokens" else torch.uint8
+        return TensorPlan(name=prefix + name, dtype=dtype, shape=(part.count, t), parts=blocks)
 
     parts = {"": plan.training, "validation_": plan.validation}
-    entries = {f"{prefix}tokens": entry(part, "tokens") for prefix, part in parts.items()}
-    for prefix, part in parts.items():
-        if spool.masked and not all(block.all() for block in part.blocks(spool.view("mask"), t)):
-            entries[f"{prefix}mask"] = entry(part, "mask")
-    return entries
+    masks = {
+        prefix: part
+        for prefix, part in parts.items()
+        if spool.masked and not all(block.all() for block in part.blocks(spool.view("mask"), t))
+    }
+    return [tensor(*item, "tokens") for item in parts.items()] + [tensor(*item, "mask") for item in masks.items()]
 
 
 def _report(section: Data, plan: _Plan, sequences: int, progress: Progress) -> None:

@@ -5,24 +5,17 @@ Shape suffixes: N = rows, T = tokens in a row, B = rows in a batch.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-
-from upq.files.atomic import write_errors
-
-DTYPES: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "U8": np.dtype("u1")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,39 +90,6 @@ def _mix(z: Any) -> Any:
         return z ^ (z >> np.uint64(31))
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor to write, whose rows come in blocks: it need not fit into memory."""
-
-    dtype: str  # a key of DTYPES
-    shape: tuple[int, int]
-    blocks: Callable[[], Iterable[NDArray[Any]]]
-
-
-def write(path: Path, entries: dict[str, Entry], metadata: dict[str, str]) -> None:
-    """Write a safetensors file in one go: under its name there is the whole file or what was there before.
-
-    `metadata["digest"]` is set to the sha256 over the tensors, in their order. int32 entries must come first, so that
-    they are aligned.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with write_errors(path), temporary.open("wb") as file:
-            # The digest is known last but stands first: a digest of the same length keeps its place.
-            file.write(_header(entries, {**metadata, "digest": "0" * 64}))
-            digest = hashlib.sha256()
-            for entry in entries.values():
-                _write_entry(file, entry, digest)
-            file.seek(0)
-            file.write(_header(entries, {**metadata, "digest": digest.hexdigest()}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def read(path: Path, key: str, seed: int) -> TokenSet | None:
     """The token set of `path`, memory-mapped, if it was made from `key`; None if not, or if it is no token set."""
     try:
@@ -155,25 +115,3 @@ def read(path: Path, key: str, seed: int) -> TokenSet | None:
             )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
         return None
-
-
-def _header(entries: dict[str, Entry], metadata: dict[str, str]) -> bytes:
-    table: dict[str, Any] = {"__metadata__": metadata}
-    at = 0
-    for name, entry in entries.items():
-        size = entry.shape[0] * entry.shape[1] * DTYPES[entry.dtype].itemsize
-        table[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(table).encode()
-    text += b" " * (-len(text) % 8)  # the format asks for data aligned to 8 bytes
-    return len(text).to_bytes(8, "little") + text
-
-
-def _write_entry(file: BinaryIO, entry: Entry, digest: hashlib._Hash) -> None:
-    rows = 0
-    for block in entry.blocks():
-        raw = np.ascontiguousarray(block, DTYPES[entry.dtype]).data
-        rows += len(block)
-        digest.update(raw)
-        file.write(raw)
-    assert rows == entry.shape[0], f"{rows} rows written of {entry.shape[0]}"

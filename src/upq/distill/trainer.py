@@ -31,11 +31,11 @@ from upq.distill.optimizer import make_optimizer, plain, restored, set_rate
 from upq.distill.sharding import shard
 from upq.distill.student import checkpoint_blocks, norm_weight, norms, trained_linears
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher
-from upq.files.tensors import complete, load_metadata, load_tensors, save_tensors
+from upq.files.tensors import keys_required, load_metadata, load_tensors, save_tensors
 from upq.losses import LOSSES, Loss
 from upq.model.loading import family
 from upq.nn.fake_quant import FakeQuantLinear, rms
-from upq.nn.trained import whole
+from upq.nn.trained import full_tensor
 
 
 class Batches(Protocol):
@@ -174,7 +174,7 @@ class Training:
                     )
                 accelerator.backward(value * world)
             total += value.detach()
-        norm = float(whole(accelerator.clip_grad_norm_(self.learned, config.clip)))
+        norm = float(full_tensor(accelerator.clip_grad_norm_(self.learned, config.clip)))
         asked = torch.full_like(total, stop.signum is not None)
         value, stopping = accelerator.reduce(torch.stack([total, asked]), reduction="sum").tolist()
         if math.isfinite(value) and math.isfinite(norm):
@@ -264,7 +264,7 @@ def _resume(path: Path, training: Training, progress: Progress) -> tuple[int, li
     options = StateDictOptions(full_state_dict=True, strict=False, ignore_frozen_params=True)
     set_model_state_dict(objective, model, options=options)
     fresh: Any = get_optimizer_state_dict(objective, inner, options=options)  # moments of zeros, in the right form
-    with complete(path):
+    with keys_required(path):
         step = int(metadata["step"])
         state: Any = {
             name: {k: restored(f"optimizer:{name}:{k}", form, tensors) for k, form in moments.items()}

@@ -18,7 +18,7 @@ from upq.core.progress import Progress, Silent
 from upq.exports._base import EXPORTS, Exporter, Plan, Rows, type_name
 from upq.exports._report import REPORT, Carried, Report, read_report, report_path, write_report
 from upq.exports._source import Source, Weight
-from upq.files.atomic import whole
+from upq.files.atomic import write_errors, written
 from upq.files.digests import digest_file
 
 _FOLDER = "exports"  # of an artefact
@@ -61,14 +61,16 @@ def export(
         )
     count = len(plan.placements)
     progress.plan({"write": (count, 1.0), "check": (count, 1.0)})
-    with whole(out) as scratch:
+    with write_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with written(out) as scratch:
         progress.start("write")
         begun = time.monotonic()
         form.write(source, plan, scratch, progress)
-        written = time.monotonic()
+        midway = time.monotonic()
         progress.start("check")
         carriers = _compare(form.read(source, plan, scratch), plan, out.name, progress)
-        seconds = {"write": written - begun, "check": time.monotonic() - written}
+        seconds = {"write": midway - begun, "check": time.monotonic() - midway}
         files = [file for file in scratch.rglob("*") if file.is_file()] if scratch.is_dir() else [scratch]
         linears = [p for p in plan.placements if p.weight.name in source.linears]
         report = Report(

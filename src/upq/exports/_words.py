@@ -11,7 +11,7 @@ from upq import kernels
 WORD = 32  # bits
 
 
-def whole(columns: int, bits: int) -> bool:
+def fills_words(columns: int, bits: int) -> bool:
     """Whether a row of codes ends with a word."""
     return columns * bits % WORD == 0
 

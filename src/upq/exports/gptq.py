@@ -107,7 +107,7 @@ def _layout(source: Source, weight: Weight) -> _Layout | None:
         layout = _Layout(own, symmetric=False)
     if layout is None:
         return None
-    return layout if all(words.whole(size, layout.bits) for size in weight.shape) else None
+    return layout if all(words.fills_words(size, layout.bits) for size in weight.shape) else None
 
 
 def _place(source: Source, weight: Weight) -> Placement:

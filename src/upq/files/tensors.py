@@ -3,42 +3,128 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from upq.core.bounded import parse_json, read_json
 from upq.core.errors import UPQError
-from upq.files.atomic import atomic_write
+from upq.files.atomic import written
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_METADATA = "upq"  # one key: safetensors writes several in a random order, and equal content must give equal bytes
+_METADATA = "upq"  # the key of what `save_tensors` is given
+
+
+# To the format's names, in its order: a library's file has the last of these first.
+_DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlan:
+    """A tensor to write. `parts` makes its content, from the first row to the last: it need not fit into memory."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterable[Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def pieces(self) -> Iterator[memoryview]:
+        """The bytes of each part."""
+        size = 0
+        for part in self.parts():
+            assert part.dtype == self.dtype, self.name
+            size += part.nbytes
+            yield part.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        assert size == self.bytes, self.name
+
+
+def write_tensors(
+    path: Path,
+    tensors: Sequence[TensorPlan],
+    metadata: Mapping[str, str],
+    *,
+    digest: str | None = None,
+    wrote: Callable[[TensorPlan], None] = lambda _: None,
+) -> None:
+    """A safetensors file of these tensors in this order, of which one part at a time is in memory.
+
+    `digest`: the key of the metadata that gets the sha256 over the tensors. `wrote` is called after each tensor.
+    Equal content gives equal bytes. Readers want aligned data, so types of more bytes come first.
+
+    The library's own writer wants all tensors at once; the format is a JSON header and the bytes in its order.
+    """
+    sha256 = hashlib.sha256()
+    with written(path) as scratch, scratch.open("wb") as file:
+        # The digest is known last and stands first: one of the same length keeps its place.
+        file.write(_header(tensors, {**metadata, digest: "0" * 64} if digest else metadata))
+        for tensor in tensors:
+            for piece in tensor.pieces():
+                file.write(piece)
+                if digest:
+                    sha256.update(piece)
+            wrote(tensor)
+        if digest:
+            file.seek(0)
+            file.write(_header(tensors, {**metadata, digest: sha256.hexdigest()}))
+
+
+def _header(tensors: Sequence[TensorPlan], metadata: Mapping[str, str]) -> bytes:
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for tensor in tensors:
+        offsets = [at, at + tensor.bytes]
+        table[tensor.name] = {"dtype": _DTYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": offsets}
+        at += tensor.bytes
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data start on a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
-    """A safetensors file with JSON metadata; equal content gives equal bytes."""
-    described = {_METADATA: json.dumps(dict(metadata or {}), sort_keys=True)}
-    plain: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        # safetensors refuses tensors that share storage; all others go to disk without a copy in memory.
-        if own.untyped_storage().data_ptr() in seen or own.untyped_storage().nbytes() != own.nbytes:
-            own = own.clone()
-        seen.add(own.untyped_storage().data_ptr())
-        plain[name] = own
-    atomic_write(path, lambda file: safetensors.torch.save_file(plain, file.name, described))
+    """A safetensors file with JSON metadata. Law (tests/test_files.py): the bytes of the library's own writer."""
+    rank = list(_DTYPES)
+    ordered = sorted(tensors.items(), key=lambda item: (-rank.index(item[1].dtype), item[0]))
+    plans = [
+        TensorPlan(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), parts=partial(_on_cpu, tensor))
+        for name, tensor in ordered
+    ]
+    write_tensors(path, plans, {_METADATA: json.dumps(dict(metadata or {}), sort_keys=True)})
+
+
+def _on_cpu(tensor: Tensor) -> list[Tensor]:
+    return [tensor.detach().cpu()]
 
 
 @contextlib.contextmanager
-def complete(path: Path) -> Iterator[None]:
-    """What is looked up in a file of the run is there, or an UPQError names it."""
+def keys_required(path: Path) -> Iterator[None]:
+    """A key that is missing from what was read from `path` is an UPQError that names it."""
     try:
         yield
     except KeyError as error:

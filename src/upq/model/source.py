@@ -98,9 +98,11 @@ class Source:
         return model.get_submodule(self.spec.final_norm), model.get_submodule(self.spec.head)
 
     def skeleton(self) -> PreTrainedModel:
-        """The model for a replay: of its decoder, blocks and embedding have no memory; the head has none either."""
+        """The model for a replay: nothing is read. The final norm has zeros, all other weights have no memory."""
         model = self.empty()
-        self._fill(model.get_submodule(self.spec.final_norm), f"{self.spec.final_norm}.")
+        norm = model.get_submodule(self.spec.final_norm).to_empty(device=self.device)
+        for weight in norm.parameters():
+            weight.zero_()
         return self._with_buffers(model)
 
     def without_linears(self) -> PreTrainedModel:

@@ -163,14 +163,15 @@ class Step:
                 self._known[len(hidden_BTH)] = Call(hidden_BTH[:0], known.args, known.kwargs)
             return Call(hidden_BTH, known.args, known.kwargs)
         call = replay.call(self.index, self.tokens_NT[rows], hidden_BTH)
-        carried = self.carried[stream]
-        if carried and not (isinstance(rows, slice) and (rows.start, rows.stop) in carried):
-            raise UPQError(
-                f"block {self.index} reads what other blocks hand on beside the hidden states, and that is kept for "
-                "whole batches; a method that draws rows one by one cannot solve such a model"
-            )
-        for name, handed_on in carried[rows.start, rows.stop].items() if carried else ():  # type: ignore[union-attr]
-            call.kwargs[name].update(handed_on)
+        carried = self.carried[stream] if self.index else {}
+        if carried:
+            if not isinstance(rows, slice) or (rows.start, rows.stop) not in carried:
+                raise UPQError(
+                    f"block {self.index} reads what other blocks hand on beside the hidden states, and that is kept "
+                    "for whole batches; a method that draws rows one by one cannot solve such a model"
+                )
+            for name, handed_on in carried[rows.start, rows.stop].items():
+                call.kwargs[name].update(handed_on)
         return call
 
 

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from upq.core.scheme import QTensor, QuantScheme
 from upq.grids import GRIDS, Params
-from upq.nn.trained import TrainedLinear, owned, whole
+from upq.nn.trained import TrainedLinear, full_tensor, owned
 
 _LATENT = "weight"
 
 
 def rms(tensor: Tensor) -> float:
     """Root mean square: the unit of weights' learning rates (about 0.02 in a 1B model, 0.12 in a tiny one)."""
-    return float(whole(tensor.detach()).float().square().mean().sqrt())
+    return float(full_tensor(tensor.detach()).float().square().mean().sqrt())
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class FakeQuantLinear(TrainedLinear):
         return rows, columns
 
     def solution(self) -> Solution:
-        return Solution(whole(self.weight.detach()), self._whole_params(), self.scheme)
+        return Solution(full_tensor(self.weight.detach()), self._whole_params(), self.scheme)
 
     def _learned(self) -> dict[str, Tensor]:
         return {_LATENT: self.weight, **self.grid_params}

@@ -14,7 +14,7 @@ from upq.core.scheme import QTensor, QuantScheme
 from upq.grids import GRIDS, Params
 from upq.kernels.reference import pack, unpack
 from upq.nn.fake_quant import Solution
-from upq.nn.trained import TrainedLinear, whole
+from upq.nn.trained import TrainedLinear, full_tensor
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class FixedCodesLinear(TrainedLinear):
         return len(self.packed), self.in_features
 
     def solution(self) -> Coded:
-        return Coded(whole(self.packed.detach()), self.in_features, self._whole_params(), self.scheme)
+        return Coded(full_tensor(self.packed.detach()), self.in_features, self._whole_params(), self.scheme)
 
     def _learned(self) -> dict[str, Tensor]:
         return dict(self.grid_params)

@@ -22,6 +22,9 @@ from upq.kernels.reference import row_bytes
 class _Packed(nn.Module):
     """Buffers `weight_packed` (O, B) uint8 and `weight_scale` (O, G); `weight_zero` (O, G) where groups have their own.
 
+    This is the layout of an artefact on disk (tests/test_packed.py holds its golden bytes). A row of `weight_packed` is
+    a little-endian bit stream of codes, B = ceil(I·bits/8), its last byte filled with zeros.
+
     Buffers and not parameters: nothing here is trained, and `model.dtype` is the dtype of the first float parameter.
     """
 

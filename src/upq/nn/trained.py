@@ -63,7 +63,7 @@ class TrainedLinear(nn.Module):
         return product(x, self.bias, self._weight, self._learned())
 
     def _whole_params(self) -> Params:
-        return {key: whole(value.detach()) for key, value in self.grid_params.items()}
+        return {key: full_tensor(value.detach()) for key, value in self.grid_params.items()}
 
     def extra_repr(self) -> str:
         o, i = self.shape
@@ -125,6 +125,6 @@ def owned(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.detach().to(device, torch.float32, copy=True)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor itself, or all its shards together: every process has to ask for it, and each gets all."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from upq.artifact.card import model_card
-from upq.artifact.manifest import MANIFEST, Manifest, SourceModel, read_manifest, write_manifest
+from upq.artifact.manifest import Manifest, SourceModel, read_manifest
+from upq.artifact.publish import publish
 from upq.artifact.size import model_size, weights_bytes
 from upq.artifact.transformers import load, write_artifact
 from upq.blockwise import BlockStore
@@ -28,7 +28,6 @@ from upq.data.sources import sources_of
 from upq.data.tokens import TokenSet
 from upq.evals.text import Streamed, TextMetrics, evaluate_text, streamed
 from upq.exports import beside
-from upq.files.atomic import atomic_write, write_errors
 from upq.files.tensors import load_tensors
 from upq.kernels import computing
 from upq.model.activations import Allocate, allocator
@@ -91,9 +90,7 @@ class Frame:
         )
         model = Source(self.model, dtype="auto").without_linears()
         model.generation_config = generation_config(self.model)
-        shutil.rmtree(self.staging, ignore_errors=True)  # what a killed run left half done
-        with write_errors(self.staging):
-            self.staging.mkdir()
+        shutil.rmtree(self.staging, ignore_errors=True)  # of a run that was killed before its end
         write_artifact(
             self.staging,
             model,
@@ -128,12 +125,7 @@ class Frame:
     def publish(self, manifest: Manifest) -> None:
         """Move the artefact out of the work directory, the manifest last."""
         manifest = manifest.model_copy(update={"seconds": self.run.seconds, "peak_memory_bytes": peak_memory_bytes()})
-        atomic_write(self.staging / "README.md", model_card(manifest))
-        write_manifest(self.staging, manifest)
-        with write_errors(self.run.out):
-            (self.run.out / MANIFEST).unlink(missing_ok=True)  # of the artefact that this one replaces
-            for file in sorted(self.staging.iterdir(), key=lambda path: path.name == MANIFEST):
-                file.replace(self.run.out / file.name)
+        publish(self.staging, self.run.out, manifest)
 
     def _built_on(
         self, store: BlockStore, model: Source, original: Streamed, data: TokenSet, allocate: Allocate

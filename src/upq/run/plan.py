@@ -23,9 +23,9 @@ from upq.run.run import check as check_run
 from upq.run.run import reading_of
 from upq.stages import Planned
 from upq.stages._need import check_need, data_need
+from upq.stages._sizes import Machine, Need, Speed
 from upq.stages.blockwise import Blockwise
 from upq.stages.distill import Distill
-from upq.stages.sizes import Machine, Need, Speed
 
 __all__ = ["GPU_CONTEXT", "SCALES_ALONE", "Machine", "Plan", "Speed", "Stage", "check", "needs", "plan", "this_speed"]
 

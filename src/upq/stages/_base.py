@@ -26,7 +26,7 @@ from upq.data.config import Data, TextSource
 from upq.data.tokens import TokenSet
 from upq.model.activations import Allocate, allocator
 from upq.model.source import Source
-from upq.stages.sizes import Machine, Need, Saving, Sizes
+from upq.stages._sizes import Machine, Need, Saving, Sizes
 
 Start = Literal["latents", "codes"]  # what a stage reads of the solved blocks: weights that learn, or codes alone
 

@@ -17,7 +17,7 @@ from upq.distill.teacher import ROWS_A_SHARD
 from upq.distill.trainer import steps
 from upq.losses import LOSSES
 from upq.model.sizes import FP32, Bytes, Sizes, largest, tensors
-from upq.stages.sizes import Machine, Need, need
+from upq.stages._sizes import Machine, Need, need
 
 if TYPE_CHECKING:
     from upq.stages.blockwise import Blockwise

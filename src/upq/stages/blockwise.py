@@ -18,7 +18,7 @@ from upq.files.tensors import load_tensors, save_tensors
 from upq.model.source import Source
 from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, register
 from upq.stages._need import blockwise_need
-from upq.stages.sizes import Machine, Need, Sizes
+from upq.stages._sizes import Machine, Need, Sizes
 
 
 @register("blockwise")

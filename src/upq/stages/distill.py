@@ -23,10 +23,10 @@ from upq.files.tensors import load_tensors, save_tensors
 from upq.losses import LOSSES
 from upq.model.loading import check_finite, family, load_model
 from upq.model.source import Source
-from upq.nn.trained import whole
+from upq.nn.trained import full_tensor
 from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, register
 from upq.stages._need import distill_need, teacher_need
-from upq.stages.sizes import Machine, Need, Saving, Sizes
+from upq.stages._sizes import Machine, Need, Saving, Sizes
 
 T = TypeVar("T")
 
@@ -123,7 +123,7 @@ class Distill(Settings, Stage):
             if job.processes.first:
                 store.save(index, solutions, state.solved.report(index))
         trained = norms(student) if self.train_norms else {}
-        weights = before | {f"{path}.weight": whole(norm_weight(norm).detach()) for path, norm in trained.items()}
+        weights = before | {f"{path}.weight": full_tensor(norm_weight(norm).detach()) for path, norm in trained.items()}
         if weights and job.processes.first:
             save_tensors(norms_file, weights)
         skipped = (*state.skipped_steps, *skipped_steps(checkpoint)) if job.processes.first else ()

@@ -17,7 +17,7 @@ from upq.model.loading import check_finite, generation_config, load_model, load_
 from upq.model.sharding import load_original, make_mesh
 from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, register
 from upq.stages._need import generate_need
-from upq.stages.sizes import Machine, Need, Saving, Sizes
+from upq.stages._sizes import Machine, Need, Saving, Sizes
 
 
 @register("generate")

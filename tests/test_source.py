@@ -16,7 +16,8 @@ from tiny import tiny_model
 from upq.core.errors import UPQError
 from upq.model.families import FAMILIES
 from upq.model.loading import load_model
-from upq.model.source import Source, run_block
+from upq.model.source import Source
+from upq.model.walker import walk
 
 IDS = torch.randint(2, 67, (11, 13), generator=torch.Generator().manual_seed(0))  # more rows than one batch
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
@@ -32,13 +33,16 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 @torch.no_grad()
-def streamed_logits(stream: Source, whole: PreTrainedModel, ids_NT: Tensor, **options: int) -> Tensor:
-    """Embedding and blocks from the stream; final norm and head, which it leaves alone, from the whole model."""
-    hidden_NTH, contexts = stream.embed(ids_NT, **options)
-    for index in range(len(stream)):
-        run_block(stream.block(index), hidden_NTH, contexts[index], **options)
-    normed_NTH = whole.get_submodule(stream.spec.final_norm)(hidden_NTH)
-    return whole.get_submodule(stream.spec.head)(normed_NTH)
+def streamed_logits(source: Source, ids_NT: Tensor, batch_size: int = 8) -> Tensor:
+    for step in walk(source, ids_NT, batch_size=batch_size):
+        step.advance(source.block(step.index))
+    norm, head = source.norm_and_head()
+    return head(norm(step.states[0][:]))
+
+
+def embedded(path: Path) -> Tensor:
+    """Hidden states before the first block."""
+    return next(walk(Source(path), IDS)).states[0][:]
 
 
 @pytest.mark.parametrize(
@@ -51,8 +55,8 @@ def test_blocks_in_order_are_the_whole_model(name: str, overrides: dict[str, Any
     assert len(stream) == model.config.num_hidden_layers
     with torch.no_grad():
         expected = model(IDS).logits
-    torch.testing.assert_close(streamed_logits(stream, model, IDS), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(streamed_logits(stream, model, IDS, batch_size=2), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(streamed_logits(stream, IDS), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(streamed_logits(stream, IDS, batch_size=2), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -69,14 +73,13 @@ def test_the_variants_differ_from_the_plain_family(name: str, overrides: dict[st
 
 
 @pytest.mark.parametrize("layout", ["tied", "untied", "tied, but with a head of its own"])
-def test_the_frame_is_the_whole_model_but_for_its_blocks(layout: str, tmp_path: Path) -> None:
+def test_without_blocks_it_is_the_whole_model_but_for_them(layout: str, tmp_path: Path) -> None:
     model = tiny_model("llama", tie_word_embeddings=layout == "tied")
     model.save_pretrained(tmp_path)
     if layout.startswith("tied, but"):
         file = tmp_path / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
     whole, stream = load_model(tmp_path), Source(tmp_path)
-    stream.embed(IDS)  # which takes the layout apart
     frame = stream.without_blocks()
     for (name, expected), (_, found) in zip(
         [*whole.named_parameters(remove_duplicate=False), *whole.named_buffers()],
@@ -92,7 +95,7 @@ def test_reading_twice_gives_the_same(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path)
     stream = Source(tmp_path)
-    assert torch.equal(streamed_logits(stream, model, IDS), streamed_logits(stream, model, IDS))
+    assert torch.equal(streamed_logits(stream, IDS), streamed_logits(stream, IDS))
     first, second = stream.block(0), stream.block(0)
     first.mlp.up_proj.weight.data.zero_()
     assert torch.equal(second.mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
@@ -101,10 +104,10 @@ def test_reading_twice_gives_the_same(tmp_path: Path) -> None:
 def test_only_what_is_asked_for_takes_memory(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     stream = Source(tmp_path)
-    stream.embed(IDS)
+    next(walk(stream, IDS))
     stream.block(1)
-    assert all(p.is_meta for p in stream._skeleton.parameters())
-    assert all(p.is_meta for block in stream._blocks for p in block.parameters())
+    assert all(p.is_meta for p in stream._layout.parameters())
+    assert {name for name, p in stream.skeleton().named_parameters() if not p.is_meta} == {"model.norm.weight"}
     assert {linear: stream.in_features(linear) for linear in ("mlp.up_proj", "mlp.down_proj")} == {
         "mlp.up_proj": 32,
         "mlp.down_proj": 44,
@@ -146,7 +149,7 @@ def test_a_sharded_checkpoint_is_the_same_model(sharded: tuple[PreTrainedModel, 
     model, path = sharded
     with torch.no_grad():
         expected = model(IDS).logits
-    torch.testing.assert_close(streamed_logits(Source(path), model, IDS), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(streamed_logits(Source(path), IDS), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_missing_shard_is_named(sharded: tuple[PreTrainedModel, Path]) -> None:
@@ -192,7 +195,7 @@ def test_of_the_embedding_only_the_rows_of_the_tokens_are_read(tmp_path: Path) -
     """Damage in a row that no token asks for is not noticed, and in one that a token asks for it is named."""
     tiny_model("llama").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    expected_NTH, _ = Source(tmp_path).embed(IDS)
+    expected_NTH = embedded(tmp_path)
     weight_VH = load_file(file)[EMBEDDING]
     assert torch.equal(expected_NTH, weight_VH[IDS])
     assert 0 not in IDS
@@ -200,19 +203,9 @@ def test_of_the_embedding_only_the_rows_of_the_tokens_are_read(tmp_path: Path) -
         save_file(load_file(file) | {EMBEDDING: weight_VH.index_fill(0, torch.tensor([token]), torch.nan)}, file)
         if damaged:
             with pytest.raises(UPQError, match=rf"{tmp_path}: tensor {EMBEDDING} holds NaN or infinity; .*damaged"):
-                Source(tmp_path).embed(IDS)
+                embedded(tmp_path)
         else:
-            assert torch.equal(Source(tmp_path).embed(IDS)[0], expected_NTH)
-
-
-@pytest.mark.parametrize(("name", "overrides"), VARIANTS)
-def test_blocks_of_a_kind_share_their_context(name: str, overrides: dict[str, Any], tmp_path: Path) -> None:
-    """Masks and rotations are as many as there are kinds of blocks, however many blocks there are."""
-    tiny_model(name, **overrides).save_pretrained(tmp_path)
-    _, contexts = Source(tmp_path).embed(IDS)
-    kinds = len(set(overrides.get("layer_types", [""])))
-    for key in contexts[0]:
-        assert len({id(context[key]) for context in contexts}) <= kinds, key
+            assert torch.equal(embedded(tmp_path), expected_NTH)
 
 
 NAME = "model.layers.1.mlp.up_proj.weight"
