@@ -18,9 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-import _rows
 from _alone import run_alone
-from _rows import THROUGH_INT4
 from _table import Figure, Table, make_console, show_figures, write_figures
 
 SIZES = (256, 512, 1024)
@@ -30,9 +28,10 @@ MLP = {4096: 14_336}  # of the others four times the hidden size
 UNTIED = {4096}
 TOKENS = 32  # of other vocabularies for each unit of the hidden size, as in Llama's first versions
 OFF = 0.15  # of memory, either way
+FLEXROUND = {"name": "flexround", "scale": "mse", "relative": True, "iterations": 2, "batch_size": 2}
+INT4 = {"stage": "blockwise", "bits": 4, "samples": 8, "method": FLEXROUND}
 SETTINGS = (
-    "data.generated=null", "data.seq_len=256", "data.validation=4",
-    THROUGH_INT4, "int4.samples=8", "int4.method.iterations=2",
+    "generate=null", "data.seq_len=256", "data.validation=4",
     "int2.samples=8", "int2.method.iterations=2", "distill.tokens=2048",
 )  # fmt: skip
 
@@ -102,8 +101,11 @@ def make(folder: Path, hidden: int, blocks: int) -> None:
 
 
 def load_recipe(model: Path, overrides: list[str]) -> Any:
+    from upq.run.recipe import Recipe
+
     source = f"data.sources=[{{path: {model / 'text.jsonl'}}}]"
-    return _rows.load_recipe("default", [source, *SETTINGS, *overrides])
+    raw = Recipe.load("default", [source, *SETTINGS]).model_dump(mode="json")
+    return Recipe.of({**raw, "stages": {"int4": INT4, **raw["stages"]}}, "benchmark").changed(overrides)
 
 
 def planned(model: Path, gigabytes: float, overrides: list[str]) -> None:

@@ -135,7 +135,8 @@ def distill_need(
     if sharded and machine.processes > 1:
         # In turn whole: a block of student and teacher, the next one, and its gradients. Of codes and their gradients
         # no more than the teacher's block counts.
-        fixed = fixed / machine.processes + FP32 * (4 if config.train_weights else 1) * sizes.block
+        # The embedding and the head are gathered for the whole step, beside their shards.
+        fixed = fixed / machine.processes + FP32 * sizes.rest + FP32 * (4 if config.train_weights else 1) * sizes.block
         gradients = gradients * (1 / machine.processes)
         kept = FP32 * sizes.block * sizes.blocks if config.teacher == "resident" else 0
         built = FP32 * (sizes.rest + 3 * sizes.block) + (kept + solutions) / machine.processes
