@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 NO_TRAINING = "distill.tokens=0"
 FROM_FP = "int4=null"
-# As in `paper`, with the relative error that `default` has in its own block-wise stage.
-THROUGH_INT4 = (
-    "int4={bits: 4, samples: 128, "
-    "method: {name: flexround, scale: mse, relative: true, iterations: 400, batch_size: 2, lr: 3e-3}}"
-)
+# Adds an INT4 stage before `int2`, as in `paper`, with the relative error that `default` has in its own.
+THROUGH_INT4 = "through INT4"
+_INT4 = {
+    "stage": "blockwise",
+    "bits": 4,
+    "samples": 128,
+    "method": {"name": "flexround", "scale": "mse", "relative": True, "iterations": 400, "batch_size": 2, "lr": 3e-3},
+}
 _METHOD = re.compile(r"\{(\w+)\.(int[24])\}")
 
 
@@ -29,10 +32,14 @@ def load_recipe(name: str, overrides: Sequence[str]) -> Recipe:
     from upq.run.recipe import Recipe
 
     def method(match: re.Match[str]) -> str:
-        stage = getattr(Recipe.load(match[1]), match[2])
-        return json.dumps(stage.method.model_dump())
+        return json.dumps(Recipe.load(match[1]).model_dump(mode="json")["stages"][match[2]]["method"])
 
-    return Recipe.load(name, [_METHOD.sub(method, override) for override in overrides])
+    raw = Recipe.load(name).model_dump(mode="json")
+    if THROUGH_INT4 in overrides:
+        early = {stage: settings for stage, settings in raw["stages"].items() if stage == "generate"}
+        raw["stages"] = {**early, "int4": _INT4, **raw["stages"]}
+    settings = [_METHOD.sub(method, override) for override in overrides if override != THROUGH_INT4]
+    return Recipe.of(raw, name).changed(settings)
 
 
 def run_again(arguments: Sequence[str], *, log: Path, jobs: int) -> bool:

@@ -11,7 +11,6 @@ import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -35,8 +34,6 @@ RUNS = ROOT / "runs" / "ablation"
 TOKENS = 150_000
 _HELDOUT_ROWS = 128
 # What rows share of a run's work: a stage, and where it leaves what it made. The clock lies beside what is kept.
-_SHARED = {"generate": "generated-*", "int4": "int4"}
-_CLOCK = "seconds.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +119,8 @@ class Study:
 
         row = ROWS[task.row]
         common = [f"seed={task.seed}", f"distill.tokens={task.tokens}", *self.subject.overrides]
-        if load_recipe(row.recipe, ()).data.generated is not None:
-            common.append(f"data.generated={self.subject.writes}")
+        if "generate" in load_recipe(row.recipe, ()).stages:
+            common.append(f"generate={self.subject.writes}")
         recipe = load_recipe(row.recipe, [*common, *row.overrides])
         sources = tuple(TextSource(path=str(self.corpus(kind))) for kind in row.data)
         return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})
@@ -136,15 +133,14 @@ class Study:
             return digest(self.digest, self.split, self.limit)
         return digest(self._identity(task), ROWS[task.row].data, self.digest, self.split, self.limit)
 
-    def shared_keys(self, task: Task) -> dict[str, str]:
-        """Identity of what a row may share, by stage. Budget and batch are in it: they decide which rows calibrate."""
+    def work(self, task: Task) -> Path:
+        """Where rows keep their stages that read the same text. Budget and batch decide which rows calibrate."""
         from upq.core.config import digest
 
         recipe, identity = self.recipe(task), self._identity(task)
-        training = (recipe.distill.tokens, recipe.distill.batch_size, recipe.int2.samples)
-        text = digest(identity["data"], recipe.seed, *training, ROWS[task.row].data, self.digest)
-        keys = {"generate": text} if recipe.data.generated is not None else {}
-        return keys if recipe.int4 is None else keys | {"int4": digest(identity["int4"], text)}
+        distill, int2 = (recipe.stages[name].model_dump() for name in ("distill", "int2"))
+        amount = (distill["tokens"], distill["batch_size"], int2["samples"])
+        return self.out / "work" / digest(identity["data"], recipe.seed, *amount, ROWS[task.row].data, self.digest)
 
     def _identity(self, task: Task) -> dict[str, Any]:
         """The recipe without the places of files (which texts they are is said by the row).
@@ -293,25 +289,13 @@ def run_task(study: Study, task: Task, device: str) -> None:
 def quantise(study: Study, task: Task, out: Path) -> dict[str, Any]:
     """Run the pipeline, with the INT4 blocks and the written conversations of a row that made the very same ones."""
     from upq.run.reporter import PlainLines
-    from upq.run.run import WORK, quantize
+    from upq.run.run import quantize
 
     recipe = study.recipe(task)
-    kept = {stage: study.out / "kept" / key for stage, key in study.shared_keys(task).items()}
-    if not out.exists():
-        begun = out.with_name(f"{out.name}-new")  # a copy cut short must not look like a run to go on with
-        shutil.rmtree(begun, ignore_errors=True)
-        for place in kept.values():
-            if place.is_dir():
-                shutil.copytree(place, begun / WORK, ignore=shutil.ignore_patterns(_CLOCK), dirs_exist_ok=True)
-        if begun.is_dir():
-            begun.replace(out)
     progress = PlainLines(Console(soft_wrap=True), every=60)
-    manifest = quantize(study.subject.model, recipe, out, keep_work=True, progress=progress)
-    seconds = dict(manifest.seconds)
-    for stage, place in kept.items():
-        seconds[stage] = keep(out / WORK, _SHARED[stage], place, manifest.seconds[stage])
+    manifest = quantize(study.subject.model, recipe, out, work=study.work(task), progress=progress)
     figures = manifest.metrics["artifact"]
-    stages = {f"seconds_{stage}": spent for stage, spent in seconds.items()}
+    stages = {f"seconds_{stage}": spent for stage, spent in manifest.seconds.items()}
     size = {"bits": figures["bits_per_weight"], "bytes": figures["bytes"]}
     return size | stages | {"peak": manifest.peak_memory_bytes}
 
@@ -321,20 +305,6 @@ def size_of(model: Path) -> dict[str, Any]:
     from upq.model.loading import load_model
 
     return {"bits": model_size(load_model(model)).bits_per_weight, "bytes": weights_bytes(model)}
-
-
-def keep(work: Path, pattern: str, place: Path, seconds: float) -> float:
-    """Keep what a stage made for other rows, with the seconds it took; returns those seconds, for each row."""
-    if not place.is_dir():
-        made = work / "kept"
-        shutil.rmtree(made, ignore_errors=True)  # what a killed row left half copied
-        for folder in work.glob(pattern):
-            shutil.copytree(folder, made / folder.name)
-        (made / _CLOCK).write_text(json.dumps(seconds))
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError):  # a row that ran beside this one was faster
-            made.replace(place)
-    return float(json.loads((place / _CLOCK).read_text()))
 
 
 if __name__ == "__main__":

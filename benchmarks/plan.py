@@ -28,9 +28,10 @@ MLP = {4096: 14_336}  # of the others four times the hidden size
 UNTIED = {4096}
 TOKENS = 32  # of other vocabularies for each unit of the hidden size, as in Llama's first versions
 OFF = 0.15  # of memory, either way
+FLEXROUND = {"name": "flexround", "scale": "mse", "relative": True, "iterations": 2, "batch_size": 2}
+INT4 = {"stage": "blockwise", "bits": 4, "samples": 8, "method": FLEXROUND}
 SETTINGS = (
-    "data.generated=null", "data.seq_len=256", "data.validation=4",
-    "int4={bits: 4, samples: 8, method: {name: flexround, scale: mse, relative: true, iterations: 2, batch_size: 2}}",
+    "generate=null", "data.seq_len=256", "data.validation=4",
     "int2.samples=8", "int2.method.iterations=2", "distill.tokens=2048",
 )  # fmt: skip
 
@@ -42,6 +43,7 @@ def main(
     sizes: Annotated[list[int], typer.Option(min=64, help="A multiple of 64; repeatable.")] = [*SIZES],  # noqa: B006
     set_: Annotated[list[str], typer.Option("--set", help="Of the recipe; repeatable.")] = [],  # noqa: B006
     memory: Annotated[float | None, typer.Option(min=1, help="GB that a run is to fit; default: any.")] = None,
+    blocks: Annotated[int, typer.Option(min=0, help="Of each model; 0: those of its size.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
     work: Annotated[Path | None, typer.Option(help="Where the files go for the time being.")] = None,
 ) -> None:
@@ -49,7 +51,7 @@ def main(
     with tempfile.TemporaryDirectory(dir=work) as folder:
         for size in sizes:
             model = Path(folder) / f"model-{size}"
-            run_alone(__file__, "make", model, size)
+            run_alone(__file__, "make", model, size, blocks)
             planned = run_alone(__file__, "planned", model, memory or 10**6, *set_)
             settings = planned.pop("settings")
             console.print(" ".join(["settings:", *settings]), highlight=False, soft_wrap=True)
@@ -76,7 +78,7 @@ def main(
     raise typer.Exit(not all(figure.ok for figure in figures))
 
 
-def make(folder: Path, hidden: int) -> None:
+def make(folder: Path, hidden: int, blocks: int) -> None:
     """A random Llama with a tokenizer of bytes, and a text beside it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -85,7 +87,9 @@ def make(folder: Path, hidden: int) -> None:
 
     folder.mkdir()
     vocabulary = VOCABULARY.get(hidden, TOKENS * hidden)
-    memory.make(folder, LAYERS.get(hidden, 4), hidden, vocabulary, mlp=MLP.get(hidden), tied=hidden not in UNTIED)
+    memory.make(
+        folder, blocks or LAYERS.get(hidden, 4), hidden, vocabulary, mlp=MLP.get(hidden), tied=hidden not in UNTIED
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -100,13 +104,15 @@ def load_recipe(model: Path, overrides: list[str]) -> Any:
     from upq.run.recipe import Recipe
 
     source = f"data.sources=[{{path: {model / 'text.jsonl'}}}]"
-    return Recipe.load("default", [source, *SETTINGS, *overrides])
+    raw = Recipe.load("default", [source, *SETTINGS]).model_dump(mode="json")
+    return Recipe.of({**raw, "stages": {"int4": INT4, **raw["stages"]}}, "benchmark").changed(overrides)
 
 
 def planned(model: Path, gigabytes: float, overrides: list[str]) -> None:
     """Memory and seconds of each stage, as this machine plans it, and the settings that make it fit."""
     from upq.model.loading import load_config
-    from upq.run.plan import Machine, plan, this_speed
+    from upq.run.plan import plan, this_speed
+    from upq.stages._sizes import Machine
 
     machine = Machine(int(gigabytes * 1e9), speed=this_speed())
     made = plan(load_config(model), load_recipe(model, overrides), machine)
@@ -153,7 +159,7 @@ def measured(model: Path, out: Path, overrides: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["make"]:
-        make(Path(sys.argv[2]), int(sys.argv[3]))
+        make(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
         print("{}")
     elif sys.argv[1:2] == ["planned"]:
         planned(Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4:])

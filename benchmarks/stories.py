@@ -177,25 +177,27 @@ def step_times(data_dir: Path) -> dict[str, Any]:
     from upq.losses import LOSSES
     from upq.model.loading import load_model, load_tokenizer
     from upq.run.recipe import Recipe
+    from upq.stages.distill import Distill
 
     source = data_dir / "models" / "stories260K"
     teacher = load_model(source).requires_grad_(False)
     plain = load_model(source).requires_grad_(True)
-    recipe = Recipe.load("default")
+    distill = Recipe.load("default").stages["distill"]
+    assert isinstance(distill, Distill)
     scheme = QuantScheme(bits=2)
     weights = {path: teacher.get_submodule(path).weight for path in block_linears(teacher)}
     start = {path: Solution(w, search_scale(w, scheme), scheme) for path, w in weights.items()}
-    student = make_student(teacher, start, train_norms=recipe.distill.train_norms)
-    loss = LOSSES.get(recipe.distill.loss.name)
+    student = make_student(teacher, start, train_norms=distill.train_norms)
+    loss = LOSSES.get(distill.loss.name)
     objective = Objective(
         student,
         teacher,
-        loss(recipe.distill.loss.options(loss.Config, "loss")),
-        chunk=recipe.distill.chunk_tokens,
-        hidden=recipe.distill.hidden,
+        loss(distill.loss.options(loss.Config, "loss")),
+        chunk=distill.chunk_tokens,
+        hidden=distill.hidden,
     )
     text = load_eval_text(data_dir / "text" / "tinystories_train.txt", load_tokenizer(source), 512)
-    tokens = text[: recipe.distill.micro_batch_size]
+    tokens = text[: distill.micro_batch_size]
     mask = torch.ones_like(tokens, dtype=torch.bool)
     ours = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-6, fused=True)
     theirs = torch.optim.AdamW(plain.parameters(), lr=1e-6, fused=True)

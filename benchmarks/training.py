@@ -217,11 +217,12 @@ def solve(job: Job) -> float:
     from upq.core.progress import Silent
     from upq.model.source import Source
     from upq.run.recipe import Recipe
+    from upq.stages.blockwise import Blockwise
 
     folder, auto = Path(job.work), AutoModelForCausalLM
     auto.from_config(config_of(job), dtype=torch.bfloat16).save_pretrained(folder / "model")  # type: ignore[no-untyped-call]
-    stage = Recipe.load("paper", [f"int4.method.iterations={job.iterations}"]).int4
-    assert stage is not None
+    stage = Recipe.load("paper", [f"int4.method.iterations={job.iterations}"]).stages["int4"]
+    assert isinstance(stage, Blockwise)
     cls = METHODS.get(stage.method.name)
     began = time.monotonic()
     walk(
@@ -245,9 +246,11 @@ def steps_of(job: Job) -> list[float]:
     from upq.core.signals import Stop
     from upq.distill.trainer import Training
     from upq.run.recipe import Recipe
+    from upq.stages.distill import Distill
 
     recipe = Recipe.load(job.recipe, [*job.overrides, f"data.seq_len={job.seq_len}"])
-    distill = recipe.distill
+    distill = recipe.stages["distill"]
+    assert isinstance(distill, Distill)
     if job.stage == "qat":
         student, teacher = with_grid(job, recipe)
     else:
@@ -302,11 +305,11 @@ def with_grid(job: Job, recipe: Any) -> tuple[Any, Any]:
     from upq.grids import GRIDS
     from upq.nn.fake_quant import Solution
 
-    teacher, scheme, solutions = model_of(job), recipe.int2.scheme(), {}
+    teacher, scheme, solutions = model_of(job), recipe.stages["int2"].scheme(), {}
     for path in block_linears(teacher):
         weight_OI = teacher.get_submodule(path).weight
         solutions[path] = Solution(weight_OI, GRIDS.get(scheme.grid).init(weight_OI, scheme), scheme)
-    return make_student(teacher, solutions, train_norms=recipe.distill.train_norms), teacher
+    return make_student(teacher, solutions, train_norms=recipe.stages["distill"].train_norms), teacher
 
 
 def plain(job: Job) -> Any:

@@ -46,8 +46,8 @@ def test_every_name_is_a_row() -> None:
 def test_every_row_is_a_recipe(name: str) -> None:
     row = ROWS[name]
     recipe = load_recipe(row.recipe, ["distill.tokens=1000", *row.overrides])
-    assert recipe.distill.tokens == budget(name, 1000)
-    assert "{" not in recipe.int2.method.name
+    assert recipe.stages["distill"].tokens == budget(name, 1000)
+    assert "{" not in recipe.stages["int2"].method.name
 
 
 def test_plan_runs_nothing_twice() -> None:

@@ -23,8 +23,8 @@ from upq.core.errors import UPQError
 from upq.core.progress import Silent
 from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.grids import GRIDS, Params, search_scale
-from upq.model.activations import allocator
 from upq.model import walker
+from upq.model.activations import allocator
 from upq.model.source import Source
 
 IDS = torch.randint(2, 67, (24, 12), generator=torch.Generator().manual_seed(0))

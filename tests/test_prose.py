@@ -10,8 +10,6 @@ ROOT = Path(__file__).parents[1]
 BANNED = ("told", "heeds", "heeded", "imagined", "whoever", "whatsoever", "thereof", "alike", "beforehand", "hitherto")
 # People of the generated world do tell one another facts, and its sentences are data.
 DATA = [ROOT / path for path in ("src/upq/world", "tests/test_world.py")]
-DATA += [ROOT / path for path in ("src/upq/run/plan.py", "src/upq/run/imagined.py", "src/upq/run/answers.py")]
-DATA += [ROOT / "tests/test_plan.py"]  # until they are replaced
 KINDS = (".py", ".pyi", ".cpp", ".hpp", ".yaml", ".md")
 PLACES = ("src", "tests", "benchmarks", "tools", "docs", "README.md", "CONTRIBUTING.md", "LOG.md")
 FILES = sorted(

@@ -28,7 +28,7 @@ def quantise(job: peer.Job) -> str:
     overrides = [f"data.seq_len={job.seq_len}", *([f"distill.tokens={job.budget}"] if job.budget else []), *changes]
     if load_tokenizer(job.model).chat_template is None:
         overrides.append("data.generated=null")
-    elif Recipe.load(name).data.generated is not None:
+    elif "generate" in Recipe.load(name).stages:
         overrides.append(f"data.generated={{max_new_tokens: {job.seq_len // 2}}}")
     if job.group_size != -1:
         overrides.append(f"int2.group_size={job.group_size}")

@@ -1,8 +1,18 @@
 """Block-wise post-training quantisation: a walker over decoder blocks, and the methods that solve one block."""
 
-from upq.blockwise._base import METHODS, BlockTask, Method
+from upq.blockwise._base import METHODS, BlockTask, Calibration, Method, Work, pass_work
 from upq.blockwise._store import BlockStore
 from upq.blockwise._walker import walk
 from upq.nn.fake_quant import Solution
 
-__all__ = ["METHODS", "BlockStore", "BlockTask", "Method", "Solution", "walk"]
+__all__ = [
+    "METHODS",
+    "BlockStore",
+    "BlockTask",
+    "Calibration",
+    "Method",
+    "Solution",
+    "Work",
+    "pass_work",
+    "walk",
+]

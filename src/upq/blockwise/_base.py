@@ -16,11 +16,15 @@ from upq.core.scheme import QuantScheme
 from upq.grids import GRIDS, Params, search_scale
 from upq.model.activations import Activations, batches
 from upq.model.families import ModelSpec
+from upq.model.sizes import Bytes, Sizes
 from upq.model.walker import Step
 from upq.nn.fake_quant import Solution
 
 ScaleStart = Literal["max", "mse", "hessian"]
 ORIGINAL, QUANTISED = 0, 1  # the two streams of hidden states
+# A search for the scales tries 62 ranges. Each moves 126 bytes a weight within the processor's caches, which takes the
+# time of a quarter of them in memory.
+SEARCH_BYTES = 62 * 126 / 4
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,51 @@ class BlockTask:
         return {name: moments[name] / tokens for name in names}
 
 
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The rows of one process, and the type of a block's products."""
+
+    rows: int
+    tokens: int  # of a row
+    bf16: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Floating-point operations of products, and bytes that all other operations move."""
+
+    flops: float = 0.0
+    moved: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.moved + other.moved)
+
+    def __mul__(self, times: float) -> Work:
+        return Work(self.flops * times, self.moved * times)
+
+
+def pass_work(sizes: Sizes, calibration: Calibration, *, rows: int | None = None) -> Work:
+    """One forward pass of a block, over `rows` or all."""
+    count = calibration.rows if rows is None else rows
+    probe = sizes.probe(bf16=calibration.bf16)
+    # What is kept for backward has been written once and read once.
+    return Work(probe.flops(count, calibration.tokens), 2 * probe.kept(count, calibration.tokens))
+
+
+def start_memory(sizes: Sizes, calibration: Calibration, start: ScaleStart) -> Bytes:
+    """Of `start_scales`: it goes over a weight by stretches of rows, and takes E[x²] from batches of 8 rows."""
+    if start != "hessian":
+        return Bytes()
+    return sizes.forward(min(8, calibration.rows), calibration.tokens)
+
+
+def start_work(sizes: Sizes, calibration: Calibration, start: ScaleStart) -> Work:
+    if start == "max":
+        return Work(0.0, 8.0 * sizes.linears)
+    search = Work(0.0, SEARCH_BYTES * sizes.linears)
+    return search + pass_work(sizes, calibration) if start == "hessian" else search
+
+
 class Method(Protocol):
     """Law: on its own objective, never worse than nearest rounding from the same scale start."""
 
@@ -145,6 +194,14 @@ class Method(Protocol):
     @property
     def cost(self) -> float:
         """Forward passes over the calibration set that solving one block is worth, for the estimate of time."""
+        ...
+
+    def memory(self, sizes: Sizes, calibration: Calibration) -> Bytes:
+        """What `solve` holds at its peak, beside the block and the two streams of hidden states."""
+        ...
+
+    def work(self, sizes: Sizes, calibration: Calibration) -> Work:
+        """What `solve` computes."""
         ...
 
     def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:

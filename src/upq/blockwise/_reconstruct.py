@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from upq.blockwise._base import BlockTask, shuffled_batches
+from upq.blockwise._base import BlockTask, Calibration, Work, pass_work, shuffled_batches
 from upq.core.errors import UPQError
+from upq.model.sizes import FP32, Bytes, Sizes, largest, tensors
 
 Groups = list[dict[str, object]]  # optimiser groups: {"params": [...], "lr": ...}
 
@@ -61,3 +62,31 @@ def _gradients(learned: list[Tensor]) -> Iterator[Tensor]:
     for p in learned:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         yield p.grad
+
+
+def reconstruct_memory(
+    sizes: Sizes, calibration: Calibration, *, batch_size: int, iterations: int, weights_kept: int
+) -> Bytes:
+    """What `reconstruct` holds at its peak. The method keeps `weights_kept` tensors a weight for the backward pass."""
+    tokens, batch = calibration.tokens, min(batch_size, calibration.rows)
+    moments = 2 if iterations > 1 else 0  # the peak of a first step comes before they are made
+    held = sizes.matrices(copies=2 + moments)  # what learns, and its start
+    kept = sizes.probe(bf16=calibration.bf16).kept(batch, tokens)
+    size = 2 if calibration.bf16 else FP32  # bytes of what products write
+    widest = size * batch * tokens * sizes.widest
+    step = sizes.matrices(copies=weights_kept) + tensors(kept / widest, widest)
+    if calibration.bf16:
+        step += sizes.matrices(2)  # the weights that products read
+    # The backward pass begins with the last linear: gradients of its weight and input.
+    step += tensors(1, FP32 * sizes.largest) + sizes.forward(batch, tokens, size, residual=FP32)
+    errors = sizes.matrices() + sizes.forward(min(8, calibration.rows), tokens, size, residual=FP32)
+    return held + largest(step, errors)
+
+
+def reconstruct_work(sizes: Sizes, calibration: Calibration, *, batch_size: int, iterations: int, moved: float) -> Work:
+    """`moved`: bytes an iteration moves for each weight, beside Adam's 28."""
+    batch = min(batch_size, calibration.rows)
+    step = pass_work(sizes, calibration, rows=batch) * 3 + Work(0.0, (moved + 28) * sizes.linears)
+    # The errors before and after: a pass over all rows, and the weights once more.
+    errors = (pass_work(sizes, calibration) + Work(0.0, moved * sizes.linears)) * 2
+    return step * iterations + errors

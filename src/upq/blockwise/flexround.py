@@ -13,11 +13,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from upq.blockwise._base import METHODS, BlockTask, Method, ScaleStart, start_scales
-from upq.blockwise._reconstruct import reconstruct
+from upq.blockwise._base import METHODS, BlockTask, Calibration, Method, ScaleStart, Work, start_scales, start_work
+from upq.blockwise._reconstruct import reconstruct, reconstruct_memory, reconstruct_work
 from upq.core.config import Strict
 from upq.core.scheme import QuantScheme
 from upq.grids import GRIDS, stretches_of_rows
+from upq.model.sizes import Bytes, Sizes
 from upq.nn.fake_quant import Solution
 
 
@@ -59,6 +60,24 @@ class FlexRound(Method):
     @property
     def cost(self) -> float:
         return 3.0 * self.config.iterations * self.config.batch_size
+
+    def memory(self, sizes: Sizes, calibration: Calibration) -> Bytes:
+        return reconstruct_memory(
+            sizes,
+            calibration,
+            batch_size=self.config.batch_size,
+            iterations=self.config.iterations,
+            weights_kept=2,  # of the backward pass: the divided weight and its level
+        )
+
+    def work(self, sizes: Sizes, calibration: Calibration) -> Work:
+        return start_work(sizes, calibration, self.config.scale) + reconstruct_work(
+            sizes,
+            calibration,
+            batch_size=self.config.batch_size,
+            iterations=self.config.iterations,
+            moved=260,
+        )
 
     def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
         grid, weights = GRIDS.get(scheme.grid), task.weights()

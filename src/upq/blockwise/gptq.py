@@ -6,11 +6,23 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from upq.blockwise._base import METHODS, BlockTask, Method, ScaleStart, linear, start_scales
+from upq.blockwise._base import (
+    METHODS,
+    BlockTask,
+    Calibration,
+    Method,
+    ScaleStart,
+    Work,
+    linear,
+    pass_work,
+    start_scales,
+    start_work,
+)
 from upq.core.config import Strict
 from upq.core.errors import UPQError
 from upq.core.scheme import QuantScheme
 from upq.grids import GRIDS, Params
+from upq.model.sizes import FP32, Bytes, Sizes, tensors
 from upq.nn.fake_quant import Solution
 
 
@@ -25,6 +37,19 @@ class Gptq(Method):
 
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    def memory(self, sizes: Sizes, calibration: Calibration) -> Bytes:
+        # The solutions; the largest Hessian with its damped form, factors and inverse; four forms of its weight.
+        hessian = tensors(5, FP32 * max(sizes.inputs) ** 2)
+        passing = sizes.forward(min(8, calibration.rows), calibration.tokens)
+        return sizes.matrices() + hessian + tensors(4, FP32 * sizes.largest) + passing
+
+    def work(self, sizes: Sizes, calibration: Calibration) -> Work:
+        tokens = calibration.rows * calibration.tokens
+        passes = pass_work(sizes, calibration) * len(sizes.inputs)
+        hessians = Work(sum(2.0 * tokens * i**2 + 3.0 * i**3 for i in sizes.inputs))
+        columns = Work(sum(6.0 * o * i**2 for o, i in sizes.shapes), 200.0 * sizes.linears)
+        return start_work(sizes, calibration, self.config.scale) + passes + hessians + columns
 
     def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
         scales = start_scales(task, scheme, self.config.scale)

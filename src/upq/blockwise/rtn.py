@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from upq.blockwise._base import METHODS, BlockTask, Method, ScaleStart, start_scales
+from upq.blockwise._base import (
+    METHODS,
+    BlockTask,
+    Calibration,
+    Method,
+    ScaleStart,
+    Work,
+    start_memory,
+    start_scales,
+    start_work,
+)
 from upq.core.config import Strict
 from upq.core.scheme import QuantScheme
+from upq.model.sizes import Bytes, Sizes
 from upq.nn.fake_quant import Solution
 
 
@@ -21,6 +32,12 @@ class Rtn(Method):
     @property
     def needs_inputs(self) -> bool:
         return self.config.scale == "hessian"
+
+    def memory(self, sizes: Sizes, calibration: Calibration) -> Bytes:
+        return start_memory(sizes, calibration, self.config.scale)
+
+    def work(self, sizes: Sizes, calibration: Calibration) -> Work:
+        return start_work(sizes, calibration, self.config.scale)
 
     def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
         scales = start_scales(task, scheme, self.config.scale)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from accelerate import init_empty_weights
@@ -36,6 +36,14 @@ class Source:
         self._files = tensor_files(path)
         check_sizes(path, config, self._files.values())
         self._lay_out(path, config, device, self._own_dtype(config) if dtype == "auto" else dtype)
+
+    @classmethod
+    def without_files(cls, config: PretrainedConfig) -> Self:
+        """The layout of a model whose checkpoint need not be there: none of its tensors can be read."""
+        source = cls.__new__(cls)
+        source._files = {}
+        source._lay_out(Path(config.name_or_path or ""), config, "cpu", torch.float32)
+        return source
 
     def _lay_out(self, path: Path, config: PretrainedConfig, device: str, dtype: torch.dtype) -> None:
         """The part of the constructor that reads no tensors."""

@@ -53,6 +53,7 @@ class _Stamp(Strict):
     digest: str
     keep: Keep
     state: dict[str, Any] | None = None
+    seconds: float = 0.0  # that it took, over all calls
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,14 @@ class Place:
         stamp = self.stamp()
         return None if stamp is None or stamp.state is None else ModelState.restore(stamp.state, self.folder.parent)
 
-    def finish(self, state: ModelState) -> None:
+    def seconds(self) -> float:
+        stamp = self.stamp()
+        return 0.0 if stamp is None else stamp.seconds
+
+    def finish(self, state: ModelState, seconds: float) -> None:
         stamp = self.stamp()
         assert stamp is not None
-        self._write(stamp.model_copy(update={"state": state.dump(self.folder.parent)}))
+        self._write(stamp.model_copy(update={"state": state.dump(self.folder.parent), "seconds": seconds}))
 
     def _write(self, stamp: _Stamp) -> None:
         atomic_write(self._file, json.dumps(stamp.model_dump(mode="json"), indent=1))

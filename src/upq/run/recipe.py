@@ -73,12 +73,12 @@ class Recipe(Header):
     def _dump_stages(self, stages: dict[str, Stage]) -> dict[str, Any]:
         return {name: {"stage": stage.kind, **stage.model_dump(mode="json")} for name, stage in stages.items()}
 
-    def changed(self, overrides: list[str]) -> Recipe:
+    def changed(self, overrides: Iterable[str]) -> Recipe:
         """With the same overrides as `load` takes."""
-        raw = self.model_dump(mode="json")
+        raw, where = self.model_dump(mode="json"), f"recipe {self.name}"
         for item in overrides:
-            override(raw, item)
-        return decode(type(self), raw, f"recipe {self.name}")
+            _override(raw, item, where)
+        return self.of(raw, where)
 
     def dump(self) -> str:
         """As YAML."""

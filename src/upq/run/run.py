@@ -122,6 +122,7 @@ class _Run:
             if done is not None:
                 if run.shared is not None:
                     self.frame.progress.note(f"{name}: taken from {place.folder}")
+                    run.seconds[name] = place.seconds()
                 return done
         if stage.demands(run.recipe.data).rows:
             self.rows(state)
@@ -133,7 +134,7 @@ class _Run:
             state = replace(stage.run(self._job(place, keep, state), state), digest=place.digest)
         with processes.shared_errors():
             if processes.first:
-                place.finish(state)
+                place.finish(state, run.seconds[name])
         return state
 
     @contextmanager

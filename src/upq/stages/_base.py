@@ -26,6 +26,7 @@ from upq.data.config import Data, TextSource
 from upq.data.tokens import TokenSet
 from upq.model.activations import Allocate, allocator
 from upq.model.source import Source
+from upq.stages._sizes import Machine, Need, Saving, Sizes
 
 Start = Literal["latents", "codes"]  # what a stage reads of the solved blocks: weights that learn, or codes alone
 
@@ -149,6 +150,20 @@ class Job:
         return torch.device(self.device).type
 
 
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a plan has of a run before it starts, for one stage."""
+
+    reading: Reading
+    memory: Memory
+    keep: Start  # what the stages after it read of its blocks
+    scheme: QuantScheme | None  # of the blocks that were solved before it
+
+    @property
+    def sharded(self) -> bool:
+        return self.memory.weights == "sharded"
+
+
 class Stage(Strict):
     """One step of a run: its settings are its fields. The name of its file is its kind.
 
@@ -157,6 +172,7 @@ class Stage(Strict):
     """
 
     kind: ClassVar[str]
+    savings: ClassVar[tuple[Saving, ...]] = ()  # own settings that save memory
     solves: ClassVar[bool] = False  # it leaves blocks as codes
     trains: ClassVar[bool] = False  # it starts from solved blocks
 
@@ -169,6 +185,10 @@ class Stage(Strict):
     @abstractmethod
     def cost(self, name: str, blocks: int, reading: Reading) -> dict[str, tuple[int, float]]:
         """By label of the progress bar: units, and the cost of all in passes of one token through one block."""
+
+    @abstractmethod
+    def need(self, name: str, sizes: Sizes, machine: Machine, planned: Planned) -> dict[str, Need]:
+        """By row of the plan: memory, disk and work of one process, in closed form (tests/test_plan.py)."""
 
     @abstractmethod
     def run(self, job: Job, state: ModelState) -> ModelState:

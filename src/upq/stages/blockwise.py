@@ -16,7 +16,9 @@ from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.data.config import Data
 from upq.files.tensors import load_tensors, save_tensors
 from upq.model.source import Source
-from upq.stages._base import Demands, Job, ModelState, Reading, Stage, register
+from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, register
+from upq.stages._need import blockwise_need
+from upq.stages._sizes import Machine, Need, Sizes
 
 
 @register("blockwise")
@@ -50,6 +52,11 @@ class Blockwise(Stage):
     def cost(self, name: str, blocks: int, reading: Reading) -> dict[str, tuple[int, float]]:
         passes = 3.0 * self.samples + self.solver().cost
         return {name: (blocks, blocks * reading.seq_len * passes)}
+
+    def need(self, name: str, sizes: Sizes, machine: Machine, planned: Planned) -> dict[str, Need]:
+        on_disk, latents = planned.memory.activations == "disk", planned.keep == "latents"
+        seq_len = planned.reading.seq_len
+        return {name: blockwise_need(self, sizes, machine, seq_len=seq_len, on_disk=on_disk, latents=latents)}
 
     def run(self, job: Job, state: ModelState) -> ModelState:
         store = BlockStore(job.folder, self.scheme(), latents=job.keep == "latents")

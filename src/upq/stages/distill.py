@@ -24,7 +24,9 @@ from upq.losses import LOSSES
 from upq.model.loading import check_finite, family, load_model
 from upq.model.source import Source
 from upq.nn.trained import full_tensor
-from upq.stages._base import Demands, Job, ModelState, Reading, Stage, register
+from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, register
+from upq.stages._need import distill_need, teacher_need
+from upq.stages._sizes import Machine, Need, Saving, Sizes
 
 T = TypeVar("T")
 
@@ -34,6 +36,15 @@ class Distill(Settings, Stage):
     """Quantisation-aware training by distillation from the original (`upq.distill`)."""
 
     trains: ClassVar[bool] = True
+    savings: ClassVar[tuple[Saving, ...]] = (
+        Saving(1, ("chunk_tokens=256",)),
+        Saving(2, ("micro_batch_size=1",)),
+        Saving(6, ("gradient_checkpointing=true",)),
+        Saving(7, ("teacher=offloaded",)),
+        Saving(8, ("optimizer=adamw8bit",)),
+        # Codes stay as the block-wise stage has left them.
+        Saving(9, ("train_weights=false", "scale_lr=5e-3"), other_artefact=True),
+    )
 
     def check(self, name: str, model: Source, data: Data) -> None:
         teacher.check(self)
@@ -62,6 +73,16 @@ class Distill(Settings, Stage):
         passes = 4.0 if taught and not self.caches_teacher else 3.0
         passes += self.gradient_checkpointing
         return costs | {name: (total, rows * reading.seq_len * blocks * passes)}
+
+    def need(self, name: str, sizes: Sizes, machine: Machine, planned: Planned) -> dict[str, Need]:
+        assert planned.scheme is not None
+        seq_len, found = planned.reading.seq_len, dict[str, Need]()
+        if self.caches_teacher:
+            found[f"{name}.teacher"] = teacher_need(self, sizes, machine, seq_len=seq_len)
+        found[name] = distill_need(
+            self, sizes, machine, seq_len=seq_len, scheme=planned.scheme, sharded=planned.sharded
+        )
+        return found
 
     def run(self, job: Job, state: ModelState) -> ModelState:
         assert state.solved is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,12 +15,17 @@ from upq.data.generated import write_conversations
 from upq.files.atomic import atomic_write
 from upq.model.loading import check_finite, generation_config, load_model, load_tokenizer
 from upq.model.sharding import load_original, make_mesh
-from upq.stages._base import Demands, Job, ModelState, Reading, Stage, register
+from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, register
+from upq.stages._need import generate_need
+from upq.stages._sizes import Machine, Need, Saving, Sizes
 
 
 @register("generate")
 class Generate(Generated, Stage):
     """Conversations by the original model (`upq.data.generated`), of its share of the text that the run reads."""
+
+    # Ranked after what a training mostly needs anyway: fewer conversations at a time take as many times longer.
+    savings: ClassVar[tuple[Saving, ...]] = (Saving(4, ("batch_size=32",)), Saving(5, ("batch_size=8",)))
 
     def demands(self, data: Data) -> Demands:
         return Demands()
@@ -35,6 +40,10 @@ class Generate(Generated, Stage):
         if self.tokens is not None:
             return self.tokens
         return math.ceil(self.weight / (self.weight + reading.weight) * reading.tokens)
+
+    def need(self, name: str, sizes: Sizes, machine: Machine, planned: Planned) -> dict[str, Need]:
+        tokens = self.amount(planned.reading)
+        return {name: generate_need(self, sizes, machine, tokens=tokens, sharded=planned.sharded)}
 
     def run(self, job: Job, state: ModelState) -> ModelState:
         section = self.model_copy(update={"tokens": self.amount(job.reading)})
