@@ -26,7 +26,7 @@ from upq.data import Message, read_documents
 from upq.data.config import TextSource
 from upq.data.conversations import ChatTemplate
 from upq.data.encoding import Encoder
-from upq.exports._source import TextSource as Artifact
+from upq.exports._source import Source as Artifact
 from upq.losses import LOSSES
 from upq.model.loading import load_tokenizer
 from upq.model.source import Source

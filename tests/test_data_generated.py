@@ -77,8 +77,8 @@ def various() -> PreTrainedModel:
 
 
 def total_of(work: Path) -> int:
-    (folder,) = work.glob("generated-*")
-    talks = [json.loads(line)["messages"] for text in read(folder).values() for line in text.splitlines()]
+    (file,) = (work / "generate").glob("conversations-*.jsonl")
+    talks = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
     return sum(len(TOKENIZER.apply_chat_template(talk, return_dict=True)["input_ids"]) for talk in talks)
 
 
@@ -161,10 +161,10 @@ def test_a_run_learns_from_what_its_model_wrote(tmp_path: Path, tokens: str, lea
     TOKENIZER.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n\n".join(f"Story {i}: the {i}th fox saw {i * 7} geese." for i in range(300)))
     recipe = Recipe.load(
-        "paper",
+        "default",
         [
-            *("data.seq_len=32", "data.validation=4", "int4=null", "int2.samples=20", "distill.tokens=0"),
-            f"data.generated={{tokens: {tokens}, max_new_tokens: 40, batch_size: 8, weight: 3}}",
+            *("data.seq_len=32", "data.validation=4", "int2={stage: blockwise, bits: 2, samples: 20, method: rtn}"),
+            *("distill.tokens=0", f"generate={{tokens: {tokens}, max_new_tokens: 40, batch_size: 8, weight: 3}}"),
         ],
     )
     recipe = recipe.model_copy(
@@ -180,20 +180,20 @@ def test_a_run_learns_from_what_its_model_wrote(tmp_path: Path, tokens: str, lea
     # 20 rows to calibrate with and 4 held out, of 32 tokens each, three quarters written; and the batch that ends it.
     wanted = max(least, 24 * 32 * 3 // 4)
     assert wanted <= total_of(tmp_path / "out" / ".work") < wanted + 8 * 90
-    (folder,) = (tmp_path / "out" / ".work").glob("generated-*")
-    assert str(folder) == written["path"]
+    (file,) = (tmp_path / "out" / ".work" / "generate").glob("conversations-*.jsonl")
+    assert str(file) == written["path"]
 
 
 def test_a_missing_file_shows_before_anything_is_written(tmp_path: Path) -> None:
     tiny(20).save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
-    recipe = Recipe.load("paper", ["data.generated={tokens: 800}", "data.seq_len=32"])
+    recipe = Recipe.load("default", ["generate={tokens: 800}", "data.seq_len=32"])
     recipe = recipe.model_copy(
         update={"data": recipe.data.model_copy(update={"sources": (TextSource(path="no.txt"),)})}
     )
     with pytest.raises(UPQError, match="no such file"):
         quantize(tmp_path / "model", recipe, tmp_path / "out")
-    assert not list((tmp_path / "out" / ".work").glob("generated-*"))
+    assert not (tmp_path / "out" / ".work" / "generate").exists()
 
 
 # ---- several processes

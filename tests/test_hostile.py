@@ -33,7 +33,7 @@ from upq.core.memory import peak_memory_bytes, resident_bytes
 from upq.data import read_documents, sources, tokens
 from upq.data.config import TextSource
 from upq.data.conversations import ChatTemplate
-from upq.exports._source import TextSource as Artifact
+from upq.exports._source import Source as Artifact
 from upq.model.loading import load_model, load_tokenizer
 from upq.model.source import Source
 from upq.run.recipe import Recipe

@@ -118,13 +118,28 @@ def test_a_shard_of_an_artefact(
         export(artifact, "dense", tmp_path / "out")
 
 
+class EndsAfterACheckpoint(Silent):
+    """The run ends in its training, the third step of which is done."""
+
+    def __init__(self) -> None:
+        self.stage, self.steps = "", 0
+
+    def start(self, stage: str, *, done: int = 0) -> None:
+        self.stage = stage
+
+    def advance(self, units: int = 1, **figures: float) -> None:
+        self.steps += self.stage == "distill"
+        if self.steps == 3:
+            raise InterruptedError
+
+
 def test_files_of_the_run_that_are_cut_short(victim: Victim, tmp_path: Path) -> None:
     """No kill does that, a bad disk can: the file is named, with what to do."""
     out = tmp_path / "out"
-    recipe = victim.recipe("data.generated=null", "distill.tokens=512")
+    recipe = victim.recipe("data.generated=null", "distill.tokens=512", "distill.checkpoint_every=2")
     with pytest.raises(InterruptedError):
-        quantize(victim.model, recipe, out, progress=EndsAt("check"))
-    for name in ("distill.safetensors", "int2/block-0000.safetensors", "data.json", "run.json"):
+        quantize(victim.model, recipe, out, progress=EndsAfterACheckpoint())
+    for name in ("distill/checkpoint.safetensors", "int2/block-0000.safetensors", "run.json"):
         file = out / ".work" / name
         whole = file.read_bytes()
         file.write_bytes(whole[:-1])
@@ -137,10 +152,10 @@ def test_files_of_the_run_that_are_cut_short(victim: Victim, tmp_path: Path) -> 
 def test_files_of_the_run_that_lack_something(victim: Victim, tmp_path: Path) -> None:
     """As another version may have left them."""
     out = tmp_path / "out"
-    recipe = victim.recipe("data.generated=null", "distill.tokens=512")
+    recipe = victim.recipe("data.generated=null", "distill.tokens=512", "distill.checkpoint_every=2")
     with pytest.raises(InterruptedError):
-        quantize(victim.model, recipe, out, progress=EndsAt("check"))
-    for name, part in (("distill.safetensors", "optimizer"), ("int2/block-0000.safetensors", "latent")):
+        quantize(victim.model, recipe, out, progress=EndsAfterACheckpoint())
+    for name, part in (("distill/checkpoint.safetensors", "optimizer"), ("int2/block-0000.safetensors", "latent")):
         file = out / ".work" / name
         whole, (tensors, metadata) = file.read_bytes(), load_tensors(file)
         lost = next(key for key in tensors if part in key)

@@ -16,7 +16,7 @@ from victim import Command, Unharmed, Victim, outcome
 def test_killed_in_every_stage_one_after_the_other(victim: Victim, unharmed: Unharmed, tmp_path: Path) -> None:
     """A little after the first block of INT4, the second of INT2 and the first checkpoint, all in one directory."""
     out, chance = tmp_path / "out", random.Random(0)
-    for sign in ("int4/block-0000.safetensors", "int2/block-0001.safetensors", "distill.safetensors"):
+    for sign in ("int4/block-0000.safetensors", "int2/block-0001.safetensors", "distill/checkpoint.safetensors"):
         command = Command(victim.arguments(out), tmp_path / "log")
         command.wait_for((out / ".work" / sign).is_file)
         time.sleep(chance.uniform(0, 0.03))

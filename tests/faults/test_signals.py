@@ -26,14 +26,14 @@ def test_interrupted_then_terminated_then_finished(victim: Victim, unharmed: Unh
     assert "stopped by SIGINT" in command.said()
     assert "Traceback" not in command.said()
     assert not (out / ".lock").exists()
-    assert not (work / "distill.safetensors").exists()
+    assert not (work / "distill/checkpoint.safetensors").exists()
 
     command = Command(victim.arguments(out), log)
-    command.wait_for((work / "distill.safetensors").is_file)
+    command.wait_for((work / "distill/checkpoint.safetensors").is_file)
     command.signal(signal.SIGTERM)
     assert command.end() == 143, command.said()
     assert "stopped by SIGTERM" in command.said()
-    step = load_metadata(work / "distill.safetensors")["step"]
+    step = load_metadata(work / "distill/checkpoint.safetensors")["step"]
     # The step that was under way is in the checkpoint.
     assert f"stopped after step {step - 1};" in command.said()
 

@@ -60,13 +60,13 @@ def test_from_one_process_to_two_and_back(victim: Victim, unharmed: Unharmed, tm
 
     log = tmp_path / "second"
     with started([*TWO, *victim.arguments(out, "--device", "cpu")], log) as torchrun:
-        wait_for(torchrun, (work / "distill.safetensors").is_file, log)
+        wait_for(torchrun, (work / "distill/checkpoint.safetensors").is_file, log)
         torchrun.send_signal(signal.SIGTERM)
         assert torchrun.wait(120) != 0
     assert {path: path.read_bytes() for path in alone} == alone
     assert len(list((work / "int4").iterdir())) == len(list((work / "int2").iterdir())) == BLOCKS
     assert not (out / ".lock").exists()
-    step = load_metadata(work / "distill.safetensors")["step"]
+    step = load_metadata(work / "distill/checkpoint.safetensors")["step"]
     assert f"stopped after step {step - 1};" in log.read_text()
     assert log.read_text().count("stopped by SIGTERM") == 2
 
@@ -85,18 +85,18 @@ def test_two_processes_write_the_conversations_of_one(victim: Victim, tmp_path: 
     one, two, log = tmp_path / "one", tmp_path / "two", tmp_path / "log"
     sharded = (*WRITES, "--set", "memory.weights=sharded")
     with started([*TWO, *victim.arguments(two, *WRITES)], log) as torchrun:
-        wait_for(torchrun, lambda: list(two.glob(".work/generated-*/000002.jsonl")), log)
+        wait_for(torchrun, lambda: list(two.glob(".work/generate/batches/000002.jsonl")), log)
         os.kill(json.loads((two / ".lock").read_text())["pid"], signal.SIGKILL)
         assert torchrun.wait(120) != 0
-    left = len(list(two.glob(".work/generated-*/*.jsonl")))
+    left = len(list(two.glob(".work/generate/batches/*.jsonl")))
     for to_the_end in ([*TWO, *victim.arguments(two, *sharded)], [*ONE, *victim.arguments(one, *sharded)]):
         with started(to_the_end, log) as process:
             assert process.wait(300) == 0, log.read_text()
     found, expected = outcome(two), outcome(one)
-    files = [name for name in expected if name.startswith(".work/generated-")]
+    files = [name for name in expected if name.startswith(".work/generate/")]
     assert 3 <= left < len(files)
-    assert [name for name in found if name.startswith(".work/generated-")] == files
-    # Clocks are in run.json; the paths of the sources, of the conversations too, in the packed tokens.
-    apart = {".work/run.json", ".work/tokens.safetensors"}
+    assert [name for name in found if name.startswith(".work/generate/")] == files
+    # Clocks are in run.json and stage.json; the paths of the sources, of the conversations too, in the packed tokens.
+    apart = {".work/run.json", ".work/tokens.safetensors"} | {name for name in expected if "/stage.json" in name}
     assert {name for name in expected if found.get(name) != expected[name]} <= apart
     assert found.keys() == expected.keys()

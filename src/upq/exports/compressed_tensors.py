@@ -22,7 +22,6 @@ from upq.exports import _integers
 from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows, type_name
 from upq.exports._directory import (
     Stored,
-    TensorPlan,
     copy_companions,
     in_float32,
     stored_rows,
@@ -31,6 +30,7 @@ from upq.exports._directory import (
 )
 from upq.exports._source import Source, Weight
 from upq.exports.dense import DTYPES, dense_tensor, holds, place
+from upq.files.tensors import TensorPlan
 
 
 class CompressedTensorsOptions(Options):

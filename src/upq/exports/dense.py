@@ -11,8 +11,9 @@ from torch import Tensor
 
 from upq.core.progress import Progress
 from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows, type_name
-from upq.exports._directory import TensorPlan, copy_companions, in_float32, stored_rows, write_config, write_shards
+from upq.exports._directory import copy_companions, in_float32, stored_rows, write_config, write_shards
 from upq.exports._source import Source, Weight
+from upq.files.tensors import TensorPlan
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -24,7 +24,6 @@ from upq.exports import _words as words
 from upq.exports._base import EXPORTS, Exporter, Placement, Plan, Rows
 from upq.exports._directory import (
     Stored,
-    TensorPlan,
     copy_companions,
     in_float32,
     stored_rows,
@@ -33,6 +32,7 @@ from upq.exports._directory import (
 )
 from upq.exports._source import Source, Weight
 from upq.exports.dense import dense_dtype, dense_tensor, place
+from upq.files.tensors import TensorPlan
 
 _BITS = (2, 4, 8)  # GPTQ's three bits are packed in a way of their own
 _SCALES = torch.float16

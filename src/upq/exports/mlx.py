@@ -20,7 +20,6 @@ from upq.core.scheme import PER_CHANNEL
 from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows, type_name
 from upq.exports._directory import (
     Stored,
-    TensorPlan,
     copy_companions,
     in_float32,
     stored_rows,
@@ -29,6 +28,7 @@ from upq.exports._directory import (
 )
 from upq.exports._source import Source, Weight
 from upq.exports.dense import dense_dtype, dense_tensor, place
+from upq.files.tensors import TensorPlan
 
 _BITS = (2, 4, 8)
 _GROUPS = (128, 64, 32)  # the larger, the fewer scales are written

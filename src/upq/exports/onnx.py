@@ -26,9 +26,10 @@ from upq.core.progress import Progress
 from upq.core.scheme import PER_CHANNEL
 from upq.exports import _decoder as decoder
 from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows
-from upq.exports._directory import TensorPlan, copy_companions, write_config
+from upq.exports._directory import copy_companions, write_config
 from upq.exports._source import Source, Weight
 from upq.exports.dense import place
+from upq.files.tensors import TensorPlan
 from upq.grids import GRIDS
 
 if TYPE_CHECKING:

@@ -21,7 +21,6 @@ from upq.core.scheme import PER_CHANNEL
 from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows
 from upq.exports._directory import (
     Stored,
-    TensorPlan,
     copy_companions,
     in_float32,
     stored_rows,
@@ -30,6 +29,7 @@ from upq.exports._directory import (
 )
 from upq.exports._source import Source, Weight
 from upq.exports.dense import dense_tensor, place
+from upq.files.tensors import TensorPlan
 
 
 class TorchAoOptions(Options):

@@ -90,6 +90,11 @@ class Distill(Settings, Stage):
         if not total:
             job.progress.start(job.name)
             return state
+        if self.train_weights and not state.solved.latents:
+            raise UPQError(
+                f"{job.name}: the stage before it has left codes without weights to train; "
+                f"set {job.name}.train_weights=false"
+            )
         data = job.rows()
         cache = self._cached(job, data) if self.caches_teacher else None
         student, original = self._models(job, state.solved)
@@ -118,7 +123,7 @@ class Distill(Settings, Stage):
                 name=job.name,
             )
         solved, norms_file = job.folder / "blocks", job.folder / "norms.safetensors"
-        store = replace(state.solved, folder=solved, latents=job.keep == "latents")
+        store = replace(state.solved, folder=solved, latents=job.keep == "latents" and self.train_weights)
         for index, solutions in trained_blocks(student):  # every process has a part of them
             if job.processes.first:
                 store.save(index, solutions, state.solved.report(index))
