@@ -189,7 +189,7 @@ def walk(
 
     `streams`: how many copies of the hidden states go through the blocks; none where only the blocks matter.
     `bf16`: blocks are called in autocast; what they are given and give stays float32. `replay` spares a caller who
-    walks often a skeleton each time (3 ms for 5 blocks).
+    walks often a skeleton each time (0.06 s for 5 blocks).
     """
     states: tuple[Activations, ...] = ()
     if streams:
