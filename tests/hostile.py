@@ -20,7 +20,6 @@ from transformers.utils import logging
 
 import upq
 from tiny import CHAT, byte_tokenizer, tiny_artifact, tiny_model
-from upq.blockwise import METHODS
 from upq.core.errors import UPQError
 from upq.data import Message, read_documents
 from upq.data.config import TextSource
@@ -31,6 +30,8 @@ from upq.losses import LOSSES
 from upq.model.loading import load_tokenizer
 from upq.model.source import Source
 from upq.run.recipe import Recipe
+from upq.stages.blockwise import Blockwise
+from upq.stages.distill import Distill
 
 TALK = (Message("user", "Hi"), Message("assistant", "Ho"))
 CONVERSATION = [{"role": message.role, "content": message.content} for message in TALK]
@@ -104,11 +105,12 @@ def read_model(directory: Path) -> None:
 def read_recipe(file: Path) -> None:
     with _refused():
         recipe = Recipe.load(str(file))
-        for stage in (recipe.int4, recipe.int2):
-            if stage is not None:
+        for stage in recipe.stages.values():
+            if isinstance(stage, Blockwise):
                 stage.scheme()
-                stage.method.options(METHODS.get(stage.method.name).Config, "method")
-        recipe.distill.loss.options(LOSSES.get(recipe.distill.loss.name).Config, "loss")
+                stage.solver()
+            elif isinstance(stage, Distill):
+                stage.loss.options(LOSSES.get(stage.loss.name).Config, "loss")
         assert Recipe.load(str(file)) == recipe
 
 

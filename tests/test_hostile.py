@@ -515,4 +515,5 @@ def test_the_state_of_a_run_is_read_or_refused(text: str, valid: list[Path], tmp
     (work / "run.json").write_bytes(text.encode("latin-1"))
     recipe = tmp_path / "r.yaml"
     recipe.write_text(RECIPE)
-    refusal(lambda: quantize(valid[1], Recipe.load(str(recipe)), tmp_path / "out"), r"run\.json: ")
+    given = Recipe.load(str(recipe), ["data.seq_len=32"])
+    refusal(lambda: quantize(valid[1], given, tmp_path / "out"), r"run\.json: ")
