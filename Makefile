@@ -16,7 +16,7 @@ PYTEST := -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
 test: $(VENV)/.installed
 	$(BIN)/python $(PYTEST) -m "not gpu and not soak and not slow"
 
-# Minutes more: Triton's interpreter, torchrun, more families in the engines.
+# What CI runs in addition.
 test-slow: $(VENV)/.installed
 	$(BIN)/python $(PYTEST) -m "slow and not gpu and not soak"
 

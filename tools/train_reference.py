@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from upq.core.config import digest
 from upq.core.errors import UPQError
 from upq.core.progress import Progress
-from upq.files.atomic import atomic_write, staged
+from upq.files.atomic import atomic_write, written
 from upq.files.tensors import load_tensors, save_tensors
 from upq.run.quiet import quiet_libraries
 from upq.run.reporter import reporter
@@ -145,7 +145,7 @@ def make(config: Config, out: Path, work: Path, device: str, every: int) -> None
     tokenizer = train_tokenizer(config)
     with reporter(Console()) as progress:
         model, record = train(config, tokenizer, work / "checkpoint.safetensors", device, every, progress)
-    with staged(out) as folder:
+    with written(out) as folder:
         model.to("cpu", torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_record(folder, record)
