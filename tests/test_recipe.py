@@ -176,6 +176,7 @@ def test_stages_run_in_the_order_of_the_file() -> None:
     ("raw", "message"),
     [
         ({"stages": {"seed": {"stage": "blockwise"}}}, "'seed' cannot be the name of a stage"),
+        ({"stages": {"artifact": {"stage": "blockwise"}}}, "'artifact' cannot be the name of a stage"),
         ({"stages": {"a-b": {"stage": "blockwise"}}}, "'a-b' cannot be the name of a stage"),
         ({"stages": {"one": {"stage": "magic"}}}, "one: unknown kind of stage 'magic'; give stage: one of blockwise"),
         ({"stages": {"distill": 3}}, r"distill: expected a mapping of settings \(got 3\)"),

@@ -196,6 +196,24 @@ def test_two_runs_at_once_in_a_shared_folder(victim: Victim, recipe: Callable[..
         quantize(victim.model, recipe(), tmp_path / "one", work=tmp_path / "work", progress=Second())
 
 
+def test_a_finished_run_with_a_shared_folder_says_what_is_kept_there(
+    victim: Victim, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    quantize(victim.model, recipe(), tmp_path / "out", work=tmp_path / "work")
+    changed, message = recipe(again={"tokens": 512}), r"again would be done anew.*, generate, int4, int2, distill kept;"
+    with pytest.raises(UPQError, match=message):
+        quantize(victim.model, changed, tmp_path / "out", work=tmp_path / "work")
+
+
+def test_weights_do_not_train_after_a_stage_that_leaves_codes_alone(
+    victim: Victim, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    wrong = recipe(distill={"train_weights": False}, again={"train_weights": True})
+    with pytest.raises(UPQError, match=r"again trains weights, and distill before it leaves codes alone; set again"):
+        quantize(victim.model, wrong, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stage_is_abstract_in_what_it_must_say() -> None:
     with pytest.raises(TypeError, match="abstract"):
         Stage()  # type: ignore[abstract]

@@ -139,7 +139,7 @@ def test_files_of_the_run_that_are_cut_short(victim: Victim, tmp_path: Path) -> 
     recipe = victim.recipe("data.generated=null", "distill.tokens=512", "distill.checkpoint_every=2")
     with pytest.raises(InterruptedError):
         quantize(victim.model, recipe, out, progress=EndsAfterACheckpoint())
-    for name in ("distill/checkpoint.safetensors", "int2/block-0000.safetensors", "run.json"):
+    for name in ("distill/checkpoint.safetensors", "int2/block-0000.safetensors", "int2/stage.json", "run.json"):
         file = out / ".work" / name
         whole = file.read_bytes()
         file.write_bytes(whole[:-1])

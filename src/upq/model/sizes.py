@@ -207,10 +207,6 @@ class _Keep(torch.autograd.Function):
         ctx.save_for_backward(x)
         return x.new_zeros(*x.shape[:-1], outputs, dtype=dtype)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError("a probe has no backward pass")
-
 
 def _run(model: PreTrainedModel, block: nn.Module, tokens: int, bf16: bool) -> tuple[int, float, float, int]:
     """Tokens, bytes kept for backward, flops, elements of the key-value cache for a token."""

@@ -29,6 +29,7 @@ from upq.data.sources import identity, sources_of
 from upq.files.atomic import atomic_write, write_errors
 from upq.files.digests import digest_of
 from upq.files.lock import lock
+from upq.files.tensors import keys_required
 from upq.run.recipe import Recipe, flat, stages_at_top
 from upq.stages import ModelState
 
@@ -77,7 +78,9 @@ class Place:
     def holds_other_work(self) -> bool:
         """Whether the folder holds what this stage cannot go on from: of other settings, or codes without latents."""
         stamp = self.stamp()
-        return stamp is not None and (stamp.digest != self.digest or (self.keep == "latents" != stamp.keep))
+        if stamp is None:
+            return False
+        return stamp.digest != self.digest or (self.keep == "latents" and stamp.keep == "codes")
 
     def begin(self) -> Keep:
         """Make the folder ready, without what other settings left there. Returns what its blocks are kept as."""
@@ -94,7 +97,10 @@ class Place:
     def state(self) -> ModelState | None:
         """The state after the stage, where it is finished."""
         stamp = self.stamp()
-        return None if stamp is None or stamp.state is None else ModelState.restore(stamp.state, self.folder.parent)
+        if stamp is None or stamp.state is None:
+            return None
+        with keys_required(self._file):
+            return ModelState.restore(stamp.state, self.folder.parent)
 
     def seconds(self) -> float:
         stamp = self.stamp()
@@ -154,7 +160,7 @@ class RunDirectory:
             if _settings(manifest.recipe, self.recipe) == self.recipe.settings():
                 return False
             if not redo and (record is None or _settings(record.recipe, self.recipe) != self.recipe.settings()):
-                self._refuse(manifest.recipe, manifest.seconds, self._other_work() or list(self.recipe.stages))
+                self._refuse(manifest.recipe, manifest.seconds, self._unfinished())
         elif record is None and any(path.name not in (WORK, LOCK) for path in self.out.iterdir()):
             raise UPQError(f"{self.out}: not empty, and no UPQ run is in it; name a new directory")
         if record is not None:
@@ -237,6 +243,10 @@ class RunDirectory:
     def _other_work(self) -> list[str]:
         return [name for name, place in self.places().items() if place.holds_other_work()]
 
+    def _unfinished(self) -> list[str]:
+        """Stages of which no folder holds the result."""
+        return [name for name, place in self.places().items() if place.holds_other_work() or place.state() is None]
+
     def _check_model(self, model: str, files: Mapping[str, str]) -> None:
         """`files`: their digests as the run began, where they are known, to name the one that differs."""
         if model == self.model_digest:
@@ -262,9 +272,9 @@ class RunDirectory:
             what = f"belongs to another recipe: {key} was {was.get(key)!r} and is now {now.get(key)!r}"
         else:
             what = "holds the stages of another version"
-        kept = [name for name in self.recipe.stages if name not in lost and (self.work / name).is_dir()]
+        kept = [name for name, place in self.places().items() if name not in lost and place.stamp() is not None]
         spent = sum(seconds.get(name, 0.0) for name in lost)
-        costs = f"{', '.join(lost)} would be done anew ({spent:.0f} s so far)"
+        costs = f"{', '.join(lost)} would be done anew ({spent:.0f} s so far)" if lost else "it would be packed anew"
         costs += f", {', '.join(kept)} kept" if kept else ""
         remedy = "agree with --redo, give the same command as before, or another --out"
         raise UPQError(f"{self.out}: {what}; {costs}; {remedy}")

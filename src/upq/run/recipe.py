@@ -47,6 +47,10 @@ class Header(Strict):
     export: tuple[Plugin, ...] = free(())  # formats to write beside the artefact, once it is finished
 
 
+# Keys beside the stages, folders beside theirs, and rows of the final table beside theirs.
+_RESERVED = (*Header.model_fields, "stages", "check", "artifact", "source")
+
+
 class Recipe(Header):
     """The header, and the stages in the order in which they run."""
 
@@ -149,7 +153,7 @@ def stages_together(raw: Any, where: str) -> dict[str, Any]:
 
 
 def _stage(name: Any, settings: Any, where: str) -> Stage:
-    if not isinstance(name, str) or not name.isidentifier() or name in (*Header.model_fields, "data", "check"):
+    if not isinstance(name, str) or not name.isidentifier() or name in _RESERVED:
         raise UPQError(f"{where}: stages: {name!r} cannot be the name of a stage; use another word")
     if not isinstance(settings, dict):
         raise UPQError(f"{where}: {name}: expected a mapping of settings (got {settings!r})")

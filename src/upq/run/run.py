@@ -180,8 +180,17 @@ def check(config: PretrainedConfig, recipe: Recipe, model: Source, name: str) ->
     seq_len, limit = recipe.data.seq_len, getattr(config, "max_position_embeddings", recipe.data.seq_len)
     if seq_len > limit:
         raise UPQError(f"data.seq_len={seq_len} is more than the model's {limit}; lower it")
+    codes_alone = ""  # the stage that has left no weights to train
     for stage_name, stage in recipe.stages.items():
         stage.check(stage_name, model, recipe.data)
+        demands = stage.demands(recipe.data)
+        if demands.start == "latents" and codes_alone:
+            raise UPQError(
+                f"{stage_name} trains weights, and {codes_alone} before it leaves codes alone; set"
+                f" {stage_name}.train_weights=false, or change their order"
+            )
+        if stage.solves or stage.trains:
+            codes_alone = stage_name if demands.codes_alone else codes_alone if not stage.solves else ""
     for plugin in recipe.export:
         exporter(plugin.name, plugin.model_extra)
 

@@ -41,10 +41,14 @@ class Memory(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Demands:
-    """What a stage needs: `rows` of packed text, and of the blocks solved before it the `start`."""
+    """What a stage needs: `rows` of packed text, and of the blocks solved before it the `start`.
+
+    `codes_alone`: it has no weights to leave behind, so no stage that trains weights can follow.
+    """
 
     rows: int = 0
     start: Start | None = None
+    codes_alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)

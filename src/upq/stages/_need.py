@@ -77,7 +77,9 @@ def blockwise_need(
     work = method.work(sizes, calibration) + Work(0.0, 140.0 * sizes.linears)
     if method.needs_inputs:
         work += pass_work(sizes, calibration) * 3
-    left = sizes.solved(stage.scheme(), latents=latents) * sizes.blocks
+    # Beside codes lie scales and zero points as they were computed.
+    stored = 0 if latents else 6 * sizes.groups(stage.scheme())
+    left = (sizes.solved(stage.scheme(), latents=latents) + stored) * sizes.blocks
     return need(
         stage.samples * seq_len,
         block + held + largest(method.memory(sizes, calibration), solved),

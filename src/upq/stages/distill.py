@@ -24,7 +24,7 @@ from upq.losses import LOSSES
 from upq.model.loading import check_finite, family, load_model
 from upq.model.source import Source
 from upq.nn.trained import full_tensor
-from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, register
+from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, Start, register
 from upq.stages._need import distill_need, teacher_need
 from upq.stages._sizes import Machine, Need, Saving, Sizes
 
@@ -57,7 +57,8 @@ class Distill(Settings, Stage):
 
     def demands(self, data: Data) -> Demands:
         number = steps(self, data.seq_len)
-        return Demands(rows=number * self.batch_size, start="latents" if self.train_weights and number else "codes")
+        start: Start = "latents" if self.train_weights and number else "codes"
+        return Demands(number * self.batch_size, start, codes_alone=number > 0 and not self.train_weights)
 
     @property
     def caches_teacher(self) -> bool:
@@ -90,11 +91,7 @@ class Distill(Settings, Stage):
         if not total:
             job.progress.start(job.name)
             return state
-        if self.train_weights and not state.solved.latents:
-            raise UPQError(
-                f"{job.name}: the stage before it has left codes without weights to train; "
-                f"set {job.name}.train_weights=false"
-            )
+        assert state.solved.latents or not self.train_weights
         data = job.rows()
         cache = self._cached(job, data) if self.caches_teacher else None
         student, original = self._models(job, state.solved)
@@ -122,8 +119,8 @@ class Distill(Settings, Stage):
                 stop=job.stop,
                 name=job.name,
             )
-        solved, norms_file = job.folder / "blocks", job.folder / "norms.safetensors"
-        store = replace(state.solved, folder=solved, latents=job.keep == "latents" and self.train_weights)
+        norms_file = job.folder / "norms.safetensors"
+        store = replace(state.solved, folder=job.folder, latents=job.keep == "latents" and self.train_weights)
         for index, solutions in trained_blocks(student):  # every process has a part of them
             if job.processes.first:
                 store.save(index, solutions, state.solved.report(index))
