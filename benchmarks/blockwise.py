@@ -166,7 +166,7 @@ def only_block(folder: Path, tokens_NT: Tensor, precision: Precision) -> BlockTa
     (step,) = walk(source, tokens_NT, streams=2, bf16=bf16)
     block = source.block(0)
     step.advance(block, stream=ORIGINAL)
-    return BlockTask(step, block, source.spec, seed=0)
+    return BlockTask(step, block, seed=0)
 
 
 def judge(folder: Path) -> tuple[float, float]:

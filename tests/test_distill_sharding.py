@@ -75,7 +75,7 @@ def ranked(folder: Path) -> None:
 def trained_both_ways(folder: Path, train_norms: bool, latents: bool) -> dict[str, Any]:
     """Losses of trainings that begin whole and in shards, and what was different or whole where it should not be."""
     model = OneAtATime(folder, latents=latents)
-    prefix = model.spec.blocks
+    prefix = model.layout.blocks
     solutions = {f"{prefix}.{i}.{k}": s for i in range(BLOCKS) for k, s in model.solutions(i).items()}
     model.whole.clear()
     teacher = load_model(folder).requires_grad_(False)

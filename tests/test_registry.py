@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tiny import FAMILIES
 from upq.blockwise import METHODS
 from upq.core.errors import UPQError
 from upq.core.registry import Registry
 from upq.exports import EXPORTS
 from upq.grids import GRIDS
 from upq.losses import LOSSES
-from upq.model.families import FAMILIES
 
 
 @pytest.fixture

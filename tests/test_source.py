@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tiny import tiny_model
+from tiny import FAMILIES, tiny_model
 from upq.core.errors import UPQError
-from upq.model.families import FAMILIES
 from upq.model.loading import load_model
 from upq.model.source import Source
 from upq.model.walker import walk
@@ -23,7 +22,7 @@ IDS = torch.randint(2, 67, (11, 13), generator=torch.Generator().manual_seed(0))
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in FAMILIES.names()),
+    *((name, {}) for name in FAMILIES),
     ("mistral", {"sliding_window": 4}),
     ("qwen2", {**SLIDING, "num_hidden_layers": 3, "layer_types": ["full_attention"] + 2 * ["sliding_attention"]}),
     ("qwen3", {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}),

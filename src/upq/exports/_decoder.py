@@ -146,17 +146,17 @@ class _Decoder(Generic[V]):
         self.masks: dict[int | None, V] = {}
 
     def run(self) -> Outputs[V]:
-        spec, present = self.source.spec, []
-        x = self.g.embed(self.inputs.ids_NT, f"{spec.embedding}.weight")
+        layout, present = self.source.layout, []
+        x = self.g.embed(self.inputs.ids_NT, f"{layout.embedding}.weight")
         for i in range(self.shape.blocks):
-            path = f"{spec.blocks}.{i}"
+            path = f"{layout.blocks}.{i}"
             read = self._norm(x, f"{path}.input_layernorm")
             mixed, cache = self._attention(read, f"{path}.self_attn", i)
             x = self.g.add(x, mixed)
             present.append(cache)
             x = self.g.add(x, self._mlp(self._norm(x, f"{path}.post_attention_layernorm"), f"{path}.mlp"))
-        head = spec.embedding if self.source.tied else spec.head
-        return Outputs(self.g.linear(self._norm(x, spec.final_norm), f"{head}.weight"), present)
+        head = layout.embedding if self.source.tied else layout.head
+        return Outputs(self.g.linear(self._norm(x, f"{layout.decoder}.norm"), f"{head}.weight"), present)
 
     def _norm(self, x: V, path: str) -> V:
         g = self.g

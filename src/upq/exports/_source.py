@@ -12,14 +12,16 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from upq import kernels
 from upq.artifact.manifest import Manifest, read_manifest, verify
-from upq.artifact.transformers import block_linears, empty_model
+from upq.artifact.transformers import empty_model
 from upq.core.bounded import read_json
 from upq.core.errors import UPQError
 from upq.core.scheme import QTensor, QuantScheme
 from upq.files.tensors import load_rows, tensor_shapes
 from upq.grids import GRIDS
-from upq.model.families import ModelSpec
-from upq.model.loading import family, load_tokenizer
+from upq.model.layout import Layout, layout_of
+from upq.model.loading import load_tokenizer
+from upq.nn.blocks import model_weights, of_experts
+from upq.nn.experts import PackedExperts
 from upq.nn.packed import PackedEmbedding, PackedLinear
 
 _CHUNK = 1 << 22  # weights handled at one time: 16 MB in float32
@@ -86,7 +88,7 @@ class Source:
     path: Path
     manifest: Manifest
     config: PretrainedConfig  # without quantization_config
-    spec: ModelSpec
+    layout: Layout
     dtype: torch.dtype
     weights: dict[str, Weight]  # by name, in the order of the model; of tied ones the embedding alone
     linears: frozenset[str]  # names of the weights that multiply in the decoder blocks
@@ -101,7 +103,7 @@ class Source:
         files = {name: shard for shard in shards for name in tensor_shapes(shard)}
         dtype = model.config.dtype
         if not isinstance(dtype, torch.dtype):  # not said
-            dtype = _dtype(files, family(model.config))
+            dtype = _dtype(files)
         weights = {}
         for name, tensor in model.state_dict().items():
             module, _, kind = name.rpartition(".")
@@ -110,17 +112,19 @@ class Source:
             shape, scheme = tuple(tensor.shape), None
             if kind == "weight_packed":
                 packed = model.get_submodule(module)
-                assert isinstance(packed, PackedLinear | PackedEmbedding)
+                assert isinstance(packed, PackedLinear | PackedExperts | PackedEmbedding)
                 name, shape, scheme = f"{module}.weight", packed.shape, schemes[module]
             weights[name] = Weight(name=name, shape=shape, dtype=dtype, scheme=scheme, files=files)
         return cls(
             path=path,
             manifest=manifest,
             config=model.config,
-            spec=family(model.config),
+            layout=layout_of(model),
             dtype=dtype,
             weights=weights,
-            linears=frozenset(f"{linear}.weight" for linear in block_linears(model)),
+            linears=frozenset(
+                f"{path}.weight" for path, weight in model_weights(model).items() if not of_experts(weight)
+            ),
         )
 
     @property
@@ -130,7 +134,7 @@ class Source:
 
     @property
     def tied(self) -> bool:
-        return f"{self.spec.head}.weight" not in self.weights
+        return f"{self.layout.head}.weight" not in self.weights
 
     def packs(self, weight: Weight) -> bool:
         """Whether it is a quantised linear of the blocks: what most engines have packed products for."""
@@ -166,6 +170,7 @@ class Source:
         ]
 
 
-def _dtype(files: Mapping[str, Path], spec: ModelSpec) -> torch.dtype:
-    name = f"{spec.final_norm}.weight"
+def _dtype(files: Mapping[str, Path]) -> torch.dtype:
+    """Of the norms and all else that is not packed."""
+    name = next(name for name in files if not name.endswith(("_packed", "_scale", "_zero")) and "norm" in name)
     return load_rows(files[name], name, 0, 1).dtype

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from upq import kernels
 from upq.core.errors import UPQError
@@ -19,7 +20,7 @@ from upq.grids import GRIDS
 from upq.kernels.reference import row_bytes
 
 
-class _Packed(nn.Module):
+class Packed(nn.Module):
     """Buffers `weight_packed` (O, B) uint8 and `weight_scale` (O, G); `weight_zero` (O, G) where groups have their own.
 
     This is the layout of an artefact on disk (tests/test_packed.py holds its golden bytes). A row of `weight_packed` is
@@ -119,7 +120,7 @@ class _Packed(nn.Module):
         return f"{self.shape[0]}, {self.shape[1]}, {self.scheme}"
 
 
-class PackedLinear(_Packed):
+class PackedLinear(Packed):
     """`y = x · Ŵᵀ + b` from codes; takes the place of nn.Linear."""
 
     def __init__(self, in_features: int, out_features: int, scheme: QuantScheme, *, bias: bool = False) -> None:
@@ -154,7 +155,7 @@ class Codes(Mapping[str, QTensor]):
         return len(self._packed)
 
 
-class PackedEmbedding(_Packed):
+class PackedEmbedding(Packed):
     """Rows by id from a packed table; takes the place of nn.Embedding. Its output has the dtype of the model."""
 
     like: Tensor
@@ -205,15 +206,18 @@ class TiedHead(nn.Module):
 
 
 def pack_like(layer: nn.Module, scheme: QuantScheme, q: QTensor | None = None) -> PackedLinear | PackedEmbedding:
-    """The packed counterpart of an nn.Linear or nn.Embedding: holding `q`, or empty and waiting for a file."""
+    """The packed counterpart of a linear or nn.Embedding: holding `q`, or empty and waiting for a file."""
     if isinstance(layer, nn.Embedding):
         if q is not None:
             return PackedEmbedding.from_qtensor(q, layer.weight.dtype)
         return PackedEmbedding(layer.num_embeddings, layer.embedding_dim, scheme)
-    assert isinstance(layer, nn.Linear)
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    assert isinstance(bias, Tensor | None)
     if q is not None:
-        return PackedLinear.from_qtensor(q, layer.bias)
-    return PackedLinear(layer.in_features, layer.out_features, scheme, bias=layer.bias is not None)
+        return PackedLinear.from_qtensor(q, bias)
+    columns, rows = weight.shape if isinstance(layer, Conv1D) else reversed(weight.shape)
+    return PackedLinear(columns, rows, scheme, bias=bias is not None)
 
 
 def dense_like(layer: Any, dtype: torch.dtype) -> nn.Linear | nn.Embedding:

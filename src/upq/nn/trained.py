@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from upq.nn.fixed_codes import Start
 
 Weight = Callable[[dict[str, Tensor]], Tensor]  # what learns, by name, to the weight (O, I), float32, differentiable
+ALL = slice(None)
 
 
 class TrainedLinear(nn.Module):
@@ -52,8 +53,8 @@ class TrainedLinear(nn.Module):
         """What learns, by name."""
 
     @abstractmethod
-    def _weight(self, learned: dict[str, Tensor]) -> Tensor:
-        """Ŵ (O, I) of what learns, float32, differentiable."""
+    def _weight(self, learned: dict[str, Tensor], rows: slice = ALL) -> Tensor:
+        """Ŵ (O, I) of what learns, float32, differentiable. `learned` is that of these `rows`."""
 
     def fake(self) -> Tensor:
         """The quantised weight (O, I), float32, differentiable."""

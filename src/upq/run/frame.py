@@ -88,7 +88,7 @@ class Frame:
             data=[*(asdict(use) for use in data.sources), {"digest": data.digest, "rows": len(data.tokens_NT)}],
             skipped_steps=list(state.skipped_steps),
         )
-        model = Source(self.model, dtype="auto").without_linears()
+        model = Source(self.model, dtype="auto").without_matrices()
         model.generation_config = generation_config(self.model)
         shutil.rmtree(self.staging, ignore_errors=True)  # of a run that was killed before its end
         write_artifact(
@@ -138,7 +138,7 @@ class Frame:
             for q in qtensors.values():
                 weights = q.codes_OI.numel()
                 sizes.append((weights, weights * q.scheme.bits + 8 * q.scale_OG.nbytes))
-            return with_weights(model.block(index), qtensors)
+            return with_weights(model, index, qtensors)
 
         states = streamed(model, data.validation_tokens_NT, block=block, allocate=allocate)
         text = self._measured(states, original, data)
@@ -154,7 +154,7 @@ class Frame:
         """Module path and what `of_block` gives by the names of a block's linears, read one block at a time."""
         model = Source(self.model)
         for index in range(len(model)):
-            yield from ((f"{model.spec.blocks}.{index}.{name}", value) for name, value in of_block(index).items())
+            yield from ((model.path_of(index, name), value) for name, value in of_block(index).items())
 
 
 def export(exports: tuple[Plugin, ...], out: Path, progress: Progress) -> None:
@@ -173,10 +173,12 @@ def export(exports: tuple[Plugin, ...], out: Path, progress: Progress) -> None:
         raise UPQError(f"{out} is finished, but not its export {', '.join(failed)}; mend it and run the command again")
 
 
-def with_weights(block: nn.Module, qtensors: dict[str, QTensor]) -> nn.Module:
-    """The block itself, its linears holding what the codes say."""
-    for name, q in qtensors.items():
-        block.get_parameter(f"{name}.weight").data.copy_(q.dequantize())
+def with_weights(model: Source, index: int, qtensors: dict[str, QTensor]) -> nn.Module:
+    """Block `index`, its weights holding what the codes say."""
+    block = model.block(index)
+    for matrix in model.matrices(index):
+        if matrix.name in qtensors:
+            matrix.write(block, qtensors[matrix.name].dequantize())
     return block
 
 

@@ -29,7 +29,7 @@ from upq.data.tokens import TokenSet
 from upq.exports import exporter
 from upq.files.digests import model_digests
 from upq.files.lock import lock
-from upq.model.loading import family, load_config
+from upq.model.loading import load_config
 from upq.model.source import Source
 from upq.run.directory import LOCK, Keep, Place, RunDirectory, sweep
 from upq.run.frame import Frame, export
@@ -174,7 +174,6 @@ class _Run:
 
 def check(config: PretrainedConfig, recipe: Recipe, model: Source, name: str) -> None:
     """Every fault of model and recipe that shows without data, so that a typo shows before hours of work."""
-    family(config)
     if getattr(config, "quantization_config", None) is not None:
         raise UPQError(f"{name}: already quantised; give the original FP16, BF16 or FP32 model")
     seq_len, limit = recipe.data.seq_len, getattr(config, "max_position_embeddings", recipe.data.seq_len)
