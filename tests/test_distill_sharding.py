@@ -53,7 +53,7 @@ class OneAtATime(Source):
     def solutions(self, index: int) -> dict[str, Start]:
         """Of nearest rounding, as a store has them."""
         scheme, block, found = QuantScheme(bits=2), super().block(index), dict[str, Start]()
-        for name in self.spec.linears:
+        for name in (matrix.name for matrix in self.matrices(index)):
             w_OI = block.get_submodule(name).weight.clone()
             solution = Solution(w_OI, search_scale(w_OI, scheme), scheme)
             found[name] = solution if self._latents else Coded.of(solution.qtensor(), solution.params)

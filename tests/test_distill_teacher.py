@@ -209,10 +209,10 @@ def test_a_student_that_is_read_block_by_block_is_the_same(tmp_path, family, tie
 
     def starts(index):
         found = {}
-        for name in model.spec.linears:
-            w = model.weight(index, name)
+        for matrix in model.matrices(index):
+            w = model.weight(index, matrix)
             solution = Solution(w, search_scale(w, scheme), scheme)
-            found[name] = solution if latents else Coded.of(solution.qtensor(), solution.params)
+            found[matrix.name] = solution if latents else Coded.of(solution.qtensor(), solution.params)
         return found
 
     whole = {f"{model.layout.blocks}.{i}.{name}": s for i in range(len(model)) for name, s in starts(i).items()}
