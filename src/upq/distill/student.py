@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from upq.model.layout import block_list, layout_of
+from upq.model.layout import block_list, layout_of, shared_weights
 from upq.model.matrices import matrices, place
 from upq.model.source import Source
 from upq.nn.experts import TrainedExperts
@@ -109,9 +109,13 @@ def checkpoint_blocks(student: PreTrainedModel) -> None:
 
 
 def norms(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The normalisation layers (one-dimensional weight) of the decoder, by path."""
-    decoder = layout_of(model).decoder
-    return {name: norm for name, norm in _norms(model).items() if name.startswith(f"{decoder}.")}
+    """The normalisation layers (one-dimensional weight) of the decoder, by path; none that blocks share."""
+    decoder, shared = layout_of(model).decoder, shared_weights(model)
+    return {
+        name: norm
+        for name, norm in _norms(model).items()
+        if name.startswith(f"{decoder}.") and f"{name}.weight" not in shared
+    }
 
 
 def _norms(module: nn.Module) -> dict[str, nn.Module]:

@@ -53,6 +53,12 @@ def block_list(model: PreTrainedModel, layout: Layout | None = None) -> nn.Modul
     return blocks
 
 
+def shared_weights(model: PreTrainedModel) -> frozenset[str]:
+    """Names of parameters that the model has in several places: what changes one of them changes all."""
+    tied = model.all_tied_weights_keys
+    return frozenset(tied) | frozenset(tied.values())
+
+
 def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """The outermost ModuleLists whose members are all gradient-checkpointing layers, by path."""
     lists: dict[str, nn.ModuleList] = {}

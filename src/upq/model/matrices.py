@@ -5,6 +5,7 @@ Shape suffixes: E experts, O out, I in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -152,8 +153,14 @@ def _computes_state(block: nn.Module, path: str, matrix: Matrix) -> bool:
     mixer = block.get_submodule(path.rpartition(".")[0])
     if not any("A_log" in leaf or "dt_bias" in leaf for leaf, _ in mixer.named_parameters(recurse=False)):
         return False
-    sizes = [child.weight.numel() for child in mixer.children() if isinstance(child, nn.Linear)]
-    return matrix.rows * matrix.inputs * _STATE <= max(sizes)
+    return matrix.rows * matrix.inputs * _STATE <= max(_size(child) for child in mixer.children())
+
+
+def _size(linear: nn.Module) -> int:
+    """Weights of a linear, which may be packed."""
+    weight = linear._parameters.get("weight")
+    shape = getattr(linear, "shape", (0,)) if weight is None else weight.shape
+    return math.prod(shape) if len(shape) == 2 else 0
 
 
 def _kind(module: nn.Module) -> str:

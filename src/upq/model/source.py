@@ -18,7 +18,7 @@ from transformers.core_model_loading import build_glob_alternation
 from upq.core.memory import trim
 from upq.files.tensors import tensor_files
 from upq.model.checkpoint import Checkpoint
-from upq.model.layout import Layout, block_list, layout_of
+from upq.model.layout import Layout, block_list, layout_of, shared_weights
 from upq.model.library import library_errors
 from upq.model.loading import auto_class, check_sizes, load_config
 from upq.model.matrices import Matrix, matrices
@@ -59,7 +59,11 @@ class Source:
         self._empty: PreTrainedModel = self.empty()
         self.layout: Layout = layout_of(self._empty)
         self._blocks = list(block_list(self._empty, self.layout))
-        self._matrices = [matrices(block) for block in self._blocks]
+        shared = shared_weights(self._empty)
+        self._matrices = [
+            tuple(m for m in matrices(block) if self._at(index, m.parameter) not in shared)
+            for index, block in enumerate(self._blocks)
+        ]
 
     def __len__(self) -> int:
         return len(self._blocks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from upq.model.layout import block_list, layout_of
+from upq.model.layout import block_list, layout_of, shared_weights
 from upq.model.matrices import Matrix, matrices
 from upq.nn.experts import PackedExperts, TrainedExperts
 from upq.nn.packed import PackedLinear
@@ -28,11 +28,13 @@ def block_weights(block: nn.Module) -> dict[str, nn.Module | Matrix]:
 
 def model_weights(model: PreTrainedModel) -> dict[str, nn.Module | Matrix]:
     """`block_weights` of all blocks, by path in the model."""
-    layout = layout_of(model)
+    layout, shared = layout_of(model), shared_weights(model)
     return {
-        f"{layout.blocks}.{index}.{name}": weight
+        path: weight
         for index, block in enumerate(block_list(model, layout))
         for name, weight in block_weights(block).items()
+        if not isinstance(weight, Matrix) or f"{layout.blocks}.{index}.{weight.parameter}" not in shared
+        for path in (f"{layout.blocks}.{index}.{name}",)
     }
 
 

@@ -135,6 +135,11 @@ class PackedLinear(Packed):
         layer.bias = None if bias_O is None else nn.Parameter(bias_O.detach())
         return layer._fill(q)
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (O, I), made anew: some mixers ask a linear for the type or device of its weight."""
+        return torch.empty(self.shape, device="meta") if self.weight_packed.is_meta else self.dequantize()
+
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.kernel_weight(), self.bias)
 
