@@ -290,17 +290,18 @@ def write_artifact(
     embeddings_bits: Literal[4, 8] | None = None,
     extra_tensors: Mapping[str, Tensor] | None = None,
     errors: Mapping[str, float] | None = None,
+    unreached: Mapping[str, list[int]] | None = None,
 ) -> Manifest:
     """Pack `model` in place (see `pack_model`) and write it with its tokenizer as the new directory `out`, whole.
 
-    Returns `manifest` with `layers` (`errors` by module path among them) and `files` filled in, as it stands in
+    Returns `manifest` with `layers` (by path, `errors` and the experts that were `unreached` among them) and `files` filled in, as it stands in
     `out/upq.json`.
     """
     if out.is_dir() and any(out.iterdir()):
         raise UPQError(f"{out}: exists already; name a new directory, or delete it first")
     config = pack_model(model, qtensors, embeddings_bits=embeddings_bits, extra_tensors=extra_tensors)
     layers = [
-        _layer(model.get_submodule(path), path, scheme, (errors or {}).get(path))
+        _layer(model.get_submodule(path), path, scheme, (errors or {}).get(path), (unreached or {}).get(path, []))
         for path, scheme in config.schemes(model).items()
     ]
     with written(out) as scratch:
@@ -384,7 +385,7 @@ def _weight(model: PreTrainedModel, path: str) -> Tensor:
     return cast(Tensor, model.get_submodule(path).weight)
 
 
-def _layer(module: nn.Module, path: str, scheme: QuantScheme, error: float | None) -> Layer:
+def _layer(module: nn.Module, path: str, scheme: QuantScheme, error: float | None, unreached: list[int]) -> Layer:
     state = [t for name, t in module.state_dict().items() if name != "bias"]
     rows, columns = cast(PackedLinear | PackedExperts | PackedEmbedding, module).shape
     return Layer(
@@ -395,4 +396,5 @@ def _layer(module: nn.Module, path: str, scheme: QuantScheme, error: float | Non
         weights=rows * columns,
         bits_per_weight=8 * sum(t.nbytes for t in state) / (rows * columns),
         error=error,
+        unreached=unreached,
     )

@@ -32,6 +32,9 @@ def quantize(
     work: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep stages in DIR, where other runs of this model find them.")
     ] = None,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Agree that under 90 % of the decoder's weights become codes.")
+    ] = False,
 ) -> None:
     """Quantise MODEL: block by block, then by distillation from the original, packed into --out."""
     from rich.console import Console
@@ -45,10 +48,20 @@ def quantize(
     chosen = Recipe.load(recipe, set_ or [])
     with Stop().listening() as stop:
         manifest = quantize(
-            model, out, chosen, data=data, device=device, keep_work=keep_work, redo=redo, work=work, stop=stop
+            model,
+            out,
+            chosen,
+            data=data,
+            device=device,
+            keep_work=keep_work,
+            redo=redo,
+            work=work,
+            allow_partial=allow_partial,
+            stop=stop,
         )
     console = Console()
     console.print(result_table(manifest))
+    console.print(manifest.coverage, highlight=False)
     console.print(f"[bold]{out}[/bold] is ready: upq chat {out}", highlight=False, soft_wrap=True)
 
 

@@ -127,7 +127,8 @@ def check_sizes(path: Path, config: PretrainedConfig, files: Iterable[Path]) -> 
         size, limit, of = getattr(text, key, None), total, "bytes"
         if key == "num_hidden_layers":
             limit, of = tensors, "tensors"
-        if size is not None and (type(size) is not int or not 1 <= size <= limit):
+        sizes = size if isinstance(size, list | tuple) else [size]  # of some families one for each block
+        if size is not None and not all(type(each) is int and 1 <= each <= limit for each in sizes):
             raise UPQError(f"{path}: config.json says {key}={size!r}, its weights are {limit:,} {of}; {_CONFIG}")
 
 

@@ -55,6 +55,7 @@ def quantize(
     keep_work: bool = False,
     redo: bool = False,
     work: str | Path | None = None,
+    allow_partial: bool = False,
     progress: Progress | Literal["auto"] | None = "auto",
     stop: Stop | None = None,
     **settings: Any,
@@ -72,6 +73,7 @@ def quantize(
     keep_work: solved blocks and checkpoints stay on disk after the end.
     redo: do stages anew whose settings differ from those of the run in `out`. Without it, that is an error.
     work: directory in which several runs keep their stages and take one another's.
+    allow_partial: less than 90 % of the decoder's weights may become codes. Without it, that is an error.
     progress: "auto" shows bars on a terminal and lines elsewhere, None nothing; or an object like upq.core.Progress.
     stop: a listener for signals (upq.core.signals). Without one, Ctrl-C interrupts at once; the same call resumes.
     settings: keys of the recipe with dots and their values, as `--set` of the command line.
@@ -93,6 +95,7 @@ def quantize(
             keep_work=keep_work,
             redo=redo,
             work=work,
+            allow_partial=allow_partial,
             progress=shown,
             stop=stop,
         )
@@ -107,6 +110,7 @@ def plan(
     gpu_memory: float | None = None,
     gpu_tflops: float | None = None,
     gpu_bandwidth: float | None = None,
+    allow_partial: bool = False,
     progress: Literal["auto"] | None = "auto",
     **settings: Any,
 ) -> Plan:
@@ -119,6 +123,7 @@ def plan(
     memory: GB of the machine's memory; None: of this machine.
     gpus, gpu_memory: number of GPUs and GB of each; 0 GPUs plans for the processor.
     gpu_tflops, gpu_bandwidth: bf16 TFLOPS and GB/s that each GPU reaches; with both the plan has a time.
+    allow_partial: as for `quantize`.
     progress: "auto" shows on a terminal that it is at work, None nothing.
 
     Returns the Plan: bytes, disk and seconds by stage, whether it fits, and the settings that it added to fit.
@@ -140,7 +145,7 @@ def plan(
 
     with quietly(), loading(progress, "the model's config, then planning"):
         config = load_config(model)
-        planning.check(config, chosen, str(model))
+        planning.check(config, chosen, str(model), allow_partial=allow_partial)
         return planning.plan(config, chosen, _machine(memory, gpus, gpu_memory, gpu_tflops, gpu_bandwidth))
 
 

@@ -31,6 +31,7 @@ from upq.exports import beside
 from upq.files.tensors import load_tensors
 from upq.kernels import computing
 from upq.model.activations import Allocate, allocator
+from upq.model.coverage import coverage
 from upq.model.loading import generation_config, load_tokenizer
 from upq.model.source import Source
 from upq.nn.packed import Codes
@@ -81,14 +82,16 @@ class Frame:
         store = state.solved
         assert store is not None
         self.progress.start("check")
+        source, reports = Source(self.model, dtype="auto"), dict(self._by_path(store.report))
         manifest = Manifest(
             recipe=self.recipe.model_dump(mode="json"),
             model=SourceModel(path=self.run.name, digest=self.run.model_digest),
             versions={p: version(p) for p in ("upq", "torch", "transformers")} | {"python": platform.python_version()},
             data=[*(asdict(use) for use in data.sources), {"digest": data.digest, "rows": len(data.tokens_NT)}],
             skipped_steps=list(state.skipped_steps),
+            coverage=coverage(source).text(self.recipe.bits),
         )
-        model = Source(self.model, dtype="auto").without_matrices()
+        model = source.without_matrices()
         model.generation_config = generation_config(self.model)
         shutil.rmtree(self.staging, ignore_errors=True)  # of a run that was killed before its end
         write_artifact(
@@ -99,7 +102,8 @@ class Frame:
             tokenizer=load_tokenizer(self.model),
             embeddings_bits=self.recipe.embeddings.bits,
             extra_tensors={} if state.norms is None else load_tensors(state.norms)[0],
-            errors={path: figures["weight"] for path, figures in self._by_path(store.report)},
+            errors={path: figures["weight"] for path, figures in reports.items()},
+            unreached={path: figures["unreached"] for path, figures in reports.items() if "unreached" in figures},
         )
 
     def check(self, data: TokenSet, state: ModelState) -> Manifest:

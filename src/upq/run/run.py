@@ -29,6 +29,7 @@ from upq.data.tokens import TokenSet
 from upq.exports import exporter
 from upq.files.digests import model_digests
 from upq.files.lock import lock
+from upq.model.coverage import coverage
 from upq.model.loading import load_config
 from upq.model.source import Source
 from upq.run.directory import LOCK, Keep, Place, RunDirectory, sweep
@@ -48,6 +49,7 @@ def quantize(
     keep_work: bool = False,
     redo: bool = False,
     work: str | Path | None = None,
+    allow_partial: bool = False,
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> Manifest:
@@ -55,7 +57,7 @@ def quantize(
 
     Stages whose settings and predecessors are as before are kept. Where others would be thrown away, UPQError says
     which and what they cost; `redo` agrees. Runs that share `work` keep their stages there, each under its digest, and
-    take one another's. Under torchrun all processes take part in every stage; the rest is the first one's.
+    take one another's. `allow_partial`: less than 90 % of the decoder's weights may become codes. Under torchrun all processes take part in every stage; the rest is the first one's.
 
     Raises UPQError, with nothing changed, where `out` holds something else: another model, recipe or data, or where
     another process is at work in it. `stop` ends a training after a step, its state saved, by raising Stopped.
@@ -72,7 +74,10 @@ def quantize(
     reading = reading_of(recipe)
     with ExitStack() as held:
         with state.main_process_first():  # the others then find the directory as it has left it
-            check(load_config(path), recipe, Source(path), name)
+            source = Source(path)
+            check(load_config(path), recipe, source, name)
+            covered = coverage(source)
+            covered.check(name, allow_partial=allow_partial)
             if not directory.open(progress, held, redo=redo):
                 progress.note(f"{out} is finished already: nothing to do")
                 if recipe.export:
@@ -82,7 +87,8 @@ def quantize(
                         shutil.rmtree(directory.work, ignore_errors=True)
                     export(recipe.export, directory.out, progress)
                 return read_manifest(directory.out)
-        progress.plan(costs(recipe, reading, int(load_config(path).num_hidden_layers)))
+        progress.plan(costs(recipe, reading, len(source)))
+        progress.note(covered.text(recipe.bits))
         frame = Frame(directory, path, device, reading, progress)
         run = _Run(frame, state, processes, stop or Stop())
         solved = run.stages()

@@ -180,6 +180,10 @@ class Stage(Strict):
     solves: ClassVar[bool] = False  # it leaves blocks as codes
     trains: ClassVar[bool] = False  # it starts from solved blocks
 
+    def scheme(self) -> QuantScheme | None:
+        """Of the codes that it leaves; None for a stage that solves no blocks."""
+        return None
+
     def check(self, name: str, model: Source, data: Data) -> None:
         """Raises UPQError for every fault that shows without data. `name` is that of the stage in its recipe."""
 

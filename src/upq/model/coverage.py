@@ -1,0 +1,101 @@
+"""How much of a model becomes codes, and why the rest does not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from upq.core.errors import UPQError
+from upq.model.layout import block_list, shared_weights
+from upq.model.matrices import left_out
+from upq.model.source import Source
+
+LEAST = 0.9  # of the weights in the decoder's blocks: a run that quantises less asks first
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """Counts of weight matrices (each expert's is one) and of weights. Vectors, as in norms, count as weights alone."""
+
+    matrices: int  # that become codes
+    all_matrices: int
+    coded: int  # weights of these matrices
+    in_blocks: int  # weights of the decoder's blocks
+    in_model: int
+    left: dict[str, int] = field(default_factory=dict)  # reason: weights that stay as they are
+
+    @property
+    def share(self) -> float:
+        """Of the weights in the decoder's blocks."""
+        return self.coded / self.in_blocks
+
+    def text(self, bits: int) -> str:
+        """In a sentence or two."""
+        of_all = 100 * self.coded / self.in_model
+        said = (
+            f"{self.matrices:,} of {self.all_matrices:,} weight matrices, {of_all:.1f} % of all weights "
+            f"({100 * self.share:.1f} % of the decoder blocks'), become {bits}-bit"
+        )
+        if not self.left:
+            return said
+        rest = (f"{reason} {_short(weights)}" for reason, weights in self.left.items())
+        return f"{said}; left as they are: {', '.join(rest)}"
+
+    def check(self, name: str, *, allow_partial: bool) -> None:
+        """Raises UPQError where much of the decoder would stay as it is, and nobody has said that it may."""
+        if self.share >= LEAST or allow_partial:
+            return
+        reasons = ", ".join(f"{reason} {_short(weights)}" for reason, weights in self.left.items())
+        raise UPQError(
+            f"{name}: {100 * self.share:.0f} % of the weights in its decoder blocks can become codes; left would be "
+            f"{reasons}; give --allow-partial to go on"
+        )
+
+
+def coverage(source: Source) -> Coverage:
+    """Of the model that `source` describes; no tensor is read."""
+    model, layout = source.empty(), source.layout
+    shared, left, matrices, coded = shared_weights(model), Counter[str](), 0, 0
+    reasons = dict[str, str]()
+    for index, block in enumerate(block_list(model, layout)):
+        reasons |= {source.path_of(index, name): reason for name, reason in left_out(block).items()}
+        for matrix in source.matrices(index):
+            matrices += max(1, matrix.experts)
+            coded += matrix.rows * matrix.inputs
+    kept, in_blocks, in_model = 0, 0, 0
+    coding = {source.path_of(i, m.parameter) for i in range(len(source)) for m in source.matrices(i)}
+    for name, parameter in model.named_parameters():
+        in_model += parameter.numel()
+        in_blocks += parameter.numel() if name.startswith(f"{layout.blocks}.") else 0
+        if name in coding:
+            continue
+        kept += parameter.dim() == 2
+        left[_reason(name, parameter, source, reasons, shared)] += parameter.numel()
+    ordered = dict(sorted(left.items(), key=lambda item: -item[1]))
+    return Coverage(matrices, matrices + kept, coded, in_blocks, in_model, ordered)
+
+
+def _reason(name: str, parameter: nn.Parameter, source: Source, reasons: dict[str, str], shared: frozenset[str]) -> str:
+    layout = source.layout
+    if name.startswith(f"{layout.blocks}."):
+        if parameter.dim() < 2:
+            return "norms and other vectors"
+        return reasons.get(name, "shared by several blocks" if name in shared else "other parameters")
+    if name.startswith((f"{layout.embedding}.", f"{layout.head}.")):
+        return "embedding and head"
+    if parameter.dim() < 2 and name.startswith(f"{layout.decoder}."):
+        return "norms and other vectors"
+    return (
+        "parts of the decoder outside its blocks"
+        if name.startswith(f"{layout.decoder}.")
+        else "towers and heads beside the decoder"
+    )
+
+
+def _short(weights: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if weights >= size:
+            return f"{weights / size:.3g} {unit}"
+    return str(weights)
