@@ -15,7 +15,8 @@ SRC = Path(upq.__file__).parent
 FLOORS = (
     ("core",),
     ("files", "grids", "losses", "kernels"),
-    ("nn", "model", "data", "world"),
+    ("model", "data", "world"),
+    ("nn",),
     ("blockwise", "distill", "decoding"),
     ("artifact",),
     ("exports",),

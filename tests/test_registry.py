@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tiny import FAMILIES
 from upq.blockwise import METHODS
 from upq.core.errors import UPQError
 from upq.core.registry import Registry
@@ -57,7 +56,7 @@ def test_a_name_belongs_to_one_plugin(fruits: Registry[str]) -> None:
     assert fruits.get("pear") == "a pear"
 
 
-@pytest.mark.parametrize("registry", [GRIDS, LOSSES, METHODS, FAMILIES, EXPORTS], ids=lambda r: r._package)
+@pytest.mark.parametrize("registry", [GRIDS, LOSSES, METHODS, EXPORTS], ids=lambda r: r._package)
 def test_every_plugin_of_the_package_loads(registry: Registry[object]) -> None:
     assert registry.names()
     for name in registry.names():

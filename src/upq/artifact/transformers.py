@@ -294,8 +294,8 @@ def write_artifact(
 ) -> Manifest:
     """Pack `model` in place (see `pack_model`) and write it with its tokenizer as the new directory `out`, whole.
 
-    Returns `manifest` with `layers` (by path, `errors` and the experts that were `unreached` among them) and `files` filled in, as it stands in
-    `out/upq.json`.
+    Returns `manifest` as it stands in `out/upq.json`, with `layers` and `files` filled in. A layer has its part of
+    `errors` and of `unreached`, both by path.
     """
     if out.is_dir() and any(out.iterdir()):
         raise UPQError(f"{out}: exists already; name a new directory, or delete it first")

@@ -121,10 +121,14 @@ def code_bits(scheme: QuantScheme) -> int:
     return next(bits for bits in (2, 4, 8) if bits >= scheme.bits)
 
 
+# transformers' `model_type` of families whose block is Llama's: biases, norms on heads and the like aside.
+LLAMA_BLOCKS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+
+
 def check(source: Source) -> None:
     """Refuse what the graph does not compute."""
     config = source.config
-    if not source.spec.compiled_decoding:
+    if config.model_type not in LLAMA_BLOCKS:
         raise UPQError(f"{source.path}: the graph has Llama's block only, and {config.model_type} has another")
     if config.hidden_act != "silu":
         raise UPQError(f"{source.path}: the graph has silu, the model {config.hidden_act}")

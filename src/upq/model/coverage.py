@@ -85,13 +85,9 @@ def _reason(name: str, parameter: nn.Parameter, source: Source, reasons: dict[st
         return reasons.get(name, "shared by several blocks" if name in shared else "other parameters")
     if name.startswith((f"{layout.embedding}.", f"{layout.head}.")):
         return "embedding and head"
-    if parameter.dim() < 2 and name.startswith(f"{layout.decoder}."):
-        return "norms and other vectors"
-    return (
-        "parts of the decoder outside its blocks"
-        if name.startswith(f"{layout.decoder}.")
-        else "towers and heads beside the decoder"
-    )
+    if not name.startswith(f"{layout.decoder}."):
+        return "towers and heads beside the decoder"
+    return "norms and other vectors" if parameter.dim() < 2 else "parts of the decoder outside its blocks"
 
 
 def _short(weights: int) -> str:

@@ -57,7 +57,9 @@ def quantize(
 
     Stages whose settings and predecessors are as before are kept. Where others would be thrown away, UPQError says
     which and what they cost; `redo` agrees. Runs that share `work` keep their stages there, each under its digest, and
-    take one another's. `allow_partial`: less than 90 % of the decoder's weights may become codes. Under torchrun all processes take part in every stage; the rest is the first one's.
+    take one another's. `allow_partial`: less than 90 % of the decoder's weights may become codes.
+
+    Under torchrun all processes take part in every stage; the rest is the first one's.
 
     Raises UPQError, with nothing changed, where `out` holds something else: another model, recipe or data, or where
     another process is at work in it. `stop` ends a training after a step, its state saved, by raising Stopped.
