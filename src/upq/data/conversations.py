@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from upq.core.errors import UPQError
 from upq.data.sources import Message
+from upq.text.date import fixed_date
 
 Span = tuple[int, int]  # characters, the end excluded
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -49,7 +50,7 @@ class ChatTemplate:
     def render(self, messages: tuple[Message, ...], where: str, *, prompt: bool = False) -> str:
         """The conversation as one text; with `prompt`, up to where the assistant's next answer begins."""
         self._require(where)
-        with refusals(where):
+        with refusals(where), fixed_date():
             text = self.tokenizer.apply_chat_template(_plain(messages), tokenize=False, add_generation_prompt=prompt)
         assert isinstance(text, str)
         return text
@@ -57,7 +58,7 @@ class ChatTemplate:
     def encode_marked(self, messages: tuple[Message, ...], where: str) -> tuple[list[int], list[int]]:
         """Tokens and assistant mask of a template that marks the assistant's part itself."""
         self._require(where)
-        with refusals(where):
+        with refusals(where), fixed_date():
             out: Any = self.tokenizer.apply_chat_template(
                 _plain(messages),
                 tokenize=True,

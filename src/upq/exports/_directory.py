@@ -39,7 +39,9 @@ class DirectoryExporter(Exporter):
         del config["quantization_config"]
         (out / "config.json").write_text(json.dumps(config | dict(self.config(source, plan)), indent=2) + "\n")
         for file in source.companions():
-            shutil.copyfile(file, out / file.name)
+            target = out / file.relative_to(source.path)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
 
 
 class SafetensorsExporter(DirectoryExporter):

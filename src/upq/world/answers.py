@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from upq.text.generation import end_tokens, generating, own_distribution
+
 
 @torch.no_grad()
 def answers(
@@ -21,16 +23,18 @@ def answers(
 ) -> list[str]:
     """One answer a prompt through the chat template, in batches padded on the left."""
     found: list[str] = []
+    ends = end_tokens(model.generation_config, tokenizer)
+    settings = own_distribution(ends, tokenizer, max_new_tokens=max_new_tokens)
     for start in range(0, len(prompts), batch_size):
         talks = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + batch_size]]
         rows: Any = tokenizer.apply_chat_template(talks, add_generation_prompt=True, return_dict=True)
         inputs = tokenizer.pad({"input_ids": rows["input_ids"]}, padding_side="left", return_tensors="pt")
         generate: Any = model.generate
-        ids_NT: Tensor = generate(
-            **inputs.to(model.device),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        with generating(model, settings):
+            ids_NT: Tensor = generate(
+                inputs["input_ids"].to(model.device),
+                attention_mask=inputs["attention_mask"].to(model.device),
+                generation_config=settings,
+            )
         found += tokenizer.batch_decode(ids_NT[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return found
