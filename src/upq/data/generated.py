@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from upq.data.config import Generated
 from upq.data.conversations import ChatTemplate
 from upq.data.sources import Message
 from upq.files.atomic import atomic_write, write_errors
-from upq.text.generation import end_tokens, generating, own_distribution
+from upq.text.generation import end_tokens, own_distribution, written
 from upq.text.tokenizer import check_tokens
 
 _MARK = "\ue000"  # private use: occurs in no template
@@ -233,21 +233,16 @@ def sample(
     settings = own_distribution(
         ends, tokenizer, max_new_tokens=max_new_tokens if prompts else 1, temperature=temperature
     )
-    pad = settings.pad_token_id
-    asked = prompts or [[pad]]
-    width = max(map(len, asked))
-    rows_BT = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in asked], device=model.device)
-    mask_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in asked], device=model.device)
-    generate: Any = model.generate
-    with generating(model, settings):
-        written_BT: Tensor = generate(
-            rows_BT,
-            attention_mask=mask_BT,
-            generation_config=settings,
-            synced_gpus=company.world > 1,
-            stopping_criteria=StoppingCriteriaList([_Closed(tokenizer, closing, width)] if closing else []),
-        )
-    return [_finished(tokenizer, ids, set(ends), closing) for ids in written_BT[: len(prompts), width:].tolist()]
+    asked = prompts or [[cast(int, settings.pad_token_id)]]
+    closed = [_Closed(tokenizer, closing, max(map(len, asked)))] if closing else []
+    found = written(
+        model,
+        asked,
+        settings,
+        synced_gpus=company.world > 1,
+        stopping_criteria=StoppingCriteriaList(closed),
+    )
+    return [_finished(tokenizer, ids, set(ends), closing) for ids in found[: len(prompts)]]
 
 
 class _Closed(StoppingCriteria):

@@ -19,7 +19,6 @@ from huggingface_hub import snapshot_download
 from transformers import PretrainedConfig
 
 from upq.artifact.manifest import Manifest, read_manifest
-from upq.artifact.size import weights_bytes
 from upq.core.errors import UPQError
 from upq.core.memory import trim
 from upq.core.processes import Processes
@@ -69,7 +68,7 @@ def quantize(
     progress = (progress or Silent()) if state.is_main_process else Silent()
     processes = Processes(state.process_index, state.num_processes, device)
     path, name = _local(model)
-    if (size := weights_bytes(path)) > _LARGE:
+    if (size := sum(file.stat().st_size for file in path.glob("*.safetensors"))) > _LARGE:
         progress.note(f"{name}: reading its {size / 1e9:.0f} GB, for its checksums")
     directory = RunDirectory(
         Path(out), None if work is None else Path(work), name, model_digests(path), recipe, processes.first

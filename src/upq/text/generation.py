@@ -2,14 +2,17 @@
 
 That file is for the model's users. A repetition penalty, beams or a limit in it would change what a run learns from and
 what a task scores. Its end tokens are taken, for they are a fact about the model.
+
+Shape suffixes: B = prompts, T = tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from upq.core.errors import UPQError
@@ -56,3 +59,21 @@ def generating(model: Any, settings: GenerationConfig) -> Iterator[None]:
         yield
     finally:
         model.generation_config = kept
+
+
+def written(
+    model: Any, prompts: Sequence[Sequence[int]], settings: GenerationConfig, **options: Any
+) -> list[list[int]]:
+    """The ids that `model` writes after each prompt, all to one length: the end of some is followed by padding."""
+    width = max(map(len, prompts))
+    padded = [[settings.pad_token_id] * (width - len(prompt)) + [*prompt] for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    with generating(model, settings):
+        ids_BT: torch.Tensor = model.generate(
+            torch.tensor(padded, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            generation_config=settings,
+            **options,
+        )
+    found: list[list[int]] = ids_BT[:, width:].tolist()
+    return found

@@ -42,6 +42,9 @@ def as_stored(tokenizer: PreTrainedTokenizerBase, stored: Any) -> PreTrainedToke
     Law (tests/test_text_tokenizer.py): its ids of any text are those of `tokenizers.Tokenizer.from_file`.
     """
     tokenizer.model_input_names = list(_INPUTS)  # some classes add token types, which no decoder takes
+    for name in _NAMED:
+        if getattr(tokenizer, f"{name}_token") == "":  # for none: it has no id, and transformers looks for it for ever
+            setattr(tokenizer, f"{name}_token", None)
     if stored is None or not tokenizer.is_fast:
         return tokenizer
     backend: Tokenizer = tokenizer.backend_tokenizer

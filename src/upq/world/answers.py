@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from upq.text.generation import end_tokens, generating, own_distribution
+from upq.text.generation import end_tokens, own_distribution, written
 
 
 @torch.no_grad()
@@ -28,13 +27,6 @@ def answers(
     for start in range(0, len(prompts), batch_size):
         talks = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + batch_size]]
         rows: Any = tokenizer.apply_chat_template(talks, add_generation_prompt=True, return_dict=True)
-        inputs = tokenizer.pad({"input_ids": rows["input_ids"]}, padding_side="left", return_tensors="pt")
-        generate: Any = model.generate
-        with generating(model, settings):
-            ids_NT: Tensor = generate(
-                inputs["input_ids"].to(model.device),
-                attention_mask=inputs["attention_mask"].to(model.device),
-                generation_config=settings,
-            )
-        found += tokenizer.batch_decode(ids_NT[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ids = written(model, rows["input_ids"], settings)
+        found += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return found

@@ -1,0 +1,29 @@
+"""Templates, tokenizer settings and generation settings of all kinds end in a result or in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import hostile
+
+few = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hostile.base(tmp_path_factory.mktemp("base"))
+
+
+@settings(few, max_examples=40)
+@given(raw=st.binary(min_size=30, max_size=30))
+def test_any_input_is_used_or_refused(raw: bytes, base: Path, tmp_path: Path) -> None:
+    hostile.use_input(tmp_path / "model", hostile.write_input(base, tmp_path / "model", raw))
