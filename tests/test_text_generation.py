@@ -102,9 +102,8 @@ CHATML = EACH.replace("FORM", "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 TURNS = "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}"
 INST = EACH.replace("FORM", TURNS)
-PLAIN = EACH.replace("FORM", "{{ m.role }}: {{ m.content }}\n\n") + "{% if add_generation_prompt %}assistant:{% endif %}"
-    "<|im_start|>assistant\n", "assistant:"
-)
+ASKED = "{% if add_generation_prompt %}assistant:{% endif %}"
+PLAIN = EACH.replace("FORM", "{{ m.role }}: {{ m.content }}\n\n") + ASKED
 
 
 @pytest.mark.parametrize(
