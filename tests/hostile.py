@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 import upq
 from tiny import CHAT, byte_tokenizer, tiny_artifact, tiny_model
+from upq.artifact.manifest import read_manifest, verify
 from upq.artifact.transformers import write_companions
 from upq.cli.chat import answer
 from upq.core.errors import UPQError
@@ -36,6 +37,7 @@ from upq.model.loading import load_config, load_tokenizer
 from upq.model.source import Source
 from upq.run.dry import check_text
 from upq.run.recipe import Recipe
+from upq.run.run import quantize
 from upq.stages.blockwise import Blockwise
 from upq.stages.distill import Distill
 
@@ -220,6 +222,7 @@ def input_of(raw: bytes) -> dict[str, Any]:
         "config.json": _given({"eos_token_id": pick((258, None, [258], ...)), "use_cache": pick((True, False))}),
         "beyond": pick((False, False, True)),  # an added token without a row in the embedding
         "loss_on": pick(("all", "assistant")),
+        "generated": pick((True, False)),
     }
 
 
@@ -281,6 +284,28 @@ def use_input(model: Path, made: dict[str, Any]) -> None:
         assert (
             again(text, add_special_tokens=False)["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
         )
+
+
+def run_input(model: Path, made: dict[str, Any]) -> None:
+    """A whole run: an artefact that is used with the tokens of its source, or one line."""
+    out = model / "run"
+    settings = [
+        f"data.sources=[{{path: {model / 'rows.jsonl'}}}]",
+        f"data.loss_on={made['loss_on']}",
+        "data.seq_len=8",
+        "data.validation=1",
+        f"data.generated={'{tokens: 4, max_new_tokens: 6, batch_size: 2}' if made['generated'] else 'null'}",
+        "int2.samples=4",
+        "int2.method=rtn",
+        "distill.tokens=16",
+        "distill.batch_size=2",
+    ]
+    with _refused():
+        quantize(model, Recipe.load("default", settings), out)
+        verify(out, read_manifest(out))
+        upq.load(out)
+        ids = [load_tokenizer(path)("In 2023 <|im_start|>ö", add_special_tokens=False) for path in (model, out)]
+        assert ids[0]["input_ids"] == ids[1]["input_ids"]
 
 
 @contextlib.contextmanager

@@ -24,6 +24,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @settings(few, max_examples=40)
-@given(raw=st.binary(min_size=30, max_size=30))
+@given(raw=st.binary(min_size=31, max_size=31))
 def test_any_input_is_used_or_refused(raw: bytes, base: Path, tmp_path: Path) -> None:
     hostile.use_input(tmp_path / "model", hostile.write_input(base, tmp_path / "model", raw))
+
+
+@settings(few, max_examples=6)
+@given(raw=st.binary(min_size=31, max_size=31))
+def test_a_run_on_any_input_ends_in_an_artefact_or_one_line(raw: bytes, base: Path, tmp_path: Path) -> None:
+    hostile.run_input(tmp_path / "model", hostile.write_input(base, tmp_path / "model", raw))
+
+
+def test_the_plainest_input_ends_in_an_artefact(base: Path, tmp_path: Path) -> None:
+    """Or the laws above would hold for refusals alone."""
+    made = hostile.write_input(base, tmp_path / "model", b"")
+    hostile.run_input(tmp_path / "model", made | {"generated": False})
+    assert (tmp_path / "model" / "run" / "upq.json").is_file()
