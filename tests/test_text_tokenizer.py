@@ -71,6 +71,18 @@ def test_the_ids_are_those_of_tokenizer_json(rules: str, tmp_path: Path) -> None
         assert set(tokenizer("a")) == {"input_ids", "attention_mask"}
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_a_class_adds_no_tokens_of_its_own(family: str, tmp_path: Path) -> None:
+    """Without a word on them in the files, Llama's class would add <unk>, <s> and </s> behind the embedding's rows."""
+    folder = source(tmp_path / "model", family)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    tokenizer, stored = load_tokenizer(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert len(tokenizer) == stored.get_vocab_size()
+    assert tokenizer("<s> <unk>", add_special_tokens=False)["input_ids"] == stored.encode("<s> <unk>").ids
+    assert tokenizer.eos_token == "<|im_end|>"
+    check_ids(tokenizer, stored.get_vocab_size(), "model")
+
+
 def test_the_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
     folder = source(tmp_path / "source")
     (folder / "chat_template.jinja").write_text("{{ messages }}")

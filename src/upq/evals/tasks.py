@@ -26,6 +26,7 @@ from upq.core.errors import UPQError
 from upq.core.progress import Progress, Silent
 from upq.evals import mini
 from upq.evals.local_tasks import local_names, write_local_tasks
+from upq.model.loading import embedding_rows
 from upq.text.date import fixed_date
 from upq.text.generation import end_tokens, generating, own_distribution
 
@@ -188,9 +189,13 @@ def _as_lm(
 ) -> Any:
     if not isinstance(model, PreTrainedModel):
         return model
+    own = copy.deepcopy(tokenizer)
+    if own.pad_token_id is None and own.eos_token_id is None:  # lm-eval would add one, beyond the embedding
+        ids = own.all_special_ids or [embedding_rows(model.config) - 1]
+        own.pad_token = own.convert_ids_to_tokens(ids[0])
     return _harness_class(progress)(
         pretrained=model,
-        tokenizer=copy.deepcopy(tokenizer),  # lm-eval gives it a padding token where it has none
+        tokenizer=own,  # lm-eval gives it the end token for padding where it has none
         batch_size=batch_size,
         chat_template_args={"enable_thinking": thinking},
     )

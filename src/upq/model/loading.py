@@ -26,7 +26,7 @@ from upq.core.bounded import parse_json, read_bytes, read_json
 from upq.core.errors import UPQError
 from upq.files.tensors import INDEX, WEIGHTS, shard_names, tensor_files, tensor_shapes
 from upq.model.families._base import FAMILIES, ModelSpec
-from upq.text.tokenizer import as_stored, tokenizer_files
+from upq.text.tokenizer import as_stored, class_tokens, tokenizer_files
 
 _CONFIG = "is config.json of this model?"
 _TOKENS = "is it a tokenizer's file?"
@@ -61,6 +61,8 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
         raise UPQError(f"{path}: tokenizer.model is a SentencePiece model; pip install sentencepiece protobuf")
     tokenizer: PreTrainedTokenizerBase = _read(AutoTokenizer, model)
     with library_errors(f"{model}: cannot use tokenizer.json"):
+        if added := class_tokens(tokenizer, stored, path):
+            tokenizer = _read(AutoTokenizer, model, **dict.fromkeys(added))
         return as_stored(tokenizer, stored)
 
 

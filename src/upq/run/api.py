@@ -194,9 +194,9 @@ def evaluate(
         from upq import kernels
         from upq.data import load_eval_text
         from upq.evals import evaluate_tasks
-        from upq.model.loading import embedding_rows, load_tokenizer
+        from upq.model.loading import embedding_rows, load_config, load_tokenizer
         from upq.run.quiet import quietly
-        from upq.text.tokenizer import check_ids
+        from upq.text.tokenizer import check_ids, check_tokens
 
     if compute not in kernels.COMPUTES:
         raise UPQError(f"--compute must be one of {', '.join(kernels.COMPUTES)}, got {compute!r}")
@@ -204,14 +204,16 @@ def evaluate(
     with quietly(), reporting(progress, stderr=True) as shown, kernels.computing(compute):
         kernels.compute(target)  # not every device has them all
         _verify(Path(model))
-        tokenizer = load_tokenizer(model)
-        student, figures = _loaded(model, target, compute, shown)
-        check_ids(tokenizer, embedding_rows(student.config), str(model))
+        config, tokenizer = load_config(model), load_tokenizer(model)
+        check_ids(tokenizer, embedding_rows(config), str(model))
         if file is not None:
-            length = seq_len or min(2048, int(student.config.max_position_embeddings))
+            length = seq_len or min(2048, int(config.max_position_embeddings))
             tokens_NT = load_eval_text(
                 file, tokenizer, length, separator=cast("Literal['none', 'blank_line']", separator)
             )
+            check_tokens(tokenizer, [int(tokens_NT.max())], embedding_rows(config), str(file))
+        student, figures = _loaded(model, target, compute, shown)
+        if file is not None:
             figures |= cast(Figures, _on_text(student, tokens_NT, against, batch_size, shown))
         if names:
             figures["tasks"] = evaluate_tasks(

@@ -57,6 +57,24 @@ def as_stored(tokenizer: PreTrainedTokenizerBase, stored: Any) -> PreTrainedToke
     return tokenizer
 
 
+def class_tokens(tokenizer: PreTrainedTokenizerBase, stored: Any, model: Path) -> list[str]:
+    """Names of special tokens that no file of `model` has: defaults of the tokenizer's class, which it adds as new ids.
+
+    `stored`: the content of tokenizer.json.
+    """
+    if not isinstance(stored, dict) or not tokenizer.is_fast:
+        return []
+    vocabulary = stored["model"]["vocab"]  # a list of pairs for Unigram
+    known = set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
+    known |= {token["content"] for token in stored["added_tokens"]}
+    named: set[str] = set()
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (model / name).is_file():
+            named |= read_json(model / name, remedy=_REMEDY).keys()
+    found = tokenizer.special_tokens_map.items()
+    return [name for name, token in found if name not in named and str(token) not in known]
+
+
 def _without_vocabulary(stored: dict[str, Any]) -> dict[str, Any]:
     """tokenizer.json with its rules alone: a vocabulary of 128,000 takes 0.6 s to read."""
     model = stored["model"]
