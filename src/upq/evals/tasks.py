@@ -81,7 +81,6 @@ def evaluate_tasks(
         stack.enter_context(_quiet())
         stack.enter_context(_seeded(seed))
         stack.enter_context(fixed_date())
-        progress.note(f"loading {', '.join(tasks)}")
         loaded = _load(tasks, data_dir, progress, stack)
         harness = _as_lm(model, tokenizer, batch_size, thinking, shown)
         for name, parts in loaded.items():  # all of them first: a task may take hours

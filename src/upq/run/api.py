@@ -216,6 +216,7 @@ def evaluate(
         if file is not None:
             figures |= cast(Figures, _on_text(student, tokens_NT, against, batch_size, shown))
         if names:
+            shown.note(f"loading {', '.join(names)}")
             figures["tasks"] = evaluate_tasks(
                 student,
                 tokenizer,
