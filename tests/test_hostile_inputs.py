@@ -38,5 +38,8 @@ def test_a_run_on_any_input_ends_in_an_artefact_or_one_line(raw: bytes, base: Pa
 def test_the_plainest_input_ends_in_an_artefact(base: Path, tmp_path: Path) -> None:
     """Or the laws above would hold for refusals alone."""
     made = hostile.write_input(base, tmp_path / "model", b"")
+    settings = tmp_path / "model" / "generation_config.json"
+    settings.write_text('{"do_sample": false, "temperature": 0.7}')  # which transformers does not save
     hostile.run_input(tmp_path / "model", made | {"generated": False})
     assert (tmp_path / "model" / "run" / "upq.json").is_file()
+    assert (tmp_path / "model" / "run" / settings.name).read_bytes() == settings.read_bytes()

@@ -107,16 +107,16 @@ PLAIN = EACH.replace("FORM", "{{ m.role }}: {{ m.content }}\n\n") + ASKED
 
 
 @pytest.mark.parametrize(
-    ("template", "header", "closing"),
+    ("template", "header", "closing", "ending"),
     [
-        (CHATML + PROMPT, "<|im_start|>user\n", "<|im_end|>"),
-        (INST, "[INST] ", "[/INST]"),
-        (PLAIN, "user: ", "assistant:"),
-        ("{% for m in messages %}# {{ m.content }}{% endfor %}", "# ", ""),
+        (CHATML + PROMPT, "<|im_start|>user\n", "<|im_end|>", "<|im_end|>"),
+        (INST, "[INST] ", "[/INST]", "</s>"),
+        (PLAIN, "user: ", "assistant:", ""),
+        ("{% for m in messages %}# {{ m.content }}{% endfor %}", "# ", "", ""),
     ],
 )
-def test_the_turn_of_a_user_ends_where_the_template_goes_on(template: str, header: str, closing: str) -> None:
-    assert Frame.of(byte_tokenizer(eos="</s>", chat_template=template)) == Frame(header, closing)
+def test_a_turn_ends_where_the_template_goes_on(template: str, header: str, closing: str, ending: str) -> None:
+    assert Frame.of(byte_tokenizer(eos="</s>", chat_template=template)) == Frame(header, closing, ending)
 
 
 @pytest.mark.parametrize("special", [False, True])

@@ -152,7 +152,7 @@ def _conversations(sampler: _Sampler, tokenizer: PreTrainedTokenizerBase, sectio
     asked = sampler([header_ids] * section.batch_size, section.temperature, closing=frame.closing)
     turns = [[{"role": "user", "content": prompt}] for prompt in asked if prompt]
     prompts = [_tokens(tokenizer, turn, prompt=True) for turn in turns]
-    answers = sampler(prompts, section.answer_temperature)
+    answers = sampler(prompts, section.answer_temperature, closing=frame.ending)
     for turn, answer in zip(turns, answers, strict=True):
         if answer:
             yield [*turn, {"role": "assistant", "content": answer}]
@@ -160,10 +160,14 @@ def _conversations(sampler: _Sampler, tokenizer: PreTrainedTokenizerBase, sectio
 
 @dataclass(frozen=True)
 class Frame:
-    """What a template writes around the words of a first user: the header before them, and what ends their turn."""
+    """What a template writes around the words of a user and of the assistant.
 
-    header: str
-    closing: str  # the first line of what is behind the words, empty where nothing is: [/INST], <|im_end|>
+    What ends a turn is the first line of what stands behind its words, empty where nothing does.
+    """
+
+    header: str  # before the user's words
+    closing: str  # ends them: [/INST], <|im_end|>
+    ending: str  # ends the assistant's words, where no end token has: </s>, <|im_end|>
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Frame:
@@ -173,8 +177,8 @@ class Frame:
                 "data.generated: the model's tokenizer has no chat template, so it cannot write conversations;"
                 f" {_WITHOUT}"
             )
-        text = ChatTemplate(tokenizer).render((Message("user", _MARK),), "data.generated", prompt=True)
-        header, found, behind = text.partition(_MARK)
+        template, asked = ChatTemplate(tokenizer), Message("user", _MARK)
+        header, found, behind = template.render((asked,), "data.generated", prompt=True).partition(_MARK)
         if not found:
             raise UPQError(f"data.generated: the chat template leaves out the user's words; {_WITHOUT}")
         if not tokenizer(header, add_special_tokens=False)["input_ids"]:
@@ -182,7 +186,14 @@ class Frame:
                 "data.generated: the chat template writes nothing before the user's words, so the model has nothing to"
                 f" go on from; {_WITHOUT}"
             )
-        return cls(header, next(iter(behind.strip().splitlines()), "").strip())
+        talk = (Message("user", "a"), Message("assistant", _MARK))
+        return cls(
+            header, _first_line(behind), _first_line(template.render(talk, "data.generated").partition(_MARK)[2])
+        )
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "").strip()
 
 
 def check(tokenizer: PreTrainedTokenizerBase, ends: list[int], rows: int) -> None:

@@ -37,7 +37,8 @@ def check_text(
     """
     rows = embedding_rows(config)
     check_ids(tokenizer, rows, name)
-    ends = end_tokens(generation_config(model), tokenizer)
+    generation = generation_config(model)
+    ends = end_tokens(generation, tokenizer)
     for stage in recipe.stages.values():
         stage.check_text(tokenizer, ends, rows)
     encoder = Encoder(tokenizer, recipe.data.loss_on)
@@ -49,7 +50,8 @@ def check_text(
     with TemporaryDirectory(prefix="upq-") as folder:  # the writers of the last step
         with library_errors(f"{name}: cannot save its configuration"):
             config.save_pretrained(folder)
-            generation_config(model).save_pretrained(folder)
+            if not (model / "generation_config.json").is_file():  # which is copied
+                generation.save_pretrained(folder)
         write_companions(Path(folder), tokenizer, model)
 
 

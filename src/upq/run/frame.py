@@ -94,7 +94,8 @@ class Frame:
             skipped_steps=list(state.skipped_steps),
         )
         model = Source(self.model, dtype="auto").without_linears()
-        model.generation_config = generation_config(self.model)
+        if not (self.model / "generation_config.json").is_file():  # which is copied; older models say it in config.json
+            model.generation_config = generation_config(self.model)
         shutil.rmtree(self.staging, ignore_errors=True)  # of a run that was killed before its end
         write_artifact(
             self.staging,
