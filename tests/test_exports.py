@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,14 @@ def test_rows_are_read_in_parts(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_unknown_format_lists_the_known_ones() -> None:
     with pytest.raises(UPQError, match=r"unknown export format 'zip': choose one of .*dense, gguf"):
         exporter("zip")
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_a_graph_of_another_block_is_refused(make: Make, name: str) -> None:
+    source = Source.open(make())
+    other = replace(source, spec=replace(source.spec, compiled_decoding=False))
+    with pytest.raises(UPQError, match="the graph has Llama's block only, and llama has another"):
+        EXPORTS.get(name)(EXPORTS.get(name).Config()).plan(other)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

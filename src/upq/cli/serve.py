@@ -50,13 +50,13 @@ def serve(
         raise UPQError(f"serve: unknown engine {engine!r}: choose auto, llama.cpp or vllm")
     server = find_server(engine)
     with loading():
-        from upq.exports import beside
+        from upq.exports import ensure_export
         from upq.run.quiet import quiet_libraries
 
     quiet_libraries()
     shown = console()
     with reporter(shown) as progress:
-        model = beside(artifact, server.form, progress=progress)
+        model = ensure_export(artifact, server.form, progress=progress)
     command = [*server.arguments(model, host, port), *context.args]
     shown.print(styled(shlex.join(command)), soft_wrap=True)
     os.execvp(command[0], command)

@@ -13,6 +13,7 @@ from upq.core.config import Strict
 from upq.core.progress import Progress
 from upq.core.registry import Registry
 from upq.exports._source import Source, Weight
+from upq.files.tensors import TensorPlan
 
 Rows = Callable[[int, int], Tensor]  # (start, stop) to these rows of a weight
 
@@ -31,6 +32,12 @@ class Placement:
     carrier: str
     bytes: int
     loss: str | None = None  # why the carrier cannot hold the weight exactly; None where it can
+    tensors: tuple[TensorPlan, ...] = ()  # what is written for it, where the format writes tensors
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is codes, scales and what goes with them; a dense weight is one tensor of its own name."""
+        return len(self.tensors) > 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The forward pass of the known families, once, for engines that are given a graph: ONNX Runtime and OpenVINO.
+"""The forward pass of Llama's block and its kin, once, for engines that are given a graph: ONNX Runtime and OpenVINO.
 
 Written in some twenty operations that every graph format has. What it computes is what transformers' own model computes
 (the tests of both formats compare logits, token by token with a cache too): embedding, blocks of attention and gated
@@ -124,6 +124,8 @@ def code_bits(scheme: QuantScheme) -> int:
 def check(source: Source) -> None:
     """Refuse what the graph does not compute."""
     config = source.config
+    if not source.spec.compiled_decoding:
+        raise UPQError(f"{source.path}: the graph has Llama's block only, and {config.model_type} has another")
     if config.hidden_act != "silu":
         raise UPQError(f"{source.path}: the graph has silu, the model {config.hidden_act}")
     rope = config.rope_parameters

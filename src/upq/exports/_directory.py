@@ -1,9 +1,10 @@
-"""Hugging Face directories, written one piece at a time: tensors in shards, config, and the model's other files."""
+"""Exports that are Hugging Face directories: the model's files, config.json, and the artefact's other files."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,65 +13,92 @@ from typing import Any
 from torch import Tensor
 
 from upq.core.bounded import read_json
-from upq.exports._base import Rows
+from upq.core.progress import Progress
+from upq.exports._base import Exporter, Placement, Plan, Rows
 from upq.exports._source import Source
 from upq.files.tensors import TensorPlan, load_rows, tensor_shapes, write_tensors
-
-Stored = Callable[[int, int | None], Tensor]  # (start, stop) to these rows, as stored
 
 _SHARD = 5_000_000_000  # bytes, transformers' own default
 
 
-def write_shards(
-    out: Path,
-    tensors: Sequence[TensorPlan],
-    *,
-    written: Callable[[], None],
-    metadata: Mapping[str, str] | None = None,
+class DirectoryExporter(Exporter):
+    """A Hugging Face directory. A format adds its model files and keys of config.json."""
+
+    @abstractmethod
+    def save(self, source: Source, plan: Plan, out: Path, progress: Progress) -> None:
+        """The model's own files, into the directory `out`; one `progress.advance()` for each weight."""
+
+    @abstractmethod
+    def config(self, source: Source, plan: Plan) -> Mapping[str, Any]:
+        """Keys of config.json that are not the artefact's, or have another value there."""
+
+    def write(self, source: Source, plan: Plan, out: Path, progress: Progress) -> None:
+        out.mkdir()
+        self.save(source, plan, out, progress)
+        config = read_json(source.path / "config.json", remedy="copy the artefact again")
+        del config["quantization_config"]
+        (out / "config.json").write_text(json.dumps(config | dict(self.config(source, plan)), indent=2) + "\n")
+        for file in source.companions():
+            shutil.copyfile(file, out / file.name)
+
+
+class SafetensorsExporter(DirectoryExporter):
+    """A directory whose weights are safetensors files: `plan` gives each weight its tensors, `rows` reads them."""
+
+    def metadata(self, source: Source, plan: Plan) -> Mapping[str, str]:
+        """What the header of every file has beside its format."""
+        return {}
+
+    def rows(self, p: Placement, stored: Stored, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a weight as the engine reads it, in float32; here of one that is not packed."""
+        return stored.rows(p.weight.name, start, stop).float()
+
+    def save(self, source: Source, plan: Plan, out: Path, progress: Progress) -> None:
+        last = {p.tensors[-1].name for p in plan.placements}
+
+        def wrote(tensor: TensorPlan) -> None:
+            if tensor.name in last:
+                progress.advance(1)
+
+        tensors = [tensor for p in plan.placements for tensor in p.tensors]
+        _write_shards(out, tensors, {"format": "pt", **self.metadata(source, plan)}, wrote)
+
+    def read(self, source: Source, plan: Plan, out: Path) -> Iterator[tuple[str, Rows]]:
+        stored = Stored(out)
+        for p in plan.placements:
+            yield p.weight.name, partial(self.rows, p, stored)
+
+
+class Stored:
+    """The tensors of a directory's safetensors files, as stored, and its config.json."""
+
+    def __init__(self, out: Path) -> None:
+        self.config: dict[str, Any] = json.loads((out / "config.json").read_text())
+        self._files = {name: file for file in out.glob("*.safetensors") for name in tensor_shapes(file)}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return load_rows(self._files[name], name, start, stop)
+
+
+def _write_shards(
+    out: Path, tensors: Sequence[TensorPlan], metadata: Mapping[str, str], wrote: Callable[[TensorPlan], None]
 ) -> None:
-    """`model.safetensors`, or shards of at most 5 GB with their index; never more than one part in memory.
-
-    `metadata` goes into the header of every shard. `written` is called after each tensor.
-    """
-
-    def write(name: str, shard: Sequence[TensorPlan]) -> None:
-        write_tensors(out / name, shard, {"format": "pt", **(metadata or {})}, wrote=lambda _: written())
-
+    """`model.safetensors`, or shards of at most 5 GB with their index; never more than one part in memory."""
     shards: list[list[TensorPlan]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(t.bytes for t in shards[-1]) + tensor.bytes > _SHARD:
             shards.append([])
         shards[-1].append(tensor)
     if len(shards) == 1:
-        write("model.safetensors", shards[0])
+        write_tensors(out / "model.safetensors", shards[0], metadata, wrote=wrote)
         return
     index: dict[str, str] = {}
     for i, shard in enumerate(shards):
         name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        write(name, shard)
+        write_tensors(out / name, shard, metadata, wrote=wrote)
         index |= {tensor.name: name for tensor in shard}
     content = {"metadata": {"total_size": sum(t.bytes for t in tensors)}, "weight_map": dict(sorted(index.items()))}
     (out / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
-
-
-def write_config(source: Source, out: Path, changes: Mapping[str, Any]) -> None:
-    """The artefact's config.json without its quantisation, with `changes`."""
-    config = read_json(source.path / "config.json", remedy="copy the artefact again")
-    del config["quantization_config"]
-    (out / "config.json").write_text(json.dumps(config | dict(changes), indent=2) + "\n")
-
-
-def copy_companions(source: Source, out: Path) -> None:
-    for file in source.companions():
-        shutil.copyfile(file, out / file.name)
-
-
-def in_float32(stored: Stored) -> Rows:
-    return lambda start, stop: stored(start, stop).float()
-
-
-def stored_rows(out: Path) -> Iterator[tuple[str, Stored]]:
-    """Every tensor of a directory's safetensors files, and a reader of its rows."""
-    for file in sorted(out.glob("*.safetensors")):
-        for name in tensor_shapes(file):
-            yield name, partial(load_rows, file, name)

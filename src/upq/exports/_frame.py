@@ -93,7 +93,7 @@ def export(
     return report
 
 
-def beside(
+def ensure_export(
     artifact: str | Path, name: str, *, options: Mapping[str, Any] | None = None, progress: Progress | None = None
 ) -> Path:
     """The export in its place below the artefact, `exports/NAME`; made unless it is there."""

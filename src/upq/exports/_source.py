@@ -126,7 +126,7 @@ class Source:
     @property
     def name(self) -> str:
         """What the model was called: the last part of its source's path."""
-        return Path(self.manifest.model.path.rstrip("/\\")).name
+        return self.manifest.model.name
 
     @property
     def tied(self) -> bool:

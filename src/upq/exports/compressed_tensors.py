@@ -6,30 +6,19 @@ or more. Four bits is what every engine has fast kernels for; `int2` is exact in
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from upq.core.errors import UPQError
-from upq.core.progress import Progress
 from upq.core.scheme import PER_CHANNEL
 from upq.exports import _integers
-from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows, type_name
-from upq.exports._directory import (
-    Stored,
-    copy_companions,
-    in_float32,
-    stored_rows,
-    write_config,
-    write_shards,
-)
+from upq.exports._base import EXPORTS, Options, Placement, Plan, type_name
+from upq.exports._directory import SafetensorsExporter, Stored
 from upq.exports._source import Source, Weight
-from upq.exports.dense import DTYPES, dense_tensor, holds, place
+from upq.exports.dense import DTYPES, holds, place
 from upq.files.tensors import TensorPlan
 
 
@@ -41,7 +30,7 @@ class CompressedTensorsOptions(Options):
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
 
 
-class CompressedTensors(Exporter):
+class CompressedTensors(SafetensorsExporter):
     """`pack-quantized`: the linears of the blocks as integers; all else dense.
 
     Loaders give scales the type of the model, so float16 scales in a bfloat16 model would lose three bits. That is why
@@ -56,36 +45,36 @@ class CompressedTensors(Exporter):
     def plan(self, source: Source) -> Plan:
         dtype = self._dtype(source)
         placements = tuple(self._place(source, weight, dtype) for weight in source.weights.values())
-        if not any(p.carrier.startswith("int") for p in placements):
+        if not any(p.packed for p in placements):
             raise UPQError(f"{source.path}: compressed-tensors cannot run it: no linear is quantised")
         note = f"it computes in {type_name(dtype)}"
         if dtype != source.dtype and dtype == torch.float32:
             note += ", for float16 does not hold everything (--set dtype=fp16 --allow-inexact would round it)"
         return Plan(placements=placements, notes=(note,), dtype=dtype)
 
-    def write(self, source: Source, plan: Plan, out: Path, progress: Progress) -> None:
-        out.mkdir()
-        tensors = [tensor for p in plan.placements for tensor in _tensors(p, plan.dtype)]
-        write_shards(out, tensors, written=lambda: None)
-        write_config(source, out, {"dtype": plan.dtype_name, "quantization_config": _config(source, plan)})
-        copy_companions(source, out)
-        progress.advance(len(plan.placements))
+    def config(self, source: Source, plan: Plan) -> dict[str, Any]:
+        return {"dtype": plan.dtype_name, "quantization_config": _config(source, plan)}
 
-    def read(self, source: Source, plan: Plan, out: Path) -> Iterator[tuple[str, Rows]]:
+    def rows(self, p: Placement, stored: Stored, start: int, stop: int) -> Tensor:
+        if not p.packed:
+            return super().rows(p, stored, start, stop)
         from compressed_tensors.compressors import BaseCompressor
-        from compressed_tensors.quantization import QuantizationConfig
+        from compressed_tensors.quantization import QuantizationScheme
 
-        raw = json.loads((out / "config.json").read_text())["quantization_config"]
-        schemes = QuantizationConfig.model_validate(raw).config_groups
-        compressor = BaseCompressor.get_value_from_registry(raw["format"])
-        group = {name: group for group, names in _groups(plan).items() for name in names}
-        stored = dict(stored_rows(out))
-        for name, rows in stored.items():
-            if name.endswith(".weight_packed"):
-                weight = name.removesuffix("_packed")
-                yield weight, partial(_decompressed, compressor, schemes[group[weight]], stored, weight)
-            elif not name.endswith((".weight_scale", ".weight_shape")):
-                yield name, in_float32(rows)
+        config, module = stored.config["quantization_config"], p.weight.name.removesuffix(".weight")
+        groups = config["config_groups"].values()
+        scheme = next(group for group in groups if not {"Linear", module}.isdisjoint(group["targets"]))
+        codes, scale, shape = (tensor.name for tensor in p.tensors)
+        packed = stored.rows(codes, start, stop)
+        state = {
+            "weight_packed": packed,
+            # In float32 the product is exact; it is rounded where the model computes, in whatever type that is.
+            "weight_scale": stored.rows(scale, start, stop).float(),
+            "weight_shape": torch.tensor([len(packed), int(stored.rows(shape)[1])]),
+        }
+        compressor = BaseCompressor.get_value_from_registry(config["format"])
+        dense: Tensor = compressor.decompress(state, QuantizationScheme.model_validate(scheme))["weight"]
+        return dense
 
     def _dtype(self, source: Source) -> torch.dtype:
         if self.options.dtype != "auto":
@@ -106,25 +95,16 @@ class CompressedTensors(Exporter):
         if not least <= bits <= 8:
             problem = f"compressed-tensors cannot hold {weight.name} in {bits} bits: its levels take {least}"
             raise UPQError(f"{source.path}: {problem}")
-        rows, columns = weight.shape
-        size = rows * (4 * _words(columns, bits) + weight.scheme.groups(columns) * dtype.itemsize)
-        return Placement(weight=weight, carrier=f"int{bits}", bytes=size, loss=_integers.misfit(weight, dtype))
+        tensors = _tensors(weight, bits, dtype)
+        size, loss = sum(tensor.bytes for tensor in tensors[:2]), _integers.misfit(weight, dtype)
+        return Placement(weight=weight, carrier=f"int{bits}", bytes=size, loss=loss, tensors=tensors)
 
 
-def _words(columns: int, bits: int) -> int:
-    """int32 words of a row."""
-    return -(-columns * bits // 32)
-
-
-def _tensors(p: Placement, dtype: torch.dtype) -> list[TensorPlan]:
+def _tensors(weight: Weight, bits: int, dtype: torch.dtype) -> tuple[TensorPlan, ...]:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    weight = p.weight
-    if not p.carrier.startswith("int"):
-        return [dense_tensor(weight, dtype)]
     assert weight.scheme is not None
     rows, columns = weight.shape
-    bits = int(p.carrier.removeprefix("int"))
 
     def packed() -> Iterable[Tensor]:
         for start, stop in weight.chunks():
@@ -137,19 +117,19 @@ def _tensors(p: Placement, dtype: torch.dtype) -> list[TensorPlan]:
     def shape() -> Iterable[Tensor]:
         return [torch.tensor(weight.shape)]
 
-    groups = weight.scheme.groups(columns)
-    return [
-        TensorPlan(name=f"{weight.name}_packed", dtype=torch.int32, shape=(rows, _words(columns, bits)), parts=packed),
+    words, groups = -(-columns * bits // 32), weight.scheme.groups(columns)
+    return (
+        TensorPlan(name=f"{weight.name}_packed", dtype=torch.int32, shape=(rows, words), parts=packed),
         TensorPlan(name=f"{weight.name}_scale", dtype=dtype, shape=(rows, groups), parts=scales),
         TensorPlan(name=f"{weight.name}_shape", dtype=torch.int64, shape=(2,), parts=shape),
-    ]
+    )
 
 
 def _groups(plan: Plan) -> dict[str, list[str]]:
     """The packed weights by what they have in common, under the name of their group in the config."""
     found: dict[tuple[str, int], list[str]] = {}
     for p in plan.placements:
-        if p.carrier.startswith("int"):
+        if p.packed:
             assert p.weight.scheme is not None
             found.setdefault((p.carrier, p.weight.scheme.group_size), []).append(p.weight.name)
     return {f"group_{i}": names for i, names in enumerate(found.values())}
@@ -177,21 +157,6 @@ def _config(source: Source, plan: Plan) -> dict[str, Any]:
         "ignore": sorted([source.spec.head, *dense]),
         "config_groups": described,
     }
-
-
-def _decompressed(
-    compressor: Any, scheme: Any, stored: Mapping[str, Stored], weight: str, start: int, stop: int
-) -> Tensor:
-    packed = stored[f"{weight}_packed"](start, stop)
-    columns = int(stored[f"{weight}_shape"](0, None)[1])
-    state = {
-        "weight_packed": packed,
-        # In float32 the product is exact; it is rounded where the model computes, in whatever type that is.
-        "weight_scale": stored[f"{weight}_scale"](start, stop).float(),
-        "weight_shape": torch.tensor([packed.shape[0], columns]),
-    }
-    dense: Tensor = compressor.decompress(state, scheme)["weight"]
-    return dense
 
 
 EXPORTS.register("compressed_tensors")(CompressedTensors)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from upq.core.progress import Progress
-from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows, type_name
-from upq.exports._directory import copy_companions, in_float32, stored_rows, write_config, write_shards
+from upq.exports._base import EXPORTS, Options, Placement, Plan, type_name
+from upq.exports._directory import SafetensorsExporter
 from upq.exports._source import Source, Weight
 from upq.files.tensors import TensorPlan
 
@@ -23,7 +21,7 @@ class DenseOptions(Options):
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
 
 
-class Dense(Exporter):
+class Dense(SafetensorsExporter):
     """Every weight as a number of `dtype`.
 
     Exact are float32, where every weight is the artefact's own, and the model's own type, where it is the weight that
@@ -41,22 +39,16 @@ class Dense(Exporter):
         placements = tuple(place(weight, dtype, exact=own) for weight in source.weights.values())
         return Plan(placements=placements, dtype=dtype, compared_in=dtype if own else torch.float32)
 
-    def write(self, source: Source, plan: Plan, out: Path, progress: Progress) -> None:
-        out.mkdir()
-        write_shards(out, [dense_tensor(p.weight, plan.dtype) for p in plan.placements], written=progress.advance)
-        write_config(source, out, {"dtype": plan.dtype_name})
-        copy_companions(source, out)
-
-    def read(self, source: Source, plan: Plan, out: Path) -> Iterator[tuple[str, Rows]]:
-        for name, rows in stored_rows(out):
-            yield name, in_float32(rows)
+    def config(self, source: Source, plan: Plan) -> dict[str, Any]:
+        return {"dtype": plan.dtype_name}
 
 
 def place(weight: Weight, dtype: torch.dtype, *, exact: bool = False) -> Placement:
     """A weight as numbers of `dtype`; `exact` where it is known to be."""
     lost = not exact and not holds(weight, dtype)
     loss = f"rounded to {type_name(dtype)}" if lost else None
-    return Placement(weight=weight, carrier=type_name(dtype), bytes=weight.numel * dtype.itemsize, loss=loss)
+    tensor = _tensor(weight, dtype)
+    return Placement(weight=weight, carrier=type_name(dtype), bytes=tensor.bytes, loss=loss, tensors=(tensor,))
 
 
 def dense_dtype(weight: Weight) -> torch.dtype:
@@ -64,9 +56,7 @@ def dense_dtype(weight: Weight) -> torch.dtype:
     return weight.dtype if weight.scheme is None else torch.float32
 
 
-def dense_tensor(weight: Weight, dtype: torch.dtype) -> TensorPlan:
-    """A weight as a tensor of `dtype` under its own name."""
-
+def _tensor(weight: Weight, dtype: torch.dtype) -> TensorPlan:
     def parts() -> Iterable[Tensor]:
         return (weight.dequantize(start, stop).to(dtype) for start, stop in weight.chunks())
 

@@ -7,31 +7,21 @@ the scale in four. Columns of the files are rows of the weight: everything is pa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from upq.core.errors import UPQError
-from upq.core.progress import Progress
 from upq.core.scheme import PER_CHANNEL, QTensor
 from upq.exports import _integers as integers
 from upq.exports import _words as words
-from upq.exports._base import EXPORTS, Exporter, Placement, Plan, Rows
-from upq.exports._directory import (
-    Stored,
-    copy_companions,
-    in_float32,
-    stored_rows,
-    write_config,
-    write_shards,
-)
+from upq.exports._base import EXPORTS, Placement, Plan
+from upq.exports._directory import SafetensorsExporter, Stored
 from upq.exports._source import Source, Weight
-from upq.exports.dense import dense_dtype, dense_tensor, place
+from upq.exports.dense import dense_dtype, place
 from upq.files.tensors import TensorPlan
 
 _BITS = (2, 4, 8)  # GPTQ's three bits are packed in a way of their own
@@ -60,7 +50,7 @@ class _Layout:
         return (scale_OG.float() / integers.step(zero_OG)).to(_SCALES), middle_OG
 
 
-class Gptq(Exporter):
+class Gptq(SafetensorsExporter):
     """The linears of the blocks as codes; all else as in the artefact, which engines round to float16 on loading."""
 
     packages = ("safetensors",)
@@ -78,21 +68,19 @@ class Gptq(Exporter):
             dtype=_SCALES,
         )
 
-    def write(self, source: Source, plan: Plan, out: Path, progress: Progress) -> None:
-        out.mkdir()
-        write_shards(out, [t for p in plan.placements for t in _tensors(source, p.weight)], written=lambda: None)
-        write_config(source, out, {"dtype": plan.dtype_name, "quantization_config": _config(source)})
-        copy_companions(source, out)
-        progress.advance(len(plan.placements))
+    def config(self, source: Source, plan: Plan) -> dict[str, Any]:
+        return {"dtype": plan.dtype_name, "quantization_config": _config(source)}
 
-    def read(self, source: Source, plan: Plan, out: Path) -> Iterator[tuple[str, Rows]]:
-        stored = dict(stored_rows(out))
-        for p in plan.placements:
-            layout = _layout(source, p.weight)
-            if layout is None:
-                yield p.weight.name, in_float32(stored[p.weight.name])
-            else:
-                yield p.weight.name, partial(_dequantized, stored, p.weight, layout.bits)
+    def rows(self, p: Placement, stored: Stored, start: int, stop: int) -> Tensor:
+        """(q - z)·s of rows of the weight, columns of the file."""
+        if not p.packed:
+            return super().rows(p, stored, start, stop)
+        qweight, qzeros, scales, g_idx = (stored.rows(tensor.name) for tensor in p.tensors)
+        bits = len(qweight) * words.WORD // len(g_idx)
+        codes_OI = words.unpack(qweight[:, start:stop].T.contiguous(), bits).float()
+        zero_OG = words.unpack(qzeros, bits)[:, start:stop].T.float()
+        scale_OG = scales[:, start:stop].T.float()
+        return (codes_OI - zero_OG[:, g_idx]) * scale_OG[:, g_idx]
 
 
 def _layout(source: Source, weight: Weight) -> _Layout | None:
@@ -114,21 +102,20 @@ def _place(source: Source, weight: Weight) -> Placement:
     layout = _layout(source, weight)
     if layout is None:
         return place(weight, dense_dtype(weight))
+    tensors = _tensors(weight, layout)
     return Placement(
         weight=weight,
         carrier=f"int{layout.bits}" if layout.symmetric else f"uint{layout.bits}",
-        bytes=sum(tensor.bytes for tensor in _tensors(source, weight)),
+        bytes=sum(tensor.bytes for tensor in tensors),
         loss=integers.misfit(weight, _SCALES),
+        tensors=tensors,
     )
 
 
-def _tensors(source: Source, weight: Weight) -> list[TensorPlan]:
-    layout, scheme = _layout(source, weight), weight.scheme
-    if layout is None:
-        return [dense_tensor(weight, dense_dtype(weight))]
-    assert scheme is not None
+def _tensors(weight: Weight, layout: _Layout) -> tuple[TensorPlan, ...]:
+    assert weight.scheme is not None
     bits, (rows, columns) = layout.bits, weight.shape
-    groups, module = scheme.groups(columns), weight.name.removesuffix(".weight")
+    groups, module = weight.scheme.groups(columns), weight.name.removesuffix(".weight")
 
     def qweight() -> Iterable[Tensor]:  # the packed weight as a whole, for its columns are what is written first
         parts = [words.pack(layout.codes(weight.qtensor(start, stop)), bits) for start, stop in weight.chunks()]
@@ -148,7 +135,7 @@ def _tensors(source: Source, weight: Weight) -> list[TensorPlan]:
             lambda: [torch.arange(columns, dtype=torch.int32) // (columns // groups)],
         ),
     }
-    return [TensorPlan(name=f"{module}.{kind}", dtype=d, shape=s, parts=p) for kind, (d, s, p) in kinds.items()]
+    return tuple(TensorPlan(name=f"{module}.{kind}", dtype=d, shape=s, parts=p) for kind, (d, s, p) in kinds.items())
 
 
 def _config(source: Source) -> dict[str, Any]:
@@ -169,18 +156,6 @@ def _config(source: Source) -> dict[str, Any]:
         "dynamic": {f"-:^{re.escape(path)}$": {} for path in sorted([*dense, *source.fused(dense)])},
         "meta": {"quantizer": ["upq"]},
     }
-
-
-def _dequantized(stored: Mapping[str, Stored], weight: Weight, bits: int, start: int, stop: int) -> Tensor:
-    """(q - z)·s of rows of the weight, columns of the file."""
-    module = weight.name.removesuffix(".weight")
-    qweight, qzeros, scales, g_idx = (
-        stored[f"{module}.{kind}"](0, None) for kind in ("qweight", "qzeros", "scales", "g_idx")
-    )
-    codes_OI = words.unpack(qweight[:, start:stop].T.contiguous(), bits).float()
-    zero_OG = words.unpack(qzeros, bits)[:, start:stop].T.float()
-    scale_OG = scales[:, start:stop].T.float()
-    return (codes_OI - zero_OG[:, g_idx]) * scale_OG[:, g_idx]
 
 
 EXPORTS.register("gptq")(Gptq)

@@ -6,29 +6,20 @@ HummingWeightSchema (humming-kernels 0.1.19), with which the tests compare what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from upq.core.errors import UPQError
-from upq.core.progress import Progress
 from upq.core.scheme import PER_CHANNEL, QTensor, QuantScheme
 from upq.exports import _words as words
-from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows, type_name
-from upq.exports._directory import (
-    Stored,
-    copy_companions,
-    in_float32,
-    stored_rows,
-    write_config,
-    write_shards,
-)
+from upq.exports._base import EXPORTS, Options, Placement, Plan, type_name
+from upq.exports._directory import SafetensorsExporter, Stored
 from upq.exports._source import Source, Weight
-from upq.exports.dense import DTYPES, dense_dtype, dense_tensor, place
+from upq.exports.dense import DTYPES, dense_dtype, place
 from upq.files.tensors import TensorPlan
 from upq.grids import GRIDS
 
@@ -41,7 +32,7 @@ class HummingOptions(Options):
     dtype: Literal["auto", "fp16", "bf16"] = "auto"
 
 
-class Humming(Exporter):
+class Humming(SafetensorsExporter):
     """The linears of the blocks as codes; all else as in the artefact, which engines round to `dtype` on loading."""
 
     Config = HummingOptions
@@ -61,21 +52,21 @@ class Humming(Exporter):
             notes.append("one scale a row: on one GPU only (tensor parallelism cannot cut its zero points)")
         return Plan(placements=placements, notes=tuple(notes), dtype=dtype)
 
-    def write(self, source: Source, plan: Plan, out: Path, progress: Progress) -> None:
-        out.mkdir()
-        tensors = [tensor for p in plan.placements for tensor in _tensors(source, p, plan.dtype)]
-        write_shards(out, tensors, written=lambda: None)
-        write_config(source, out, {"dtype": plan.dtype_name, "quantization_config": _config(source)})
-        copy_companions(source, out)
-        progress.advance(len(plan.placements))
+    def config(self, source: Source, plan: Plan) -> dict[str, Any]:
+        return {"dtype": plan.dtype_name, "quantization_config": _config(source)}
 
-    def read(self, source: Source, plan: Plan, out: Path) -> Iterator[tuple[str, Rows]]:
-        stored = dict(stored_rows(out))
-        for p in plan.placements:
-            if _packs(source, p.weight):
-                yield p.weight.name, partial(_dequantized, stored, p.weight)
-            else:
-                yield p.weight.name, in_float32(stored[p.weight.name])
+    def rows(self, p: Placement, stored: Stored, start: int, stop: int) -> Tensor:
+        """What the kernel multiplies with, from the file alone but for the scheme."""
+        scheme = p.weight.scheme
+        if scheme is None or not p.packed:
+            return super().rows(p, stored, start, stop)
+        module = p.weight.name.removesuffix(".weight")
+        codes_OI = words.unpack(stored.rows(p.weight.name, start, stop), scheme.bits).to(torch.uint8)
+        scale_OG = stored.rows(f"{module}.weight_scale", start, stop)
+        zero_OG = torch.full(scale_OG.shape, scheme.levels / 2)
+        if f"{module}.zero_point" in stored:
+            zero_OG = stored.rows(f"{module}.zero_point", start, stop).float()
+        return QTensor(codes_OI, scale_OG, zero_OG, scheme).dequantize()
 
 
 def _packs(source: Source, weight: Weight) -> bool:
@@ -97,21 +88,17 @@ def _place(source: Source, weight: Weight, dtype: torch.dtype) -> Placement:
     assert scheme is not None
     pair = weight.scale_zero()
     held = all(torch.equal(x.to(dtype).float(), x.float()) for x in pair)
+    tensors = _tensors(weight, dtype)
     return Placement(
         weight=weight,
         carrier=f"uint{scheme.bits}",
-        bytes=sum(tensor.bytes for tensor in _packed_tensors(weight, dtype)),
+        bytes=sum(tensor.bytes for tensor in tensors),
         loss=None if held else f"a scale or a zero point rounded to {type_name(dtype)}",
+        tensors=tensors,
     )
 
 
-def _tensors(source: Source, p: Placement, dtype: torch.dtype) -> list[TensorPlan]:
-    if _packs(source, p.weight):
-        return _packed_tensors(p.weight, dtype)
-    return [dense_tensor(p.weight, dense_dtype(p.weight))]
-
-
-def _packed_tensors(weight: Weight, dtype: torch.dtype) -> list[TensorPlan]:
+def _tensors(weight: Weight, dtype: torch.dtype) -> tuple[TensorPlan, ...]:
     scheme = weight.scheme
     assert scheme is not None
     rows, columns = weight.shape
@@ -130,7 +117,7 @@ def _packed_tensors(weight: Weight, dtype: torch.dtype) -> list[TensorPlan]:
     ]
     if _has_zeros(scheme):
         found.append(TensorPlan(name=f"{module}.zero_point", dtype=dtype, shape=groups, parts=partial(of_groups, 1)))
-    return found
+    return tuple(found)
 
 
 def _config(source: Source) -> dict[str, Any]:
@@ -147,18 +134,6 @@ def _config(source: Source) -> dict[str, Any]:
         "is_fp_zero_point": zeros,
         "ignore": sorted([source.spec.head, *dense, *source.fused(dense)]),
     }
-
-
-def _dequantized(stored: Mapping[str, Stored], weight: Weight, start: int, stop: int) -> Tensor:
-    """What the kernel multiplies with, from the file alone but for the scheme."""
-    scheme = weight.scheme
-    assert scheme is not None
-    module = weight.name.removesuffix(".weight")
-    codes_OI = words.unpack(stored[weight.name](start, stop), scheme.bits).to(torch.uint8)
-    scale_OG = stored[f"{module}.weight_scale"](start, stop)
-    zero = stored.get(f"{module}.zero_point")
-    zero_OG = torch.full(scale_OG.shape, scheme.levels / 2) if zero is None else zero(start, stop).float()
-    return QTensor(codes_OI, scale_OG, zero_OG, scheme).dequantize()
 
 
 EXPORTS.register("humming")(Humming)

@@ -5,9 +5,8 @@ Its affine type is s·q + b with s and b of each group of 32, 64 or 128 weights:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,19 +14,11 @@ from torch import Tensor
 
 from upq import kernels
 from upq.core.errors import UPQError
-from upq.core.progress import Progress
 from upq.core.scheme import PER_CHANNEL
-from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows, type_name
-from upq.exports._directory import (
-    Stored,
-    copy_companions,
-    in_float32,
-    stored_rows,
-    write_config,
-    write_shards,
-)
+from upq.exports._base import EXPORTS, Options, Placement, Plan, type_name
+from upq.exports._directory import SafetensorsExporter, Stored
 from upq.exports._source import Source, Weight
-from upq.exports.dense import dense_dtype, dense_tensor, place
+from upq.exports.dense import DTYPES, dense_dtype, place
 from upq.files.tensors import TensorPlan
 
 _BITS = (2, 4, 8)
@@ -39,7 +30,7 @@ class MlxOptions(Options):
     scales: Literal["fp32", "fp16", "bf16"] = "fp32"
 
 
-class Mlx(Exporter):
+class Mlx(SafetensorsExporter):
     """A scale of a whole row is written again for each of MLX's groups. Rows that no group size divides stay dense."""
 
     Config = MlxOptions
@@ -59,66 +50,61 @@ class Mlx(Exporter):
         notes = (f"{dense[0]}{more}: float32, for MLX has no groups of its size",) if dense else ()
         return Plan(placements=placements, notes=notes, dtype=source.dtype)
 
-    def write(self, source: Source, plan: Plan, out: Path, progress: Progress) -> None:
-        out.mkdir()
-        tensors = [tensor for p in plan.placements for tensor in self._tensors(p)]
-        write_shards(out, tensors, written=lambda: None)
+    def config(self, source: Source, plan: Plan) -> dict[str, Any]:
         quantization = _config(plan)
-        write_config(source, out, {**_rope(source), "quantization": quantization, "quantization_config": quantization})
-        copy_companions(source, out)
-        progress.advance(len(plan.placements))
+        return {**_rope(source), "quantization": quantization, "quantization_config": quantization}
 
-    def read(self, source: Source, plan: Plan, out: Path) -> Iterator[tuple[str, Rows]]:
-        stored = dict(stored_rows(out))
-        for p in plan.placements:
-            if _group(p.weight):
-                yield p.weight.name, partial(_dequantized, stored, p.weight)
-            else:
-                yield p.weight.name, in_float32(stored[p.weight.name])
+    def rows(self, p: Placement, stored: Stored, start: int, stop: int) -> Tensor:
+        if not p.packed:
+            return super().rows(p, stored, start, stop)
+        import mlx.core as mx
+        import numpy as np
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.options.scales]
+        assert p.weight.scheme is not None
+        words, *pair = (stored.rows(tensor.name, start, stop) for tensor in p.tensors)
+        arrays = [mx.array(x.numpy()) for x in (words, *(x.float() for x in pair))]
+        with mx.stream(mx.cpu):
+            dense = mx.dequantize(*arrays, group_size=_group(p.weight), bits=p.weight.scheme.bits)
+        return torch.from_numpy(np.array(dense))
 
     def _place(self, weight: Weight) -> Placement:
         group = _group(weight)
         if group is None:
             return place(weight, dense_dtype(weight))
         assert weight.scheme is not None
-        dtype = self._dtype
-        size = weight.numel * weight.scheme.bits // 8 + 2 * dtype.itemsize * weight.numel // group
+        dtype = DTYPES[self.options.scales]
         scale_OG, zero_OG = weight.scale_zero()
         pair = (scale_OG.float(), -zero_OG * scale_OG.float())
         held = all(torch.equal(x.to(dtype).float(), x) for x in pair)
         loss = None if held else f"scale or zero·scale rounded to {type_name(dtype)}"
         if weight.scheme.scale_dtype == "float32":
             loss = "s·q + b with float32 scales is rounded twice"
-        return Placement(weight=weight, carrier=f"affine {weight.scheme.bits}", bytes=size, loss=loss)
+        tensors = _tensors(weight, group, dtype)
+        size = sum(tensor.bytes for tensor in tensors)
+        carrier = f"affine {weight.scheme.bits}"
+        return Placement(weight=weight, carrier=carrier, bytes=size, loss=loss, tensors=tensors)
 
-    def _tensors(self, p: Placement) -> list[TensorPlan]:
-        weight, group = p.weight, _group(p.weight)
-        if group is None:
-            return [dense_tensor(weight, dense_dtype(weight))]
-        scheme, dtype = weight.scheme, self._dtype
-        assert scheme is not None
-        rows, columns = weight.shape
-        module, bits = weight.name.removesuffix(".weight"), scheme.bits
 
-        def words() -> Iterable[Tensor]:
-            for start, stop in weight.chunks():
-                yield kernels.pack(weight.qtensor(start, stop).codes_OI, bits).view(torch.uint32)
+def _tensors(weight: Weight, group: int, dtype: torch.dtype) -> tuple[TensorPlan, ...]:
+    assert weight.scheme is not None
+    rows, columns = weight.shape
+    module, bits = weight.name.removesuffix(".weight"), weight.scheme.bits
 
-        def pairs(of_zero: bool) -> Iterable[Tensor]:
-            scale_OG, zero_OG = weight.scale_zero()
-            value_OG = -zero_OG * scale_OG.float() if of_zero else scale_OG.float()
-            return [value_OG.to(dtype).repeat_interleave(columns // group // scale_OG.shape[1], dim=1)]
+    def words() -> Iterable[Tensor]:
+        for start, stop in weight.chunks():
+            yield kernels.pack(weight.qtensor(start, stop).codes_OI, bits).view(torch.uint32)
 
-        shape = (rows, columns // group)
-        return [
-            TensorPlan(name=weight.name, dtype=torch.uint32, shape=(rows, columns * bits // 32), parts=words),
-            TensorPlan(name=f"{module}.scales", dtype=dtype, shape=shape, parts=partial(pairs, False)),
-            TensorPlan(name=f"{module}.biases", dtype=dtype, shape=shape, parts=partial(pairs, True)),
-        ]
+    def pairs(of_zero: bool) -> Iterable[Tensor]:
+        scale_OG, zero_OG = weight.scale_zero()
+        value_OG = -zero_OG * scale_OG.float() if of_zero else scale_OG.float()
+        return [value_OG.to(dtype).repeat_interleave(columns // group // scale_OG.shape[1], dim=1)]
+
+    shape = (rows, columns // group)
+    return (
+        TensorPlan(name=weight.name, dtype=torch.uint32, shape=(rows, columns * bits // 32), parts=words),
+        TensorPlan(name=f"{module}.scales", dtype=dtype, shape=shape, parts=partial(pairs, False)),
+        TensorPlan(name=f"{module}.biases", dtype=dtype, shape=shape, parts=partial(pairs, True)),
+    )
 
 
 def _group(weight: Weight) -> int | None:
@@ -146,19 +132,6 @@ def _rope(source: Source) -> dict[str, Any]:
     rope = dict(source.config.rope_parameters)
     found = {"rope_theta": rope.pop("rope_theta")}
     return found if rope.get("rope_type", "default") == "default" else {**found, "rope_scaling": rope}
-
-
-def _dequantized(stored: dict[str, Stored], weight: Weight, start: int, stop: int) -> Tensor:
-    import mlx.core as mx
-    import numpy as np
-
-    assert weight.scheme is not None
-    module = weight.name.removesuffix(".weight")
-    words = mx.array(stored[weight.name](start, stop).numpy())
-    pair = [mx.array(stored[f"{module}.{kind}"](start, stop).float().numpy()) for kind in ("scales", "biases")]
-    with mx.stream(mx.cpu):
-        dense = mx.dequantize(words, *pair, group_size=_group(weight), bits=weight.scheme.bits)
-    return torch.from_numpy(np.array(dense))
 
 
 EXPORTS.register("mlx")(Mlx)

@@ -25,8 +25,8 @@ from upq import kernels
 from upq.core.progress import Progress
 from upq.core.scheme import PER_CHANNEL
 from upq.exports import _decoder as decoder
-from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows
-from upq.exports._directory import copy_companions, write_config
+from upq.exports._base import EXPORTS, Options, Placement, Plan, Rows
+from upq.exports._directory import DirectoryExporter
 from upq.exports._source import Source, Weight
 from upq.exports.dense import place
 from upq.files.tensors import TensorPlan
@@ -46,7 +46,7 @@ class OnnxOptions(Options):
     activations: Literal["float", "int8"] = "float"
 
 
-class Onnx(Exporter):
+class Onnx(DirectoryExporter):
     """A directory as onnxruntime-genai has it: model.onnx with its data beside it, tokenizer, genai_config.json."""
 
     Config = OnnxOptions
@@ -61,10 +61,9 @@ class Onnx(Exporter):
         more = f" and {len(dense) - 1} more" if len(dense) > 1 else ""
         return Plan(placements=placements, notes=(f"{dense[0]}{more}: float32, not packed",) if dense else ())
 
-    def write(self, source: Source, plan: Plan, out: Path, progress: Progress) -> None:
+    def save(self, source: Source, plan: Plan, out: Path, progress: Progress) -> None:
         import onnx
 
-        out.mkdir()
         graph = _OnnxGraph(source, plan, int8=self._int8)
         model = graph.model()
         (out / "model.onnx").write_bytes(model.SerializeToString())
@@ -74,10 +73,11 @@ class Onnx(Exporter):
                     file.write(part.contiguous().view(torch.uint8).numpy().data)
         assert (out / _DATA).stat().st_size == graph.offset
         onnx.checker.check_model(str(out / "model.onnx"))
-        write_config(source, out, {"dtype": "float32"})
-        copy_companions(source, out)
         (out / "genai_config.json").write_text(json.dumps(_genai(source), indent=2) + "\n")
         progress.advance(len(plan.placements))
+
+    def config(self, source: Source, plan: Plan) -> dict[str, Any]:
+        return {"dtype": plan.dtype_name}
 
     def read(self, source: Source, plan: Plan, out: Path) -> Iterator[tuple[str, Rows]]:
         import onnx
@@ -106,6 +106,7 @@ class Onnx(Exporter):
             carrier=f"MatMulNBits {layout.bits}",
             bytes=sum(tensor.bytes for tensor in stored),
             loss="products with float32 scales are rounded twice" if twice else None,
+            tensors=tuple(stored),
         )
 
 
@@ -202,8 +203,7 @@ class _OnnxGraph:
         self.offset = 0
         self.constants: dict[str, str] = {}
         for p in plan.placements:
-            layout = _layout(source, p.weight, int8)
-            for tensor in [_dense_tensor(p.weight)] if layout is None else _stored(p.weight, layout, int8):
+            for tensor in p.tensors:
                 self._store(tensor)
 
     def model(self) -> onnx.ModelProto:
@@ -361,15 +361,6 @@ def _kinds() -> dict[torch.dtype, int]:
         torch.bfloat16: TensorProto.BFLOAT16,
         torch.uint8: TensorProto.UINT8,
     }
-
-
-def _dense_tensor(weight: Weight) -> TensorPlan:
-    dtype = decoder.dense_dtype(weight)
-
-    def parts() -> Iterable[Tensor]:
-        return (weight.dequantize(start, stop).to(dtype) for start, stop in weight.chunks())
-
-    return TensorPlan(name=weight.name, dtype=dtype, shape=weight.shape, parts=parts)
 
 
 def _genai(source: Source) -> dict[str, Any]:

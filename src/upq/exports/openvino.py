@@ -19,8 +19,8 @@ from upq import kernels
 from upq.core.progress import Progress
 from upq.core.scheme import QuantScheme
 from upq.exports import _decoder as decoder
-from upq.exports._base import EXPORTS, Exporter, Placement, Plan, Rows
-from upq.exports._directory import copy_companions, write_config
+from upq.exports._base import EXPORTS, Placement, Plan, Rows
+from upq.exports._directory import DirectoryExporter
 from upq.exports._source import Source, Weight
 from upq.exports.dense import place
 from upq.grids import GRIDS
@@ -32,7 +32,7 @@ _FILE = "openvino_model.xml"
 _COUNTED = re.compile(r"[A-Za-z]\w*_\d+(\.\d+)?")  # names that OpenVINO gives
 
 
-class OpenVino(Exporter):
+class OpenVino(DirectoryExporter):
     """openvino_model.xml and .bin; where openvino-tokenizers is installed, the tokenizer as OpenVINO models too.
 
     The packed weights are in memory together while the file is written: OpenVINO's own writer wants the whole graph.
@@ -45,14 +45,14 @@ class OpenVino(Exporter):
         decoder.check(source)
         return Plan(placements=tuple(_place(source, weight) for weight in source.weights.values()))
 
-    def write(self, source: Source, plan: Plan, out: Path, progress: Progress) -> None:
-        out.mkdir()
+    def save(self, source: Source, plan: Plan, out: Path, progress: Progress) -> None:
         graph = _OvGraph(source)  # held until the file is written: it owns what the constants point into
         _save(graph.model(), out / _FILE)
-        write_config(source, out, {"dtype": "float32"})
-        copy_companions(source, out)
         _tokenizer(source, out)
         progress.advance(len(plan.placements))
+
+    def config(self, source: Source, plan: Plan) -> dict[str, Any]:
+        return {"dtype": plan.dtype_name}
 
     def read(self, source: Source, plan: Plan, out: Path) -> Iterator[tuple[str, Rows]]:
         import openvino

@@ -27,7 +27,7 @@ from upq.data.packing import prepare
 from upq.data.sources import sources_of
 from upq.data.tokens import TokenSet
 from upq.evals.text import Streamed, TextMetrics, evaluate_text, streamed
-from upq.exports import beside
+from upq.exports import ensure_export
 from upq.files.tensors import load_tensors
 from upq.kernels import computing
 from upq.model.activations import Allocate, allocator
@@ -165,7 +165,7 @@ def export(exports: tuple[Plugin, ...], out: Path, progress: Progress) -> None:
     failed = []
     for plugin in exports:
         try:
-            beside(out, plugin.name, options=plugin.model_extra, progress=progress)
+            ensure_export(out, plugin.name, options=plugin.model_extra, progress=progress)
         except UPQError as error:
             failed.append(f"{plugin.name} ({error})")
         progress.advance(1)
