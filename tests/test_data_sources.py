@@ -18,6 +18,7 @@ from upq.core.errors import UPQError
 from upq.data import DEFAULT_SOURCE, Message, read_documents
 from upq.data.config import Data, TextSource
 from upq.data.sources import identity, sources_of
+from upq.run.api import recipe_of
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 MESSAGES = (Message("user", "Hi"), Message("assistant", "Ho"))
@@ -91,6 +92,35 @@ def test_a_directory_is_its_files_in_order(tmp_path: Path) -> None:
     for name in ("b/a.txt", "a.jsonl", "b.txt", ".git/x.bin", ".hidden"):
         written(tmp_path / name, lines({"text": name}) if name.endswith("jsonl") else name)
     assert contents(tmp_path) == ["a.jsonl", "b.txt", "b/a.txt"]
+
+
+def test_links_are_followed_and_one_to_nothing_is_named(tmp_path: Path) -> None:
+    written(tmp_path / "far" / "b.txt", "b")
+    (tmp_path / "far" / "back").symlink_to(tmp_path / "far")
+    written(tmp_path / "d" / "a.txt", "a")
+    (tmp_path / "d" / "far").symlink_to("../far")
+    assert contents(tmp_path / "d") == ["a", "b"]
+    (tmp_path / "d" / "c.txt").symlink_to("annexed")
+    with pytest.raises(UPQError, match=r"c\.txt: a link to a file that is not here; fetch the file"):
+        contents(tmp_path / "d")
+
+
+def test_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path / "a.txt", "a")
+    assert contents("~/a.txt") == contents("~") == ["a"]
+    assert recipe_of("default", {}, "~/a.txt").data.sources[0].path == "~/a.txt"
+    with pytest.raises(UPQError, match=r"~/b\.txt: no such file"):
+        recipe_of("default", {}, "~/b.txt")
+    with pytest.raises(UPQError, match=r"~nobody-here/a\.txt: no such file"):
+        contents("~nobody-here/a.txt")
+
+
+def test_a_git_lfs_pointer_is_no_text(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 123456789\n"
+    for name in ("a.jsonl", "a.txt", "a.parquet", "a.json.gz"):
+        with pytest.raises(UPQError, match=rf"{name}: a Git LFS pointer, .*; run `git lfs pull` in {tmp_path}"):
+            contents(written(tmp_path / name, pointer))
 
 
 def test_texts_without_a_character_are_passed_over(tmp_path: Path) -> None:

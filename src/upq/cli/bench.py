@@ -11,6 +11,7 @@ import typer
 
 from upq.cli import json_file as to_json
 from upq.core.errors import UPQError
+from upq.core.paths import local_or_hub
 
 if TYPE_CHECKING:
     from upq.evals.speed import Speed
@@ -35,6 +36,7 @@ def bench(
     if against not in (None, "gguf"):
         raise UPQError(f"--against must be gguf, got {against!r}")
     to_json.check(json_file)
+    artifact = local_or_hub(artifact)
     if compute not in ("w2a8", "w2a16"):
         raise UPQError(f"--compute must be w2a8 or w2a16, got {compute!r}")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from upq.core.errors import UPQError
+from upq.core.paths import local_or_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +38,7 @@ def chat(
 
     quiet_libraries()
     shown = console()
+    model = local_or_hub(model)
     tokenizer = load_tokenizer(model)
     if not getattr(tokenizer, "chat_template", None):
         raise UPQError(f"{model}: no chat template in its tokenizer; name an instruction-tuned model")

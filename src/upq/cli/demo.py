@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from upq.core.paths import local
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -33,6 +35,7 @@ def demo(
     with loading():
         from upq.core.signals import Stop
         from upq.evals import evaluate_tasks, mini
+        from upq.files.atomic import write_errors
         from upq.kernels import computing
         from upq.model.loading import load_model, load_tokenizer
         from upq.run.quiet import quiet_libraries
@@ -44,8 +47,10 @@ def demo(
 
     quiet_libraries()
     shown = console()
+    out = local(out)
     artifact, nearest, corpus = (out / name for name in ("int2", "int2-nearest", "documents.jsonl"))
-    out.mkdir(parents=True, exist_ok=True)
+    with write_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
     if not corpus.is_file():
         write_corpus(corpus, World(), n=DOCUMENTS, seed=1)
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from upq.core.errors import UPQError
+from upq.core.paths import local
 
 CORE = ("torch", "transformers", "safetensors", "accelerate", "datasets", "pydantic", "typer", "rich")
 EXTRAS = {
@@ -38,6 +39,7 @@ def doctor(
         with loading():
             from upq.artifact.manifest import read_manifest, verify
 
+        artifact = local(artifact)
         manifest = read_manifest(artifact)
         verify(artifact, manifest)
         print(f"{artifact}: all {len(manifest.files)} files are as they were written")

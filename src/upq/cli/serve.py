@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from upq.core.errors import UPQError
+from upq.core.paths import local
 
 _SERVER_EXTRAS = ("llama_cpp", "uvicorn", "sse_starlette", "starlette_context")
 
@@ -48,7 +49,7 @@ def serve(
 
     if engine not in ("auto", "llama.cpp", "vllm"):
         raise UPQError(f"serve: unknown engine {engine!r}: choose auto, llama.cpp or vllm")
-    server = find_server(engine)
+    server, artifact = find_server(engine), local(artifact)
     with loading():
         from upq.exports import ensure_export
         from upq.run.quiet import quiet_libraries

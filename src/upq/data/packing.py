@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from upq.core.config import digest
 from upq.core.errors import UPQError
+from upq.core.paths import local
 from upq.core.progress import Progress, Silent
 from upq.data import tokens
 from upq.data.config import Data, OnBadRow, TextSource
@@ -160,7 +161,7 @@ class _Reading:
         """A note for each source of which rows or files were left out."""
         for source, tally in zip(self._sources, self._tallies, strict=True):
             if files := left_out(source):
-                names = ", ".join(str(file.relative_to(Path(source.path).expanduser())) for file in files[:_NAMED])
+                names = ", ".join(str(file.relative_to(local(source.path))) for file in files[:_NAMED])
                 more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
                 self._progress.note(f"data: {source.path}: {names}{more} describe the data and are left out")
             if tally.bad:

@@ -25,6 +25,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from upq.core.errors import UPQError
+from upq.core.paths import local
 from upq.core.pointers import check_pointer
 from upq.data.config import Data, TextSource
 from upq.data.rows import BadRow, Document, Tally, columns_of, from_row, no_column
@@ -83,7 +85,7 @@ def read_documents(source: TextSource, tally: Tally | None = None) -> Iterator[D
 
 def left_out(source: TextSource) -> list[Path]:
     """Files of a directory that describe the data and are no part of it."""
-    root = Path(source.path).expanduser()
+    root = local(source.path)
     return [path for path in _visible(root) if _describes(path, root)] if root.is_dir() else []
 
 
@@ -92,7 +94,7 @@ def identity(source: TextSource) -> str:
     files = _files(source)
     if files is None:
         return "hub:" + "/".join(part for part in (source.path, source.subset, source.split) if part)
-    root = Path(source.path).expanduser()
+    root = local(source.path)
     whole = hashlib.sha256()
     for file in files:
         with _opened(file, compressed=False) as raw:
@@ -108,7 +110,7 @@ def identity(source: TextSource) -> str:
 
 def _files(source: TextSource) -> list[Path] | None:
     """The local files of a source in reading order; None when it is a hub data set."""
-    root = Path(source.path).expanduser()
+    root = local(source.path)
     if root.is_dir():
         return _directory(root)
     if root.exists():
@@ -134,8 +136,19 @@ def _directory(root: Path) -> list[Path]:
 
 
 def _visible(root: Path) -> list[Path]:
-    files = sorted((path for path in root.rglob("*") if path.is_file()), key=lambda p: p.relative_to(root).as_posix())
-    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    """Files below `root` that are not hidden, links followed, sorted by path."""
+    found, seen = list[Path](), set[Path]()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (real := Path(folder).resolve()) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(folder, name) for name in files if not name.startswith(".")]
+    for path in found:
+        if not path.exists():  # git-annex has these in place of files until they are fetched
+            raise UPQError(f"{path}: a link to a file that is not here; fetch the file, or remove the link")
+    return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(root).as_posix())
 
 
 def _describes(path: Path, root: Path) -> bool:
