@@ -23,7 +23,7 @@ from transformers.utils.hub import cached_file, cached_files
 
 from upq.core.bounded import parse_json, read_bytes, read_json
 from upq.core.errors import UPQError
-from upq.files.tensors import INDEX, WEIGHTS, shard_names, tensor_files, tensor_shapes
+from upq.files.tensors import INDEX, WEIGHTS, shard_names, tensor_files, tensor_shapes, tensor_types
 from upq.model.families._base import FAMILIES, ModelSpec
 
 _CONFIG = "is config.json of this model?"
@@ -32,6 +32,7 @@ _TOKENS = "is it a tokenizer's file?"
 _COUNTS = {"num_hidden_layers": 10_000, "num_labels": 10_000}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _REASON = 300  # characters of what a library says
 _TOKENIZER_BYTES, _TOKENIZER_VALUES = 64 << 20, 4 << 20  # a vocabulary of 262,000 has 33 MB and 2 million values
 
@@ -117,6 +118,7 @@ def check_sizes(path: Path, config: PretrainedConfig, files: Iterable[Path]) -> 
     there, and each block takes time. Raises UPQError.
     """
     weights = set(files)
+    _check_types(path, config, weights)
     total, tensors = sum(file.stat().st_size for file in weights), sum(len(tensor_shapes(file)) for file in weights)
     for key in (*_SIZES, "num_hidden_layers"):
         size, limit, of = getattr(config, key, None), total, "bytes"
@@ -124,6 +126,18 @@ def check_sizes(path: Path, config: PretrainedConfig, files: Iterable[Path]) -> 
             limit, of = tensors, "tensors"
         if size is not None and (type(size) is not int or not 1 <= size <= limit):
             raise UPQError(f"{path}: config.json says {key}={size!r}, its weights are {limit:,} {of}; {_CONFIG}")
+
+
+def _check_types(path: Path, config: PretrainedConfig, files: Iterable[Path]) -> None:
+    """Weights of other types than these are codes, and what belongs to them stands in a quantization_config."""
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    for file in sorted(files):
+        for name, dtype in tensor_types(file).items():
+            if name.endswith("weight") and dtype not in _FLOATS:
+                kind = "float8" if dtype.startswith("F8") else dtype
+                what = f"tensor {name} is stored in {kind}, and config.json says nothing of its scales"
+                raise UPQError(f"{path}: {what}; give the model in BF16, FP16 or FP32")
 
 
 def family(config: PretrainedConfig) -> ModelSpec:
