@@ -12,7 +12,7 @@ _BYTES = 1024  # a pointer is smaller (github.com/git-lfs/git-lfs/blob/main/docs
 
 
 def check_pointer(path: Path) -> None:
-    """UPQError where a file is a pointer. What cannot be read is left to whoever reads it next."""
+    """UPQError where a file is a pointer. A file that cannot be opened passes: its reader says why."""
     with suppress(OSError):
         if path.stat().st_size >= _BYTES:
             return

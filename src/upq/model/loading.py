@@ -118,7 +118,6 @@ def check_sizes(path: Path, config: PretrainedConfig, files: Iterable[Path]) -> 
     there, and each block takes time. Raises UPQError.
     """
     weights = set(files)
-    _check_types(path, config, weights)
     total, tensors = sum(file.stat().st_size for file in weights), sum(len(tensor_shapes(file)) for file in weights)
     for key in (*_SIZES, "num_hidden_layers"):
         size, limit, of = getattr(config, key, None), total, "bytes"
@@ -128,11 +127,11 @@ def check_sizes(path: Path, config: PretrainedConfig, files: Iterable[Path]) -> 
             raise UPQError(f"{path}: config.json says {key}={size!r}, its weights are {limit:,} {of}; {_CONFIG}")
 
 
-def _check_types(path: Path, config: PretrainedConfig, files: Iterable[Path]) -> None:
-    """Weights of other types than these are codes, and what belongs to them stands in a quantization_config."""
+def check_types(path: Path, config: PretrainedConfig, files: Iterable[Path]) -> None:
+    """Weights of other types than floats are codes, and what belongs to them stands in a quantization_config."""
     if getattr(config, "quantization_config", None) is not None:
         return
-    for file in sorted(files):
+    for file in sorted(set(files)):
         for name, dtype in tensor_types(file).items():
             if name.endswith("weight") and dtype not in _FLOATS:
                 kind = "float8" if dtype.startswith("F8") else dtype
@@ -199,6 +198,7 @@ def _check_weights(path: Path, config: PretrainedConfig) -> None:
     check_sizes(path, config, files.values())
     if getattr(config, "quantization_config", None) is not None:  # UPQ's own are compared by upq.artifact.transformers
         return
+    check_types(path, config, files.values())
     shapes = {name: shape for file in set(files.values()) for name, shape in tensor_shapes(file).items()}
     auto: Any = AutoModelForCausalLM  # untyped
     with library_errors(f"{path}: config.json describes no model"), torch.device("meta"):

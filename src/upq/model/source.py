@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from upq.core.errors import UPQError
 from upq.core.memory import trim
 from upq.files.tensors import tensor_files
-from upq.model.loading import check_sizes, decoder_blocks, family, library_errors, load_config
+from upq.model.loading import check_sizes, check_types, decoder_blocks, family, library_errors, load_config
 
 
 class Source:
@@ -35,6 +35,7 @@ class Source:
         family(config)
         self._files = tensor_files(path)
         check_sizes(path, config, self._files.values())
+        check_types(path, config, self._files.values())
         self._lay_out(path, config, device, self._own_dtype(config) if dtype == "auto" else dtype)
 
     @classmethod
