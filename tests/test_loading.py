@@ -110,3 +110,13 @@ def test_what_is_not_there_is_named(model: Path, break_it: Callable[[Path], obje
     if "tensor" not in message:
         with pytest.raises(UPQError, match=message):
             Source(model)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("wish", ["flash_attention_2", "flash_attention_3", "flex_attention", "eager"])
+def test_the_attention_of_another_machine_is_a_wish(model: Path, key: str, wish: str) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, key: wish}))
+    expected = "eager" if wish == "eager" else "sdpa"
+    assert load_model(model).config._attn_implementation == expected
+    assert Source(model).empty().config._attn_implementation == expected

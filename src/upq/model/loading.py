@@ -46,6 +46,8 @@ def load_config(model: str | Path) -> PretrainedConfig:
             file = Path(str(cached_file(str(model), "config.json")))
     _check_raw(read_json(file, remedy=_CONFIG), file)
     config: PretrainedConfig = _read(AutoConfig, model)
+    if config._attn_implementation not in ("eager", "sdpa"):  # a wish: what another machine or device has
+        config._attn_implementation = None  # the best of transformers' own
     return config
 
 
@@ -70,7 +72,7 @@ def load_model(model: str | Path, *, dtype: torch.dtype | str = "auto", device: 
     _check_weights(path, config)
     _check_settings(path)
     with _one_thread() if torch.device(device).type == "cpu" else nullcontext():  # a GPU's memory is another
-        loaded: PreTrainedModel = _read(AutoModelForCausalLM, path, dtype=dtype, use_safetensors=True)
+        loaded: PreTrainedModel = _read(AutoModelForCausalLM, path, config=config, dtype=dtype, use_safetensors=True)
     loaded.eval()  # type: ignore[no-untyped-call]
     loaded.to(device)  # type: ignore[arg-type]
     return loaded
