@@ -283,6 +283,8 @@ def write_artifact(
         _layer(model.get_submodule(path), path, scheme, (errors or {}).get(path))
         for path, scheme in config.schemes(model).items()
     ]
+    # The flag of a source may deny a head of its own, and what is packed could then not be loaded.
+    model.config.tie_word_embeddings = len(embedding_tables(model)) == 1
     with written(out) as scratch:
         scratch.mkdir(parents=True)
         try:

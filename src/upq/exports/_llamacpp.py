@@ -27,6 +27,8 @@ _ARCHITECTURES = {
 }
 # llama.cpp turns neighbouring features of a head in these, transformers features half a head apart.
 _PERMUTED = (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.SMOLLM3)
+# Linears whose biases llama.cpp reads, by family; in Llama's all. gguf's maps have names for those that it does not.
+BIASED = {"qwen2": ("q_proj", "k_proj", "v_proj"), "qwen3": (), "smollm3": ()}
 
 
 @dataclass(frozen=True)
