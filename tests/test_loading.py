@@ -120,3 +120,16 @@ def test_the_attention_of_another_machine_is_a_wish(model: Path, key: str, wish:
     expected = "eager" if wish == "eager" else "sdpa"
     assert load_model(model).config._attn_implementation == expected
     assert Source(model).empty().config._attn_implementation == expected
+
+
+@pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_a_tied_model_may_have_its_one_copy_under_either_name(kept: str, tmp_path: Path) -> None:
+    made = tiny_model("llama", vocab_size=256, tie_word_embeddings=True)
+    made.save_pretrained(tmp_path)
+    change(tmp_path, lambda tensors: {kept if k == "model.embed_tokens.weight" else k: v for k, v in tensors.items()})
+    weight = made.model.embed_tokens.weight
+    for model in (load_model(tmp_path), Source(tmp_path).without_blocks()):
+        assert torch.equal(model.model.embed_tokens.weight, weight)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    ids = torch.tensor([[1, 5, 200]])
+    assert torch.equal(Source(tmp_path).inputs(ids)["inputs_embeds"], weight[ids])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -141,6 +141,12 @@ def check_types(path: Path, config: PretrainedConfig, files: Iterable[Path]) -> 
                 raise UPQError(f"{path}: {what}; give the model in BF16, FP16 or FP32")
 
 
+def stored_name(name: str, stored: Container[str], tied: Mapping[str, str]) -> str:
+    """The name under which a checkpoint has a tensor: its own, or else that of one that is tied to it, either way."""
+    others = [tied.get(name), *(other for other, to in tied.items() if to == name)]
+    return next((other for other in (name, *others) if other is not None and other in stored), name)
+
+
 def family(config: PretrainedConfig) -> ModelSpec:
     """Where the parts of this model are; a family that is not known is an error that lists those that are."""
     if config.model_type not in FAMILIES.names():
@@ -206,7 +212,7 @@ def _check_weights(path: Path, config: PretrainedConfig) -> None:
     with library_errors(f"{path}: config.json describes no model"), torch.device("meta"):
         skeleton: PreTrainedModel = auto.from_config(config)
     for name, tensor in skeleton.state_dict().items():
-        if name not in shapes and skeleton.all_tied_weights_keys.get(name) not in shapes:
+        if stored_name(name, shapes, skeleton.all_tied_weights_keys) not in shapes:
             raise UPQError(f"{path}: tensor {name} is missing from the checkpoint; is the download complete?")
         if name in shapes and shapes[name] != tuple(tensor.shape):
             what = f"has shape {shapes[name]}, but the config says {tuple(tensor.shape)}"
