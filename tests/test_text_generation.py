@@ -14,7 +14,7 @@ from upq import decoding
 from upq.core.errors import UPQError
 from upq.data.conversations import ChatTemplate
 from upq.data.generated import Frame, sample
-from upq.data.sources import Message
+from upq.data.rows import Message
 from upq.text.date import TODAY, fixed_date
 from upq.text.generation import end_tokens
 from upq.world.answers import answers

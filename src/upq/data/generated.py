@@ -25,7 +25,7 @@ from upq.core.processes import ALONE, Processes
 from upq.core.progress import Progress
 from upq.data.config import Generated
 from upq.data.conversations import ChatTemplate
-from upq.data.sources import Message
+from upq.data.rows import Message
 from upq.files.atomic import atomic_write, write_errors
 from upq.text.generation import end_tokens, own_distribution, written
 from upq.text.tokenizer import check_tokens

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,8 +10,10 @@ from tempfile import TemporaryDirectory
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from upq.artifact.transformers import write_companions
+from upq.core.paths import local
 from upq.data.encoding import Encoder
-from upq.data.sources import Document, read_documents, sources_of
+from upq.data.rows import Document, Tally
+from upq.data.sources import read_documents, sources_of
 from upq.model.loading import embedding_rows, generation_config, library_errors
 from upq.run.recipe import Recipe
 from upq.text.generation import end_tokens
@@ -43,10 +44,11 @@ def check_text(
         stage.check_text(tokenizer, ends, rows)
     encoder = Encoder(tokenizer, recipe.data.loss_on)
     for source in sources_of(recipe.data):
-        if hub or Path(source.path).expanduser().exists():
-            documents = list(_shortened(islice(read_documents(source), _ROWS)))
-            for document, encoded in zip(documents, encoder.encode(documents), strict=True):
-                check_tokens(tokenizer, encoded.tokens_L.tolist(), rows, document.where)
+        if hub or local(source.path).exists():
+            tally = Tally(recipe.data.on_bad_row)
+            for document in islice(read_documents(source, tally), _ROWS):
+                for encoded in encoder.encode([_shortened(document)], tally):
+                    check_tokens(tokenizer, encoded.tokens_L.tolist(), rows, document.where)
     with TemporaryDirectory(prefix="upq-") as folder:  # the writers of the last step
         with library_errors(f"{name}: cannot save its configuration"):
             config.save_pretrained(folder)
@@ -55,7 +57,6 @@ def check_text(
         write_companions(Path(folder), tokenizer, model)
 
 
-def _shortened(documents: Iterator[Document]) -> Iterator[Document]:
-    for document in documents:
-        content = document.content
-        yield dataclasses.replace(document, content=content[:_CHARACTERS]) if isinstance(content, str) else document
+def _shortened(document: Document) -> Document:
+    content = document.content
+    return dataclasses.replace(document, content=content[:_CHARACTERS]) if isinstance(content, str) else document
