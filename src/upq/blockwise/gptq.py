@@ -66,20 +66,16 @@ class Gptq(Method):
                     strict=True,
                 )
                 try:
-                    rounded_OI = torch.cat([self._rounded(w, h, params, scheme) for w, h, params in of_experts])
+                    parts = [gptq(w, h, params, scheme, damp=self.config.damp) for w, h, params in of_experts]
                 except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                     where = f"block {task.index}, {name}"
                     raise UPQError(
                         f"gptq: {where}: the Hessian is singular; raise damp above {self.config.damp}"
                     ) from None
+                rounded_OI = torch.cat(parts)
                 solutions[name] = Solution(rounded_OI, scales[name], scheme)
                 matrix.write(task.block, rounded_OI)
         return solutions
-
-    def _rounded(self, w_OI: Tensor, h_II: Tensor, params: Params, scheme: QuantScheme) -> Tensor:
-        if not h_II.any():  # an expert that no token reached, or a linear that reads zeros
-            return GRIDS.get(scheme.grid).fake(w_OI, params, scheme)
-        return gptq(w_OI, h_II, params, scheme, damp=self.config.damp)
 
 
 def _rows(params: Params, parts: int) -> list[Params]:
@@ -94,7 +90,10 @@ def gptq(w_OI: Tensor, h_II: Tensor, params: Params, scheme: QuantScheme, *, dam
     Row by row the better of GPTQ and nearest rounding is kept: greedy compensation has no guarantee of its own.
     """
     grid, dtype = GRIDS.get(scheme.grid), h_II.dtype
-    h_II = h_II + damp * h_II.diagonal().mean() * torch.eye(len(h_II), dtype=dtype, device=h_II.device)
+    mean = h_II.diagonal().mean()
+    unit_II = torch.eye(len(h_II), dtype=dtype, device=h_II.device)
+    # Behind a norm of zeros, or in an expert that no token reached, nothing is read: every rounding is as good.
+    h_II = h_II + damp * mean * unit_II if mean != 0 else unit_II
     inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(h_II))
     u_II = torch.linalg.cholesky(inverse_II, upper=True)
     free_OI = w_OI.to(dtype).clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from transformers.utils.hub import cached_file, cached_files
 
 from upq.core.bounded import parse_json, read_bytes, read_json
 from upq.core.errors import UPQError
-from upq.files.tensors import INDEX, WEIGHTS, shard_names, tensor_files, tensor_shapes
+from upq.files.tensors import INDEX, WEIGHTS, shard_names, tensor_files, tensor_shapes, tensor_types
 from upq.model.checkpoint import Checkpoint
 from upq.model.layout import layout_of
 from upq.model.library import library_errors
+from upq.text.tokenizer import as_stored, class_tokens, tokenizer_files
 
 _AUTOS: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 _CONFIG = "is config.json of this model?"
@@ -37,7 +39,7 @@ _TOKENS = "is it a tokenizer's file?"
 # Of these transformers makes lists before there are tensors to compare with.
 _COUNTS = {"num_hidden_layers": 10_000, "num_labels": 10_000}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _TOKENIZER_BYTES, _TOKENIZER_VALUES = 64 << 20, 4 << 20  # a vocabulary of 262,000 has 33 MB and 2 million values
 
 
@@ -50,17 +52,35 @@ def load_config(model: str | Path) -> PretrainedConfig:
             file = Path(str(cached_file(str(model), "config.json")))
     _check_raw(read_json(file, remedy=_CONFIG), file)
     config: PretrainedConfig = _read(AutoConfig, model)
+    if config._attn_implementation not in ("eager", "sdpa"):  # a wish: what another machine or device has
+        config._attn_implementation = None  # the best of transformers' own
     return config
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     _check_directory(model)
-    for file in sorted({file for kind in _TOKENIZER for file in Path(model).glob(kind) if file.is_file()}):
+    path, stored = tokenizer_directory(model), None
+    for file in tokenizer_files(path):
         raw = read_bytes(file, _TOKENIZER_BYTES, remedy=_TOKENS)
         if file.suffix == ".json":
-            parse_json(raw, str(file), remedy=_TOKENS, values=_TOKENIZER_VALUES)
+            value = parse_json(raw, str(file), remedy=_TOKENS, values=_TOKENIZER_VALUES)
+            stored = value if file.name == "tokenizer.json" else stored
+    if stored is None and find_spec("sentencepiece") is None and (path / "tokenizer.model").is_file():
+        raise UPQError(f"{path}: tokenizer.model is a SentencePiece model; pip install sentencepiece protobuf")
     tokenizer: PreTrainedTokenizerBase = _read(AutoTokenizer, model)
-    return tokenizer
+    with library_errors(f"{model}: cannot use tokenizer.json"):
+        if added := class_tokens(tokenizer, stored, path):
+            tokenizer = _read(AutoTokenizer, model, **dict.fromkeys(added))
+        return as_stored(tokenizer, stored)
+
+
+def tokenizer_directory(model: str | Path) -> Path:
+    """The directory itself, or that of the hub's snapshot."""
+    if Path(model).is_dir():
+        return Path(model)
+    with library_errors(f"{model}: cannot load with AutoTokenizer", _offline(model)):
+        found = cached_file(str(model), "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    return Path(model) if found is None else Path(found).parent
 
 
 def load_model(model: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
@@ -73,7 +93,7 @@ def load_model(model: str | Path, *, dtype: torch.dtype | str = "auto", device: 
     _check_weights(path, config)
     _check_settings(path)
     with _one_thread() if torch.device(device).type == "cpu" else nullcontext():  # a GPU's memory is another
-        loaded: PreTrainedModel = _read(auto_class(config), path, dtype=dtype, use_safetensors=True)
+        loaded: PreTrainedModel = _read(auto_class(config), path, config=config, dtype=dtype, use_safetensors=True)
     loaded.eval()  # type: ignore[no-untyped-call]
     loaded.to(device)  # type: ignore[arg-type]
     return loaded
@@ -145,10 +165,25 @@ def auto_class(config: PretrainedConfig) -> Any:
             return auto
     if not autos:
         what = ", ".join(sorted(named)) or config.model_type
-        raise UPQError(
-            f"{config.name_or_path or config.model_type}: {what} is no causal language model of transformers"
-        )
+        raise UPQError(f"{config.name_or_path or what}: {what} is no causal language model of transformers")
     return autos[0]
+
+
+def check_types(path: Path, config: PretrainedConfig, files: Iterable[Path]) -> None:
+    """Weights of other types than floats are codes, and what belongs to them stands in a quantization_config."""
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    for file in sorted(set(files)):
+        for name, dtype in tensor_types(file).items():
+            if name.endswith("weight") and dtype not in _FLOATS:
+                kind = "float8" if dtype.startswith("F8") else dtype
+                what = f"tensor {name} is stored in {kind}, and config.json says nothing of its scales"
+                raise UPQError(f"{path}: {what}; give the model in BF16, FP16 or FP32")
+
+
+def embedding_rows(config: PretrainedConfig) -> int:
+    rows: int = config.get_text_config(decoder=True).vocab_size
+    return rows
 
 
 def check_finite(model: PreTrainedModel, name: str | Path) -> None:
@@ -195,6 +230,7 @@ def _check_weights(path: Path, config: PretrainedConfig) -> None:
     check_sizes(path, config, files.values())
     if getattr(config, "quantization_config", None) is not None:  # UPQ's own are compared by upq.artifact.transformers
         return
+    check_types(path, config, files.values())
     with library_errors(f"{path}: config.json describes no model"), torch.device("meta"):
         skeleton: PreTrainedModel = auto_class(config).from_config(config)
     layout_of(skeleton)

@@ -20,7 +20,7 @@ from upq.files.tensors import tensor_files
 from upq.model.checkpoint import Checkpoint
 from upq.model.layout import Layout, block_list, layout_of, shared_weights
 from upq.model.library import library_errors
-from upq.model.loading import auto_class, check_sizes, load_config
+from upq.model.loading import auto_class, check_sizes, check_types, load_config
 from upq.model.matrices import Matrix, matrices
 from upq.model.tables import Table, put_table
 
@@ -37,6 +37,7 @@ class Source:
         """`dtype` auto: the model's own type, as in `load_model`."""
         config, files = load_config(path), tensor_files(path)
         check_sizes(path, config, files.values())
+        check_types(path, config, files.values())
         self._lay_out(path, config, device, torch.float32 if dtype == "auto" else dtype)
         self._checkpoint = Checkpoint(path, files, self._empty)
         if dtype == "auto":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypeAlias, TypedDict, cast
 
 from upq.core.errors import UPQError
+from upq.core.paths import local, local_or_hub
 from upq.run.reporter import loading, reporting
 
 if TYPE_CHECKING:
@@ -88,13 +89,13 @@ def quantize(
 
     with quietly(), reporting(progress) as shown:
         return run(
-            model,
+            local_or_hub(model),
             chosen,
-            out,
+            local(out),
             device=device,
             keep_work=keep_work,
             redo=redo,
-            work=work,
+            work=None if work is None else local(work),
             allow_partial=allow_partial,
             progress=shown,
             stop=stop,
@@ -114,7 +115,9 @@ def plan(
     progress: Literal["auto"] | None = "auto",
     **settings: Any,
 ) -> Plan:
-    """What each stage of `quantize` will need, and the settings that make it fit. Reads only the model's config.
+    """What each stage of `quantize` will need, and the settings that make it fit.
+
+    Of the model it reads config and tokenizer, no weights.
 
     >>> made = upq.plan("meta-llama/Llama-3.2-1B-Instruct", memory=16)
     >>> made.fits, made.settings, max(stage.memory for stage in made.stages)
@@ -139,13 +142,19 @@ def plan(
         raise UPQError("--memory is for a run on the processor; with --gpus give --gpu-memory alone")
     with loading(progress):
         chosen = recipe_of(recipe, settings)
-        from upq.model.loading import load_config
+        from upq.model.loading import load_config, load_tokenizer, tokenizer_directory
         from upq.run import plan as planning
+        from upq.run.dry import check_text
         from upq.run.quiet import quietly
+        from upq.text.tokenizer import tokenizer_files
 
-    with quietly(), loading(progress, "the model's config, then planning"):
+    model = local_or_hub(model)
+    with quietly(), loading(progress, "the model's config and tokenizer, then planning"):
         config = load_config(model)
         planning.check(config, chosen, str(model), allow_partial=allow_partial)
+        folder = tokenizer_directory(model)
+        if tokenizer_files(folder):  # a plan can be made of a config alone
+            check_text(folder, config, load_tokenizer(model), chosen, str(model))
         return planning.plan(config, chosen, _machine(memory, gpus, gpu_memory, gpu_tflops, gpu_bandwidth))
 
 
@@ -185,15 +194,17 @@ def evaluate(
     Returns the figures by name. Raises UPQError for bad input.
     """
     names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks) if name.strip()]
-    file, folder = (None if path is None else Path(path) for path in (text, data_dir))
+    file, folder = (None if path is None else local(path) for path in (text, data_dir))
+    model, against = local_or_hub(model), None if against is None else local_or_hub(against)
     _check_request(file, names, against, separator, folder)
 
     with loading(progress):
         from upq import kernels
         from upq.data import load_eval_text
         from upq.evals import evaluate_tasks
-        from upq.model.loading import load_tokenizer
+        from upq.model.loading import embedding_rows, load_config, load_tokenizer
         from upq.run.quiet import quietly
+        from upq.text.tokenizer import check_ids, check_tokens
 
     if compute not in kernels.COMPUTES:
         raise UPQError(f"--compute must be one of {', '.join(kernels.COMPUTES)}, got {compute!r}")
@@ -201,15 +212,19 @@ def evaluate(
     with quietly(), reporting(progress, stderr=True) as shown, kernels.computing(compute):
         kernels.compute(target)  # not every device has them all
         _verify(Path(model))
-        tokenizer = load_tokenizer(model)
-        student, figures = _loaded(model, target, compute, shown)
+        config, tokenizer = load_config(model), load_tokenizer(model)
+        check_ids(tokenizer, embedding_rows(config), str(model))
         if file is not None:
-            length = seq_len or min(2048, int(student.config.max_position_embeddings))
+            length = seq_len or min(2048, int(config.max_position_embeddings))
             tokens_NT = load_eval_text(
                 file, tokenizer, length, separator=cast("Literal['none', 'blank_line']", separator)
             )
+            check_tokens(tokenizer, [int(tokens_NT.max())], embedding_rows(config), str(file))
+        student, figures = _loaded(model, target, compute, shown)
+        if file is not None:
             figures |= cast(Figures, _on_text(student, tokens_NT, against, batch_size, shown))
         if names:
+            shown.note(f"loading {', '.join(names)}")
             figures["tasks"] = evaluate_tasks(
                 student,
                 tokenizer,
@@ -252,7 +267,7 @@ def export(
 
     chosen = {**options, "allow_inexact": True} if allow_inexact else options
     with quietly(), reporting(progress) as shown:
-        return write(artifact, to, out, options=chosen, progress=shown)
+        return write(local(artifact), to, local(out), options=chosen, progress=shown)
 
 
 # --- arguments -----------------------------------------------------------------------------------------------------
@@ -275,7 +290,7 @@ def recipe_of(
         sources = tuple(text if isinstance(text, TextSource) else TextSource(path=str(text)) for text in given)
         chosen = chosen.model_copy(update={"data": chosen.data.model_copy(update={"sources": sources})})
     for source in chosen.data.sources:
-        if source.path.startswith((".", "/", "~")) and not Path(source.path).exists():
+        if source.path.startswith((".", "/", "~")) and not local(source.path).exists():
             raise UPQError(f"--data {source.path}: no such file or directory")
     return chosen
 

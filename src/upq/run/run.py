@@ -30,13 +30,15 @@ from upq.exports import exporter
 from upq.files.digests import model_digests
 from upq.files.lock import lock
 from upq.model.coverage import coverage
-from upq.model.loading import load_config
+from upq.model.loading import load_config, load_tokenizer
 from upq.model.source import Source
 from upq.run.directory import LOCK, Keep, Place, RunDirectory, sweep
+from upq.run.dry import check_text
 from upq.run.frame import Frame, export
 from upq.run.recipe import Recipe
 from upq.stages import Job, ModelState, Reading, Stage
 
+_LARGE = 2_000_000_000  # bytes: from here on checksums take seconds
 _FIRST_PROCESS_TIMEOUT = timedelta(days=30)  # other processes wait that long for what the first one does alone
 
 
@@ -70,16 +72,21 @@ def quantize(
     progress = (progress or Silent()) if state.is_main_process else Silent()
     processes = Processes(state.process_index, state.num_processes, device)
     path, name = _local(model)
+    if (size := sum(file.stat().st_size for file in path.glob("*.safetensors"))) > _LARGE:
+        progress.note(f"{name}: reading its {size / 1e9:.0f} GB, for its checksums")
     directory = RunDirectory(
         Path(out), None if work is None else Path(work), name, model_digests(path), recipe, processes.first
     )
     reading = reading_of(recipe)
     with ExitStack() as held:
         with state.main_process_first():  # the others then find the directory as it has left it
-            source = Source(path)
-            check(load_config(path), recipe, source, name)
+            config, tokenizer, source = load_config(path), load_tokenizer(path), Source(path)
+            check(config, recipe, source, name)
             covered = coverage(source)
             covered.check(name, allow_partial=allow_partial)
+            # Data sets of the hub cost seconds. Where rows come first, what is wrong with them shows at once anyway.
+            hub = not next(iter(recipe.stages.values())).demands(recipe.data).rows
+            check_text(path, config, tokenizer, recipe, name, hub=hub)
             if not directory.open(progress, held, redo=redo):
                 progress.note(f"{out} is finished already: nothing to do")
                 if recipe.export:
@@ -91,7 +98,7 @@ def quantize(
                 return read_manifest(directory.out)
         progress.plan(costs(recipe, reading, len(source)))
         progress.note(covered.text(recipe.bits))
-        frame = Frame(directory, path, device, reading, progress)
+        frame = Frame(directory, path, tokenizer, device, reading, progress)
         run = _Run(frame, state, processes, stop or Stop())
         solved = run.stages()
         if processes.first:
@@ -224,8 +231,8 @@ def costs(recipe: Recipe, reading: Reading, blocks: int) -> dict[str, tuple[int,
 
 def _local(model: str | Path) -> tuple[Path, str]:
     """The model's files on this machine, and the name it was asked for by."""
-    if Path(model).is_dir():
-        return Path(model), str(model)
+    if (path := Path(model)).is_dir():
+        return path, str(model) if path.name not in ("", "..") else path.resolve().name
     load_config(model)  # its errors are clearer than the hub's
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "merges.txt", "vocab.*"]
     return Path(snapshot_download(str(model), allow_patterns=patterns)), str(model)
