@@ -70,5 +70,4 @@ def _bits(weight: nn.Module | Matrix, dtype: torch.dtype) -> tuple[int, float]:
     assert isinstance(weight, PackedLinear | PackedExperts)
     # codes, scales and, where groups have their own, zero points: the state is the file layout
     stored = [buffer for name, buffer in weight.named_buffers() if name.startswith("weight_")]
-    rows, columns = weight.shape
-    return rows * columns, sum(buffer.numel() * buffer.element_size() * 8.0 for buffer in stored)
+    return weight.rows * weight.columns, sum(buffer.numel() * buffer.element_size() * 8.0 for buffer in stored)

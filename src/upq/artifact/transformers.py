@@ -400,7 +400,8 @@ def _weight(model: PreTrainedModel, path: str) -> Tensor:
 
 def _layer(module: nn.Module, path: str, scheme: QuantScheme, error: float | None, unreached: list[int]) -> Layer:
     state = [t for name, t in module.state_dict().items() if name != "bias"]
-    rows, columns = cast(PackedLinear | PackedExperts | PackedEmbedding, module).shape
+    packed = cast(PackedLinear | PackedExperts | PackedEmbedding, module)
+    rows, columns = packed.rows, packed.columns
     return Layer(
         name=path,
         bits=scheme.bits,

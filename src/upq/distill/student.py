@@ -79,7 +79,7 @@ def _put(block: nn.Module, solutions: Starts, device: torch.device) -> None:
         if (solution := solutions.get(matrix.name)) is None:
             continue
         if matrix.experts:
-            place(block, matrix, TrainedExperts(solution.layer(None, device), matrix.experts))
+            place(block, matrix, TrainedExperts(solution.layer(None, device), matrix))
         else:
             bias = block.get_submodule(matrix.name).bias
             assert isinstance(bias, Tensor | None)
@@ -123,8 +123,8 @@ def _norms(module: nn.Module) -> dict[str, nn.Module]:
         name: part
         for name, part in module.named_modules()
         if "norm" in name.rpartition(".")[2]
-        and isinstance(getattr(part, "weight", None), Tensor)
-        and part.weight.dim() == 1
+        and isinstance(weight := part._parameters.get("weight"), Tensor)
+        and weight.dim() == 1
     }
 
 

@@ -115,7 +115,7 @@ class Source:
             if kind == "weight_packed":
                 packed = model.get_submodule(module)
                 assert isinstance(packed, PackedLinear | PackedExperts | PackedEmbedding)
-                name, shape, scheme = f"{module}.weight", packed.shape, schemes[module]
+                name, shape, scheme = f"{module}.weight", (packed.rows, packed.columns), schemes[module]
             weights[name] = Weight(name=name, shape=shape, dtype=dtype, scheme=scheme, files=files)
         return cls(
             path=path,

@@ -25,6 +25,7 @@ class Coverage:
     in_blocks: int  # weights of the decoder's blocks
     in_model: int
     left: dict[str, int] = field(default_factory=dict)  # reason: weights that stay as they are
+    left_in_blocks: dict[str, int] = field(default_factory=dict)  # of these, in the decoder's blocks
 
     @property
     def share(self) -> float:
@@ -40,25 +41,23 @@ class Coverage:
         )
         if not self.left:
             return said
-        rest = (f"{reason} {_short(weights)}" for reason, weights in self.left.items())
-        return f"{said}; left as they are: {', '.join(rest)}"
+        return f"{said}; left as they are: {_list(self.left)}"
 
     def check(self, name: str, *, allow_partial: bool) -> None:
         """Raises UPQError where much of the decoder would stay as it is, and nobody has said that it may."""
         if self.share >= LEAST or allow_partial:
             return
-        reasons = ", ".join(f"{reason} {_short(weights)}" for reason, weights in self.left.items())
         raise UPQError(
             f"{name}: {100 * self.share:.0f} % of the weights in its decoder blocks can become codes; left would be "
-            f"{reasons}; give --allow-partial to go on"
+            f"{_list(self.left_in_blocks)}; give --allow-partial to go on"
         )
 
 
 def coverage(source: Source) -> Coverage:
     """Of the model that `source` describes; no tensor is read."""
     model, layout = source.empty(), source.layout
-    shared, left, matrices, coded = shared_weights(model), Counter[str](), 0, 0
-    reasons = dict[str, str]()
+    shared, matrices, coded = shared_weights(model), 0, 0
+    left, of_blocks, reasons = Counter[str](), Counter[str](), dict[str, str]()
     for index, block in enumerate(block_list(model, layout)):
         reasons |= {source.path_of(index, name): reason for name, reason in left_out(block).items()}
         for matrix in source.matrices(index):
@@ -72,9 +71,13 @@ def coverage(source: Source) -> Coverage:
         if name in coding:
             continue
         kept += parameter.dim() == 2
-        left[_reason(name, parameter, source, reasons, shared)] += parameter.numel()
-    ordered = dict(sorted(left.items(), key=lambda item: -item[1]))
-    return Coverage(matrices, matrices + kept, coded, in_blocks, in_model, ordered)
+        reason = _reason(name, parameter, source, reasons, shared)
+        left[reason] += parameter.numel()
+        if name.startswith(f"{layout.blocks}."):
+            of_blocks[reason] += parameter.numel()
+    return Coverage(
+        matrices, matrices + kept, coded, in_blocks, in_model, dict(left.most_common()), dict(of_blocks.most_common())
+    )
 
 
 def _reason(name: str, parameter: nn.Parameter, source: Source, reasons: dict[str, str], shared: frozenset[str]) -> str:
@@ -88,6 +91,10 @@ def _reason(name: str, parameter: nn.Parameter, source: Source, reasons: dict[st
     if not name.startswith(f"{layout.decoder}."):
         return "towers and heads beside the decoder"
     return "norms and other vectors" if parameter.dim() < 2 else "parts of the decoder outside its blocks"
+
+
+def _list(left: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {_short(weights)}" for reason, weights in left.items())
 
 
 def _short(weights: int) -> str:

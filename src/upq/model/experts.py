@@ -22,21 +22,24 @@ Product = Callable[[int, Tensor], Tensor]  # expert, x (n, I) -> y (n, O)
 class PerExpert:
     """In place of a tensor (E, O, I), or (E, I, O): products with one expert, or with all by `bmm`."""
 
-    def __init__(self, experts: int, product: Product) -> None:
-        self._experts, self._product = experts, product
+    shape: torch.Size | tuple[int, ...]  # of the tensor
+
+    def product(self, expert: int, x: Tensor) -> Tensor:
+        """`x · Wᵀ` for one expert's W (O, I) and its tokens x (n, I)."""
+        raise NotImplementedError
 
     def __getitem__(self, expert: Any) -> _Expert:
-        return _Expert(int(expert), self._product)
+        return _Expert(int(expert), self.product)
 
-    def __len__(self) -> int:
-        return self._experts
+    def size(self, dim: int) -> int:
+        return self.shape[dim]
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function not in (torch.bmm, Tensor.bmm) or kwargs or not isinstance(args[1], PerExpert):
             raise NotImplementedError(f"{function} of packed experts")
         x_EnI, experts = args
-        return torch.stack([experts._product(e, x_nI) for e, x_nI in enumerate(x_EnI)])
+        return torch.stack([experts.product(e, x_nI) for e, x_nI in enumerate(x_EnI)])
 
 
 class _Expert:

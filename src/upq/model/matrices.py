@@ -5,7 +5,6 @@ Shape suffixes: E experts, O out, I in.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -48,6 +47,11 @@ class Matrix:
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows, self.inputs
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        shape = (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
+        return (self.experts, *shape) if self.experts else shape
 
     @property
     def module(self) -> str:
@@ -159,8 +163,9 @@ def _computes_state(block: nn.Module, path: str, matrix: Matrix) -> bool:
 def _size(linear: nn.Module) -> int:
     """Weights of a linear, which may be packed."""
     weight = linear._parameters.get("weight")
-    shape = getattr(linear, "shape", (0,)) if weight is None else weight.shape
-    return math.prod(shape) if len(shape) == 2 else 0
+    if weight is not None:
+        return weight.numel() if weight.dim() == 2 else 0
+    return int(getattr(linear, "rows", 0) * getattr(linear, "columns", 0))
 
 
 def _kind(module: nn.Module) -> str:

@@ -45,11 +45,14 @@ def _see_experts(block: nn.Module, matrix: Matrix, see: See) -> Callable[[], Non
     parameter, config = block.get_parameter(matrix.parameter), vars(experts).get("config")
     weight_EOI = parameter.transpose(-1, -2) if matrix.transposed else parameter
 
-    def product(expert: int, x: Tensor) -> Tensor:
-        see(matrix, expert, x)
-        return F.linear(x, weight_EOI[expert])
+    class Seen(PerExpert):
+        shape = parameter.shape
 
-    stand_in(experts, leaf, PerExpert(matrix.experts, product))
+        def product(self, expert: int, x: Tensor) -> Tensor:
+            see(matrix, expert, x)
+            return F.linear(x, weight_EOI[expert])
+
+    stand_in(experts, leaf, Seen())
 
     def undo() -> None:
         del experts.__dict__[leaf]

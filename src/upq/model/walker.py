@@ -29,6 +29,7 @@ from upq.model.tables import Mode, looking_up, tables
 
 Rows = slice | Tensor  # a stretch of rows, or their indices (B,)
 _Forward = Callable[..., Any]
+_MOST_ELEMENTS = 4  # of what a block returns: hidden states, attention weights, a cache
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,18 @@ class Replay:
         self._decoder = model.get_submodule(source.layout.decoder)
         self._blocks = list(block_list(model, source.layout))
         self._tables = tables(self._decoder)
-        self._tuples = False
+        self._elements = 0
         ids_BT = torch.zeros(1, 2, dtype=torch.long)
         with torch.no_grad(), looking_up(self._tables, "nan"):  # what is made of embeddings holds NaN
-            self._tuples = _returns_tuples(lambda: self._forward(ids_BT), self._blocks)
+            self._elements = _elements(lambda: self._forward(ids_BT), self._blocks)
             calls, others = self._calls(ids_BT), self._calls(ids_BT + 1)
-        self.width = calls[0].hidden_BTH.shape[2:]  # of a hidden state
+        shape = calls[0].hidden_BTH.shape
+        if shape[:2] != ids_BT.shape:
+            raise UPQError(
+                f"{source.path}: its decoder blocks take hidden states of shape {tuple(shape)} for one row of two "
+                "tokens; UPQ reads models whose blocks take (rows, tokens, …)"
+            )
+        self.width = shape[2:]  # of a hidden state
         # Whether all arguments but the hidden states follow from the shape of a batch. A replay per batch is then one
         # per batch size.
         handed_on = all(call.hidden_BTH is calls[0].hidden_BTH for call in calls)
@@ -110,7 +117,7 @@ class Replay:
                 order.append(at)
                 calls.append(Call(x_BTH, args, kwargs))
                 out_BTH = hidden_BTH if at == index - 1 and hidden_BTH is not None else x_BTH
-                return (out_BTH,) if self._tuples else out_BTH
+                return _as(out_BTH, self._elements)
 
             return forward
 
@@ -246,12 +253,12 @@ def only_block(model: PreTrainedModel, layout: Layout, at: int) -> Iterator[None
     blocks, decoder = list(block_list(model, layout)), model.get_submodule(layout.decoder)
     ids_BT = torch.zeros(1, 2, dtype=torch.long)
     with torch.no_grad():
-        tuples = _returns_tuples(lambda: decoder(input_ids=ids_BT, use_cache=False), blocks)
+        elements = _elements(lambda: decoder(input_ids=ids_BT, use_cache=False), blocks)
 
     def stand_in(_at: int) -> _Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
             x_BTH, _, _ = hidden_first(args, kwargs)
-            return (x_BTH,) if tuples else x_BTH
+            return _as(x_BTH, elements)
 
         return forward
 
@@ -259,26 +266,38 @@ def only_block(model: PreTrainedModel, layout: Layout, at: int) -> Iterator[None
         yield
 
 
-def _returns_tuples(run: Callable[[], object], blocks: Sequence[nn.Module]) -> bool:
-    """Whether the decoder takes element 0 of what a block returns: of a tensor, that has a dimension less.
+def _elements(run: Callable[[], object], blocks: Sequence[nn.Module]) -> int:
+    """How many elements the decoder wants of what a block returns; 0: a tensor, and no tuple that begins with it.
 
     `run` is a forward pass of the decoder.
     """
-    first, found = list[Tensor](), False
+    for elements in range(_MOST_ELEMENTS):
+        first, fewer = list[Tensor](), False
 
-    def stand_in(_at: int) -> _Forward:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal found
-            x_BTH, _, _ = hidden_first(args, kwargs)
-            found = found or (bool(first) and x_BTH.dim() < first[0].dim())
-            first.append(x_BTH)
-            return (first[0],) if found else first[0]
+        def stand_in(_at: int, elements: int = elements, first: list[Tensor] = first) -> _Forward:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                nonlocal fewer
+                x_BTH, _, _ = hidden_first(args, kwargs)
+                fewer = fewer or (bool(first) and x_BTH.dim() < first[0].dim())  # element 0 of a tensor
+                first.append(x_BTH)
+                return _as(first[0], elements)
 
-        return forward
+            return forward
 
-    with _forwards(blocks, stand_in):
-        run()
-    return found
+        try:
+            with _forwards(blocks, stand_in):
+                run()
+        except (ValueError, TypeError, IndexError, AttributeError):
+            if elements == _MOST_ELEMENTS - 1:
+                raise
+            continue
+        if not fewer:
+            return elements
+    raise AssertionError("a tuple is not taken for a tensor")
+
+
+def _as(hidden_BTH: Tensor, elements: int) -> Any:
+    return (hidden_BTH, *[None] * (elements - 1)) if elements else hidden_BTH
 
 
 def _depends_on_values(call: Call, other: Call) -> bool:

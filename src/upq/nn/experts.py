@@ -18,21 +18,18 @@ from upq.nn.packed import Packed
 from upq.nn.trained import TrainedLinear, product
 
 
-class TrainedExperts(nn.Module):
+class TrainedExperts(PerExpert, nn.Module):
     """Weights that learn. `layer` is what a linear of E·O outputs would train from.
 
     Law (tests/test_experts.py): output and gradients are those of the quantised tensor in the module's own forward.
     """
 
-    def __init__(self, layer: TrainedLinear, experts: int) -> None:
+    def __init__(self, layer: TrainedLinear, matrix: Matrix) -> None:
         super().__init__()
-        self.layer, self.experts = layer, experts
+        self.layer, self.experts, self.shape = layer, matrix.experts, matrix.parameter_shape
         self._split: tuple[object, dict[str, tuple[Tensor, ...]]] | None = None
 
-    def __getitem__(self, expert: int) -> object:
-        return PerExpert(self.experts, self._product)[expert]
-
-    def _product(self, expert: int, x: Tensor) -> Tensor:
+    def product(self, expert: int, x: Tensor) -> Tensor:
         outputs = self.layer.shape[0] // self.experts
         rows = slice(expert * outputs, (expert + 1) * outputs)
         learned = {name: parts[expert] for name, parts in self._parts().items()}
@@ -51,7 +48,7 @@ class TrainedExperts(nn.Module):
         return {**self.__dict__, "_split": None}
 
 
-class PackedExperts(Packed):
+class PackedExperts(Packed, PerExpert):
     """Weights that multiply from codes, an expert's rows at a time.
 
     Law (tests/test_experts.py): through the reference kernels, the output equals that of the TrainedExperts the codes
@@ -60,7 +57,7 @@ class PackedExperts(Packed):
 
     def __init__(self, matrix: Matrix, scheme: QuantScheme) -> None:
         super().__init__(matrix.rows, matrix.inputs, scheme)
-        self.matrix = matrix
+        self.matrix, self.shape = matrix, matrix.parameter_shape
         self._made_of: tuple[object, ...] = ()
         self._of_expert: dict[int, kernels.Weight] = {}
 
@@ -70,10 +67,7 @@ class PackedExperts(Packed):
             layer = cls(matrix, q.scheme)
         return layer._fill(q)
 
-    def __getitem__(self, expert: int) -> object:
-        return PerExpert(self.matrix.experts, self._product)[expert]
-
-    def _product(self, expert: int, x: Tensor) -> Tensor:
+    def product(self, expert: int, x: Tensor) -> Tensor:
         return kernels.linear(x, self._weight_of(expert))
 
     def _weight_of(self, expert: int) -> kernels.Weight:

@@ -36,7 +36,7 @@ class Packed(nn.Module):
     def __init__(self, rows: int, columns: int, scheme: QuantScheme) -> None:
         super().__init__()
         self._weight: kernels.Weight | None = None
-        self.shape = (rows, columns)
+        self.rows, self.columns = rows, columns
         self.scheme = scheme
         self.constant_zero = GRIDS.get(scheme.grid).zero(scheme)
         scales = (rows, scheme.groups(columns))
@@ -76,7 +76,7 @@ class Packed(nn.Module):
         assert scale_OG is not None
         zero = self.zero
         if self._weight is None or not self._weight.is_of(packed_OB, scale_OG, zero):
-            bits, columns = self.scheme.bits, self.shape[1]
+            bits, columns = self.scheme.bits, self.columns
             self._weight = kernels.Weight(packed_OB, scale_OG, zero, bits=bits, in_features=columns)
         return self._weight
 
@@ -84,7 +84,7 @@ class Packed(nn.Module):
         """The value this layer holds, as it was given."""
         zero = self.zero
         zero_OG = zero.float() if isinstance(zero, Tensor) else torch.full_like(self.weight_scale.float(), zero)
-        codes_OI = kernels.unpack(self.weight_packed, self.scheme.bits, self.shape[1])
+        codes_OI = kernels.unpack(self.weight_packed, self.scheme.bits, self.columns)
         return QTensor(codes_OI, self.weight_scale, zero_OG, self.scheme)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -94,7 +94,7 @@ class Packed(nn.Module):
             self.weight_scale,
             self.zero,
             bits=self.scheme.bits,
-            in_features=self.shape[1],
+            in_features=self.columns,
             dtype=dtype,
         )
 
@@ -117,7 +117,7 @@ class Packed(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.shape[0]}, {self.shape[1]}, {self.scheme}"
+        return f"{self.rows}, {self.columns}, {self.scheme}"
 
 
 class PackedLinear(Packed):
@@ -138,7 +138,7 @@ class PackedLinear(Packed):
     @property
     def weight(self) -> Tensor:
         """The dense weight (O, I), made anew: some mixers ask a linear for the type or device of its weight."""
-        return torch.empty(self.shape, device="meta") if self.weight_packed.is_meta else self.dequantize()
+        return torch.empty(self.rows, self.columns, device="meta") if self.weight_packed.is_meta else self.dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.kernel_weight(), self.bias)

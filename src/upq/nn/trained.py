@@ -39,6 +39,14 @@ class TrainedLinear(nn.Module):
     def shape(self) -> tuple[int, int]:
         """(O, I)."""
 
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.shape[1]
+
     @abstractmethod
     def solution(self) -> Start:
         """What it has become, to train on from or to pack. Where it is sharded, every process has to call this."""
