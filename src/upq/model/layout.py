@@ -42,7 +42,11 @@ def layout_of(model: PreTrainedModel) -> Layout:
             f"{name} has no list of decoder blocks: UPQ takes the outermost ModuleList of transformers' "
             "GradientCheckpointingLayer beside the embedding; this class has none"
         )
-    blocks = max(beside, key=lambda path: sum(p.numel() for p in lists[path].parameters()))
+    nearest = max(len(_common(path, embedding).split(".")) for path in beside)
+    blocks = max(
+        (path for path in beside if len(_common(path, embedding).split(".")) == nearest),
+        key=lambda path: sum(tensor.nbytes for tensor in lists[path].state_dict().values()),
+    )
     return Layout(_common(blocks, embedding), blocks, embedding, head)
 
 
