@@ -69,6 +69,7 @@ class Tally:
     """
 
     on_bad_row: OnBadRow | None
+    of_recipe: bool = True  # so that the recipe's key is the remedy
     rows: int = 0
     bad: int = 0
     example: str = ""  # the first bad row, and why
@@ -80,6 +81,8 @@ class Tally:
 
     def reject(self, error: BadRow, row: int) -> None:
         """Count row number `row` as bad, or raise UPQError."""
+        if not self.of_recipe:
+            raise error
         remedy = "--set data.on_bad_row=skip leaves such rows out"
         if self.on_bad_row == "error" or (self.on_bad_row is None and row <= FIRST):
             raise UPQError(f"{error}; {remedy}") from error
