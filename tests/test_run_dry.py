@@ -102,7 +102,7 @@ ROLES = '{"messages": [{"role": "bot", "content": "x"}]}\n'
         (
             ROLES.replace("bot", "user") * 3,
             "skip",
-            r"rows\.jsonl: none of its 3 rows can be used \(.*rows\.jsonl:1: the chat template refuses .*; leave it out",
+            r"rows\.jsonl: none of its 3 rows can be used \(.*:1: the chat template refuses .*; leave it out",
         ),
     ],
 )
