@@ -33,6 +33,7 @@ def chat(
         import torch
 
         from upq.artifact.transformers import load
+        from upq.core.precision import to_compute_dtype
         from upq.model.loading import load_tokenizer
         from upq.run.quiet import quiet_libraries
 
@@ -45,6 +46,8 @@ def chat(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with loading(what=model):
         loaded = load(model, device=device)
+        if getattr(loaded, "hf_quantizer", None) is None:  # an artefact runs compiled, in float32 but for its weights
+            loaded = to_compute_dtype(loaded)
     options: dict[str, Any] = {"max_new_tokens": max_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_p": top_p}

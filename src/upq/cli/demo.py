@@ -31,6 +31,7 @@ def demo(
     from upq.run.reporter import duration, loading
 
     with loading():
+        from upq.core.precision import to_compute_dtype
         from upq.core.signals import Stop
         from upq.evals import evaluate_tasks, mini
         from upq.kernels import computing
@@ -62,7 +63,7 @@ def demo(
     said: dict[str, list[str]] = {}
     for name, path in (("original", REFERENCE), ("2 bits, nearest", nearest), ("2 bits, UPQ", artifact)):
         with console.status(f"testing {name}"), computing("reference"):  # it compares weights, not kernels
-            model = load_model(path)
+            model = to_compute_dtype(load_model(path))
             scores[name] = evaluate_tasks(model, tokenizer, list(SUITES), limit=limit, batch_size=64)
             said[name] = answers(model, tokenizer, prompts)
     console.print(_scores(scores, {"2 bits, nearest": plain, "2 bits, UPQ": manifest}))
