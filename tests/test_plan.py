@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import upq.cli
@@ -155,15 +153,6 @@ class Rows:
         return torch.zeros(size, dtype=torch.long)
 
 
-@pytest.fixture
-def own_accelerator() -> Iterator[None]:
-    """accelerate keeps the precision of a process's first training; the next one may have another."""
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
-
-
-@pytest.mark.usefixtures("own_accelerator")
 @pytest.mark.parametrize(
     "settings",
     [
