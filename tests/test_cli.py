@@ -1,7 +1,9 @@
 """The command line as a person meets it: exit codes, one-line errors, the run of a command."""
 
 import json
+import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import upq.cli
 from tiny import byte_tokenizer
+from upq.cli import json_file
+from upq.core.errors import UPQError
 
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -49,6 +53,53 @@ def upq_command(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.parametrize("kind", ["new", "file", "link", "broken link", "home"])
+def test_figures_go_to_a_file_and_links_stay(kind, tmp_path, monkeypatch):
+    real = tmp_path / "real.json"
+    path = real if kind in ("new", "file") else tmp_path / "link.json"
+    if kind in ("file", "link"):
+        real.write_text("old")
+    if "link" in kind:
+        path.symlink_to("real.json")
+    if kind == "home":
+        monkeypatch.setenv("HOME", str(tmp_path))
+        path = Path("~/real.json")
+    json_file.check(path)
+    json_file.write(path, {"a": 1})
+    assert json.loads(real.read_text()) == {"a": 1}
+    assert path.is_symlink() == ("link" in kind)
+
+
+def test_figures_go_into_a_pipe_that_stays_one(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    json_file.check(pipe)
+    json_file.write(pipe, {"a": 1})
+    assert json.loads(os.read(reader, 100)) == {"a": 1}
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_figures_behind_a_descriptor_come_after_what_is_there(tmp_path):
+    with (tmp_path / "shown").open("w") as shown:
+        shown.write("a table\n")
+        shown.flush()
+        path = Path(f"/dev/fd/{shown.fileno()}")
+        json_file.check(path)
+        json_file.write(path, [1])
+    assert (tmp_path / "shown").read_text() == "a table\n[\n  1\n]\n"
+
+
+def test_figures_have_a_place_before_the_work(tmp_path):
+    (tmp_path / "dangling.json").symlink_to("gone/x.json")
+    for path, reason in ((tmp_path, "is a directory"), (tmp_path / "gone" / "x", "no such directory")):
+        with pytest.raises(UPQError, match=rf"--json {path}: {reason}"):
+            json_file.check(path)
+    with pytest.raises(UPQError, match="no such directory"):
+        json_file.check(tmp_path / "dangling.json")
+
+
 def settings(*overrides):
     return [word for override in (*QUICK, *overrides) for word in ("--set", override)]
 
@@ -56,13 +107,13 @@ def settings(*overrides):
 def test_quantize_then_eval_then_chat(model, tmp_path, upq_command):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"the {i}th fox sees {i * i} geese"}) + "\n" for i in range(200)))
-    out = tmp_path / "out"
+    out = tmp_path / "out [v2]"  # rich would read a tag
     code, shown, errors = upq_command("quantize", model, "--out", out, "--data", text, *settings())
     assert code == 0, errors
     assert "original" in shown
     assert "artefact" in shown
     assert "peak memory" in shown
-    assert f"upq chat {out}" in shown
+    assert f"{out} is ready: upq chat '{out}'" in shown
     assert "int2: 2/2" in shown  # plain lines, since this is no terminal
 
     figures = tmp_path / "figures.json"

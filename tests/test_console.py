@@ -1,12 +1,16 @@
 """The estimate of the remaining time, and what is printed where there is no terminal."""
 
 import io
+import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from upq.cli.console import size
-from upq.run.reporter import Estimate, LiveBars, PlainLines, duration, reporter
+import upq
+from upq.cli.console import size, table
+from upq.run.console import console, styled
+from upq.run.reporter import Estimate, LiveBars, PlainLines, duration, loading, reporter
 
 
 def test_nothing_is_estimated_before_anything_is_measured():
@@ -72,3 +76,35 @@ def test_duration(seconds, shown):
 )
 def test_size(count, shown):
     assert size(count) == shown
+
+
+PATHS = ["out [v2]", "a[/b]", "a[bold]b", ":smile: [link=x]", "[/]", "a\\[b", "half \udcff"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_path_is_shown_as_it_is(path, terminal, capsys, monkeypatch):
+    """By all that prints one: lines, notes, tables, rules, questions, and what shows that something is loaded."""
+    monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
+    shown = console()
+    assert shown.is_terminal == terminal
+    shown.print(styled((path, "bold"), f" is ready: {path}"), soft_wrap=True)
+    shown.print(table(path if path.isprintable() else "", [styled(path)], [[styled(path)]]))
+    with reporter(shown) as progress:
+        progress.note(f"{path}: a note")
+    with loading(what=path):
+        pass
+    out = re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
+    written = path.encode("unicode_escape").decode() if "\udcff" in path else path
+    assert f"{written} is ready: {written}" in out
+    assert f"{written}: a note" in out
+    assert out.count(written) >= 5
+
+
+def test_one_place_makes_a_console():
+    """With markup off. A string with tags would be shown with them, so none is written."""
+    for file in Path(upq.__file__).parent.rglob("*.py"):
+        text = file.read_text()
+        if file.name != "console.py" or file.parent.name != "run":
+            assert not re.search(r"[^.\w]Console\(|from_markup|rich\.markup", text), file
+        assert not re.search(r"\[/(bold|dim|red|green|yellow|cyan)", text), file

@@ -15,7 +15,8 @@ from tiny import byte_tokenizer
 from upq.core.errors import UPQError
 from upq.data.config import TextSource
 from upq.data.encoding import Encoded, Encoder
-from upq.data.sources import Document, Message, read_documents
+from upq.data.rows import Document, Message
+from upq.data.sources import read_documents
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "tokenizers"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data beside the repository")

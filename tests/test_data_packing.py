@@ -404,7 +404,7 @@ def test_killed_on_the_way_leaves_nothing(
 
     if at == "documents":
         lines = corpus.read_text().splitlines()
-        corpus.write_text("\n".join([*lines, "{broken"]))
+        corpus.write_text("\n".join([*lines, *["{broken"] * 9]))
     elif at == "rows":
         monkeypatch.setattr(TensorPlan, "pieces", killed)
     else:

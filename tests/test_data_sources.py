@@ -18,6 +18,7 @@ from upq.core.errors import UPQError
 from upq.data import DEFAULT_SOURCE, Message, read_documents
 from upq.data.config import Data, TextSource
 from upq.data.sources import identity, sources_of
+from upq.run.api import recipe_of
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 MESSAGES = (Message("user", "Hi"), Message("assistant", "Ho"))
@@ -93,6 +94,35 @@ def test_a_directory_is_its_files_in_order(tmp_path: Path) -> None:
     assert contents(tmp_path) == ["a.jsonl", "b.txt", "b/a.txt"]
 
 
+def test_links_are_followed_and_one_to_nothing_is_named(tmp_path: Path) -> None:
+    written(tmp_path / "far" / "b.txt", "b")
+    (tmp_path / "far" / "back").symlink_to(tmp_path / "far")
+    written(tmp_path / "d" / "a.txt", "a")
+    (tmp_path / "d" / "far").symlink_to("../far")
+    assert contents(tmp_path / "d") == ["a", "b"]
+    (tmp_path / "d" / "c.txt").symlink_to("annexed")
+    with pytest.raises(UPQError, match=r"c\.txt: a link to a file that is not here; fetch the file"):
+        contents(tmp_path / "d")
+
+
+def test_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path / "a.txt", "a")
+    assert contents("~/a.txt") == contents("~") == ["a"]
+    assert recipe_of("default", {}, "~/a.txt").data.sources[0].path == "~/a.txt"
+    with pytest.raises(UPQError, match=r"~/b\.txt: no such file"):
+        recipe_of("default", {}, "~/b.txt")
+    with pytest.raises(UPQError, match=r"~nobody-here/a\.txt: no such file"):
+        contents("~nobody-here/a.txt")
+
+
+def test_a_git_lfs_pointer_is_no_text(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 123456789\n"
+    for name in ("a.jsonl", "a.txt", "a.parquet", "a.json.gz"):
+        with pytest.raises(UPQError, match=rf"{name}: a Git LFS pointer, .*; run `git lfs pull` in {tmp_path}"):
+            contents(written(tmp_path / name, pointer))
+
+
 def test_texts_without_a_character_are_passed_over(tmp_path: Path) -> None:
     assert contents(written(tmp_path / "a.jsonl", lines({"text": ""}, {"text": "x"}, {"text": " \n"}))) == ["x"]
 
@@ -120,7 +150,7 @@ BAD: dict[str, tuple[str, str | bytes, str]] = {
     "no object": ("a.jsonl", '"hello"\n', r"a\.jsonl:1: expected an object .*got str"),
     "no column": ("a.jsonl", lines({"a": 1, "b": 2}), r"a\.jsonl:1: no column .*'text'; columns here: a, b; .*field"),
     "wrong type": ("a.jsonl", lines({"text": 3}), r"a\.jsonl:1: column 'text' must be a text or a list .*int"),
-    "null": ("a.jsonl", lines({"text": None}), r"a\.jsonl:1: column 'text' .*NoneType"),
+    "null": ("a.jsonl", lines({"text": None}), r"a\.jsonl: no text in it"),
     "no messages": ("a.jsonl", lines({"messages": []}), r"a\.jsonl:1: column 'messages' .*empty list"),
     "wrong role": (
         "a.jsonl",
@@ -153,9 +183,9 @@ def test_parquet_without_the_column(tmp_path: Path) -> None:
         contents(tmp_path / "a.parquet")
 
 
-def test_parquet_null_names_the_row(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": ["x", None]}), tmp_path / "a.parquet")
-    with pytest.raises(UPQError, match=r"a\.parquet: row 2: column 'text' .*NoneType"):
+def test_parquet_of_another_type_names_the_row(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [None, 3]}), tmp_path / "a.parquet")
+    with pytest.raises(UPQError, match=r"a\.parquet: row 2: column 'text' .*int"):
         contents(tmp_path / "a.parquet")
 
 

@@ -117,6 +117,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "smollm3",
         {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 6},
     ),
+    "keys of another family": ("llama", {"sliding_window": 7, "use_sliding_window": True, "no_rope_layers": [0, 0]}),
     "one key head": ("qwen2", {"num_key_value_heads": 1}),
     "as many key heads": ("llama", {"num_key_value_heads": 4}),
     "wide heads": ("llama", {"head_dim": 80}),

@@ -6,6 +6,7 @@ import errno
 import gc
 import hashlib
 import json
+import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -68,6 +69,36 @@ def test_what_is_written_has_its_name_and_the_permissions_of_new_files(tmp_path:
     ):
         scratch.mkdir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "file", "new"]
+
+
+def test_an_empty_directory_stays_the_same_and_gets_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be where a shell stands, or a mount point; `.` has no name."""
+    for name in (".", "there", "link"):
+        (tmp_path / "there").mkdir()
+        (tmp_path / "link").symlink_to("there")
+        monkeypatch.chdir(tmp_path / "there" if name == "." else tmp_path)
+        before = (tmp_path / "there").stat().st_ino
+        with written(Path(name)) as scratch:
+            (scratch / "deep").mkdir(parents=True)
+            (scratch / "deep" / "file").write_bytes(b"1")
+        assert (tmp_path / "there" / "deep" / "file").read_bytes() == b"1"
+        assert [path.name for path in (tmp_path / "there").iterdir()] == ["deep"]
+        assert (tmp_path / "there").stat().st_ino == before
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "link").unlink()
+        shutil.rmtree(tmp_path / "there")
+
+
+@pytest.mark.parametrize("path", [".", "..", "/", "", "./", "a/b/..", "\\\\"])
+def test_a_model_without_a_name_has_a_stand_in(path: str) -> None:
+    model = SourceModel(path=path, digest="x")
+    assert model.name == "model"
+    assert "# model" in model_card(Manifest(model=model))
+
+
+@pytest.mark.parametrize("path", ["a", "/x/a", "o/a", "C:\\x\\a", "x/a/", "./a"])
+def test_the_name_of_a_model_is_the_last_part_of_its_path(path: str) -> None:
+    assert SourceModel(path=path, digest="x").name == "a"
 
 
 # --- safetensors ---------------------------------------------------------------------------------------------------

@@ -107,8 +107,12 @@ class TestDamping:
         before_O = objective(GRIDS.get("seq").fake(w_OI, params, scheme), w_OI, h_II)
         after_O = objective(gptq(w_OI, h_II, params, scheme), w_OI, h_II)
         assert after_O.sum() < 0.6 * before_O.sum()
-        with pytest.raises(torch.linalg.LinAlgError):
-            gptq(w_OI, torch.zeros_like(h_II), params, scheme)
+
+    def test_is_not_needed_where_nothing_is_read(self) -> None:
+        scheme, (w_OI, h_II) = QuantScheme(bits=2), problem()
+        params = search_scale(w_OI, scheme)
+        nearest_OI = GRIDS.get("seq").fake(w_OI, params, scheme).double()
+        assert torch.equal(gptq(w_OI, torch.zeros_like(h_II), params, scheme), nearest_OI)
 
     def test_is_a_share_of_the_mean_diagonal(self) -> None:
         """So the result does not depend on the unit of the inputs."""

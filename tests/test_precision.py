@@ -116,7 +116,7 @@ SETTINGS: dict[str, Any] = {
 
 
 class Notes(Silent):
-    """Keeps what it is told, and ends a run as the stage `stop` begins."""
+    """Keeps the notes, and ends a run as the stage `stop` begins."""
 
     def __init__(self, stop: str = "") -> None:
         self.notes, self.stop = list[str](), stop

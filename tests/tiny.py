@@ -106,9 +106,10 @@ def _build(
     _artifact(out, model, tokenizer, scheme, embeddings_bits)
 
 
-def artifact_of(out: Path, source: Path, *, scheme: QuantScheme | None = None) -> Path:
+def artifact_of(out: Path, source: Path, *, scheme: QuantScheme | None = None, embeddings_bits: Any = None) -> Path:
     """An artefact of a model on disk, its weights rounded to the nearest level."""
-    return _artifact(out, load_model(source), load_tokenizer(source), scheme, None)
+    tokenizer = load_tokenizer(source) if (source / "tokenizer_config.json").is_file() else None
+    return _artifact(out, load_model(source), tokenizer, scheme, embeddings_bits)
 
 
 def _artifact(out: Path, model: Any, tokenizer: Any, scheme: QuantScheme | None, embeddings_bits: Any) -> Path:

@@ -39,7 +39,7 @@ a size mismatch. Do not pass `ignore_mismatched_sizes=True` to get past that; th
 
 def model_card(manifest: Manifest) -> str:
     """Markdown from the manifest alone; what was not measured is left out."""
-    source = _source_name(manifest)
+    source = manifest.model.name
     counts = Counter(layer.bits for layer in manifest.layers)
     held = " and ".join(f"{counts[bits]} in {bits} bits" for bits in sorted(counts))
     about = (
@@ -59,10 +59,6 @@ def model_card(manifest: Manifest) -> str:
         "## Licence\n\nThe same as that of the base model.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _source_name(manifest: Manifest) -> str:
-    return manifest.model.path.rstrip("/\\").replace("\\", "/").rpartition("/")[2] or manifest.model.path
 
 
 def _front_matter(manifest: Manifest) -> str:

@@ -23,6 +23,12 @@ class SourceModel(Strict):
     path: str
     digest: str  # of the files, see digest_model_dir
 
+    @property
+    def name(self) -> str:
+        """The last part of the path; of one that has none (`.`) a stand-in."""
+        last = self.path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+        return "model" if last in ("", ".", "..") else last
+
 
 class Layer(Strict):
     name: str

@@ -27,6 +27,7 @@ from upq import decoding
 from upq.artifact.manifest import Layer, Manifest, file_entry
 from upq.artifact.publish import describe
 from upq.core.errors import UPQError
+from upq.core.paths import local_or_hub
 from upq.core.scheme import QTensor, QuantScheme
 from upq.files.atomic import written
 from upq.files.tensors import tensor_shapes
@@ -63,7 +64,7 @@ def load(
     """
     if decoder not in ("upq", "transformers"):
         raise UPQError(f"load: unknown decoder {decoder!r}; choose upq or transformers")
-    model = load_model(path, dtype=dtype, device=device)
+    model = load_model(local_or_hub(path), dtype=dtype, device=device)
     if isinstance(getattr(model, "hf_quantizer", None), UpqHfQuantizer):
         if dequantize:
             model.dequantize()  # type: ignore[no-untyped-call]
@@ -282,6 +283,8 @@ def write_artifact(
         _layer(model.get_submodule(path), path, scheme, (errors or {}).get(path))
         for path, scheme in config.schemes(model).items()
     ]
+    # The flag of a source may deny a head of its own, and what is packed could then not be loaded.
+    model.config.tie_word_embeddings = len(embedding_tables(model)) == 1
     with written(out) as scratch:
         scratch.mkdir(parents=True)
         try:

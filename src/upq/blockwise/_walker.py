@@ -17,6 +17,7 @@ from upq.core.memory import trim
 from upq.core.precision import Precision, computes_in_bf16
 from upq.core.processes import ALONE, Processes
 from upq.core.progress import Progress
+from upq.grids import SMALLEST_SCALE
 from upq.model.activations import Activations, Allocate, allocator, batches
 from upq.model.source import Source
 from upq.model.walker import Step
@@ -120,7 +121,8 @@ def _solve(task: BlockTask, method: Method, store: BlockStore, source: Source, a
             if not math.isfinite(found["weight"]):
                 raise UPQError(f"{at}, quantised: {name} holds NaN or infinity; {remedy}")
     if task.step.states:
-        block = (task.processes.total(error) / task.processes.total(size)) ** 0.5
+        of_zeros = torch.finfo(torch.float32).tiny  # hidden states that are all zero
+        block = (task.processes.total(error) / max(task.processes.total(size), of_zeros)) ** 0.5
         for found in report.values():
             found["block"] = block
     with task.processes.shared_errors():
@@ -130,7 +132,9 @@ def _solve(task: BlockTask, method: Method, store: BlockStore, source: Source, a
 
 
 def _relative(approximation: Tensor, exact: Tensor) -> float:
-    return float((approximation - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    # Of a weight of zeros: in units of the smallest scale, which is what a grid without a zero level makes of it.
+    least = SMALLEST_SCALE * math.sqrt(exact.numel())
+    return float((approximation - exact).norm() / exact.norm().clamp_min(least))
 
 
 def _squares(hidden_NTH: Activations, batch_size: int = 8) -> float:

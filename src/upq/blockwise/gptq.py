@@ -78,7 +78,10 @@ def gptq(w_OI: Tensor, h_II: Tensor, params: Params, scheme: QuantScheme, *, dam
     Row by row the better of GPTQ and nearest rounding is kept: greedy compensation has no guarantee of its own.
     """
     grid, dtype = GRIDS.get(scheme.grid), h_II.dtype
-    h_II = h_II + damp * h_II.diagonal().mean() * torch.eye(len(h_II), dtype=dtype, device=h_II.device)
+    mean = h_II.diagonal().mean()
+    unit_II = torch.eye(len(h_II), dtype=dtype, device=h_II.device)
+    # Behind a norm of zeros nothing is read, and every rounding is as good.
+    h_II = h_II + damp * mean * unit_II if mean != 0 else unit_II
     inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(h_II))
     u_II = torch.linalg.cholesky(inverse_II, upper=True)
     free_OI = w_OI.to(dtype).clone()

@@ -82,19 +82,15 @@ def main() -> None:
     except UPQError as error:
         if os.environ.get("UPQ_DEBUG"):
             raise
-        from rich.console import Console
+        from upq.run.console import console, styled
 
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {_escaped(error)}", soft_wrap=True, highlight=False)
+        console(stderr=True).print(styled(("error:", "bold red"), f" {_line(error)}"), soft_wrap=True)
         sys.exit(2)
     except Stopped as stopped:
         print(f"stopped by {stopped}; the same command goes on from what is on disk", file=sys.stderr)
         sys.exit(stopped.exit_code)
 
 
-def _escaped(error: UPQError) -> str:
-    from rich.markup import escape
-
-    # A message quotes names from files: neither control sequences nor halves of characters go to the terminal.
+def _line(error: UPQError) -> str:
     line = " ".join(str(error).split())
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line[:_LINE])
-    return escape(shown + "…" * (len(line) > _LINE))
+    return line[:_LINE] + "…" * (len(line) > _LINE)

@@ -11,6 +11,7 @@ import typer
 
 from upq.cli import json_file as to_json
 from upq.core.errors import UPQError
+from upq.core.paths import local_or_hub
 
 if TYPE_CHECKING:
     from upq.evals.speed import Speed
@@ -35,11 +36,11 @@ def bench(
     if against not in (None, "gguf"):
         raise UPQError(f"--against must be gguf, got {against!r}")
     to_json.check(json_file)
+    artifact = local_or_hub(artifact)
     if compute not in ("w2a8", "w2a16"):
         raise UPQError(f"--compute must be w2a8 or w2a16, got {compute!r}")
 
-    from rich.console import Console
-
+    from upq.run.console import console, styled
     from upq.run.reporter import loading
 
     with loading():
@@ -57,10 +58,10 @@ def bench(
         bench.check_llama_cpp()
     torch.set_num_threads(threads or torch.get_num_threads())
     workload = bench.Workload(prompt=prompt, tokens=tokens, prefill=prefill, repeats=repeats)
-    status = Console(stderr=True)
+    status = console(stderr=True)
     with computing(compute), TemporaryDirectory() as scratch:
         before = resident_bytes()
-        with status.status(f"loading {artifact}"):
+        with status.status(styled(f"loading {artifact}")):
             model = hf.load(artifact)
             engines = [bench.compiled(model)]
         engines[0].run([0] * workload.prefill, 2, lambda: 0.0)
@@ -90,15 +91,13 @@ def bench(
 
 
 def _show(figures: dict[str, Any], speeds: list[Speed]) -> None:
-    from rich.console import Console
-
     from upq.cli.console import size, table
+    from upq.run.console import console
 
-    console = Console()
-    console.print(
+    shown = console()
+    shown.print(
         f"{figures['compute']} on {figures['instruction_set']}, {figures['threads']} threads; medians of "
-        f"{figures['repeats']}; a plain read of memory: {size(figures['stream_bytes_per_second'])}/s",
-        highlight=False,
+        f"{figures['repeats']}; a plain read of memory: {size(figures['stream_bytes_per_second'])}/s"
     )
     rows = [
         [
@@ -113,11 +112,10 @@ def _show(figures: dict[str, Any], speeds: list[Speed]) -> None:
     if len(speeds) > 1:
         rows.append(["upq decodes", *(f"{s.decode_ratio:.2f} ×" for s in speeds)])
         rows.append(["upq reads prompts", *(f"{s.prefill_ratio:.2f} ×" for s in speeds)])
-    console.print(table("", ["", *(s.name for s in speeds)], rows))
-    console.print(
+    shown.print(table("", ["", *(s.name for s in speeds)], rows))
+    shown.print(
         f"weight files {size(figures['file_bytes'])}; in memory the model takes {size(figures['model_bytes'])}, "
-        f"the whole process {size(figures['resident_bytes'])}",
-        highlight=False,
+        f"the whole process {size(figures['resident_bytes'])}"
     )
 
 

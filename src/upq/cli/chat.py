@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from upq.core.errors import UPQError
+from upq.core.paths import local_or_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,8 +26,7 @@ def chat(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Stream answers to your messages; the history is kept. /reset forgets it, /exit or Ctrl-D leaves."""
-    from rich.console import Console
-
+    from upq.run.console import console, styled
     from upq.run.reporter import loading
 
     with loading():
@@ -38,7 +38,8 @@ def chat(
         from upq.run.quiet import quiet_libraries
 
     quiet_libraries()
-    console = Console()
+    shown = console()
+    model = local_or_hub(model)
     tokenizer = load_tokenizer(model)
     if not getattr(tokenizer, "chat_template", None):
         raise UPQError(f"{model}: no chat template in its tokenizer; name an instruction-tuned model")
@@ -55,14 +56,14 @@ def chat(
     if prompt is not None:
         answer(loaded, tokenizer, [*start, {"role": "user", "content": prompt}], options)
         return
-    console.print("[dim]/reset forgets the conversation, /exit leaves[/dim]")
+    shown.print(styled(("/reset forgets the conversation, /exit leaves", "dim")))
     history = list(start)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C may mean the answer alone
     while True:
         try:
-            text = console.input("[bold cyan]you ›[/bold cyan] ").strip()
+            text = shown.input(styled(("you ›", "bold cyan"), " ")).strip()
         except EOFError:
-            console.print()
+            shown.print()
             return
         if text in ("/exit", "/quit"):
             return
@@ -72,11 +73,11 @@ def chat(
         if not text:
             continue
         history.append({"role": "user", "content": text})
-        console.print("[bold green]model ›[/bold green] ", end="")
+        shown.print(styled(("model ›", "bold green"), " "), end="")
         try:
             reply = answer(loaded, tokenizer, history, options)
         except KeyboardInterrupt:  # stops the answer, not the conversation
-            console.print(" [dim](stopped)[/dim]")
+            shown.print(styled((" (stopped)", "dim")))
             history.pop()
             continue
         history.append({"role": "assistant", "content": reply})

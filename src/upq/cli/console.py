@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.table import Table
+from rich.text import Text
 
 
 def size(count: float) -> str:
@@ -14,7 +17,7 @@ def size(count: float) -> str:
     raise AssertionError("unreachable")
 
 
-def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+def table(title: str, columns: list[str], rows: Sequence[Sequence[str | Text]]) -> Table:
     """A table whose first column is text and whose others are figures."""
     made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for i, column in enumerate(columns):

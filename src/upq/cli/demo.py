@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from upq.core.paths import local
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,15 +28,15 @@ def demo(
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each test (for a quick look).")] = None,
 ) -> None:
     """Quantise a small instruct model to 2 bits on documents and its own words, and put the same tests to both."""
-    from rich.console import Console
-
     from upq.run.api import quantize
+    from upq.run.console import console, styled
     from upq.run.reporter import duration, loading
 
     with loading():
         from upq.core.precision import to_compute_dtype
         from upq.core.signals import Stop
         from upq.evals import evaluate_tasks, mini
+        from upq.files.atomic import write_errors
         from upq.kernels import computing
         from upq.model.loading import load_model, load_tokenizer
         from upq.run.quiet import quiet_libraries
@@ -44,32 +47,34 @@ def demo(
         from upq.world.reference import REFERENCE
 
     quiet_libraries()
-    console = Console()
+    shown = console()
+    out = local(out)
     artifact, nearest, corpus = (out / name for name in ("int2", "int2-nearest", "documents.jsonl"))
-    out.mkdir(parents=True, exist_ok=True)
+    with write_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
     if not corpus.is_file():
         write_corpus(corpus, World(), n=DOCUMENTS, seed=1)
 
-    console.rule("1. FP → 2 bits, with documents and conversations that it writes itself", align="left")
+    shown.rule("1. FP → 2 bits, with documents and conversations that it writes itself", align="left")
     with Stop().listening() as stop:
         manifest = quantize(REFERENCE, artifact, recipe, data=corpus, stop=stop)
     rounding = Recipe.load(recipe, ["int4=null", "int2.method=rtn", "int2.grid=affine", "distill.tokens=0"])
     plain = quantize(REFERENCE, nearest, rounding, data=corpus, progress=None)
 
-    console.rule("2. does it still know, does it still obey?", align="left")
+    shown.rule("2. does it still know, does it still obey?", align="left")
     tokenizer = load_tokenizer(REFERENCE)
     prompts = mini.ifeval_docs(split="validation")["test"]["prompt"][:PROMPTS]
     scores: dict[str, Scores] = {}
     said: dict[str, list[str]] = {}
     for name, path in (("original", REFERENCE), ("2 bits, nearest", nearest), ("2 bits, UPQ", artifact)):
-        with console.status(f"testing {name}"), computing("reference"):  # it compares weights, not kernels
+        with shown.status(f"testing {name}"), computing("reference"):  # it compares weights, not kernels
             model = to_compute_dtype(load_model(path))
             scores[name] = evaluate_tasks(model, tokenizer, list(SUITES), limit=limit, batch_size=64)
             said[name] = answers(model, tokenizer, prompts)
-    console.print(_scores(scores, {"2 bits, nearest": plain, "2 bits, UPQ": manifest}))
-    console.print(_answers(said, prompts))
-    console.print(f"quantised in {duration(sum(manifest.seconds.values()))}", highlight=False)
-    console.print(f"talk to it: [bold]upq chat {artifact}[/bold]", highlight=False)
+    shown.print(_scores(scores, {"2 bits, nearest": plain, "2 bits, UPQ": manifest}))
+    shown.print(_answers(said, prompts))
+    shown.print(f"quantised in {duration(sum(manifest.seconds.values()))}")
+    shown.print(styled("talk to it: ", (f"upq chat {shlex.quote(str(artifact))}", "bold")), soft_wrap=True)
 
 
 def _scores(scores: dict[str, Scores], manifests: dict[str, Manifest]) -> Table:
@@ -98,7 +103,6 @@ def _scores(scores: dict[str, Scores], manifests: dict[str, Manifest]) -> Table:
 
 def _answers(said: dict[str, list[str]], prompts: list[str]) -> Table:
     """Each prompt with every model's answer."""
-    from rich.markup import escape
     from rich.table import Table
 
     made = Table(show_lines=True, header_style="bold")
@@ -106,5 +110,5 @@ def _answers(said: dict[str, list[str]], prompts: list[str]) -> Table:
     for name in said:
         made.add_column(name)
     for i, prompt in enumerate(prompts):
-        made.add_row(escape(prompt), *(escape(found[i]) for found in said.values()))
+        made.add_row(prompt, *(found[i] for found in said.values()))
     return made

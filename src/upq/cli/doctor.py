@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from upq.core.errors import UPQError
+from upq.core.paths import local
 
 CORE = ("torch", "transformers", "safetensors", "accelerate", "datasets", "pydantic", "typer", "rich")
 EXTRAS = {
@@ -38,6 +39,7 @@ def doctor(
         with loading():
             from upq.artifact.manifest import read_manifest, verify
 
+        artifact = local(artifact)
         manifest = read_manifest(artifact)
         verify(artifact, manifest)
         print(f"{artifact}: all {len(manifest.files)} files are as they were written")
@@ -46,23 +48,20 @@ def doctor(
     import platform
     import shutil
 
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from upq.cli.console import size
+    from upq.run.console import console, styled
 
     with loading("auto", "torch"):
         import torch
 
-    console = Console()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     missing: list[str] = []
 
     def row(name: str, value: str, remedy: str = "") -> None:
-        mark = "[yellow]![/yellow]" if remedy else "[green]✓[/green]"
-        remedied = f"  [yellow]→ {escape(remedy)}[/yellow]" if remedy else ""  # else rich reads upq[eval] as a colour
-        table.add_row(mark, name, escape(value) + remedied)
+        mark = ("!", "yellow") if remedy else ("✓", "green")
+        table.add_row(styled(mark), name, styled(value, (f"  → {remedy}" if remedy else "", "yellow")))
         if remedy:
             missing.append(name)
 
@@ -88,7 +87,7 @@ def doctor(
         absent = [name for name in packages if find_spec(name) is None]
         remedy = f"pip install 'upq[{extra}]'" if absent else ""
         row(f"extra {extra}", "missing: " + ", ".join(absent) if absent else "installed", remedy)
-    console.print(table)
+    console().print(table)
     if strict and missing:
         raise UPQError(f"missing on this machine: {', '.join(missing)}; the table above says how to get each")
 

@@ -41,11 +41,9 @@ def evaluate(
     """Measure MODEL on a text (perplexity, distance from a teacher) and on tasks; at least one of the two."""
     to_json.check(json_file)
 
-    from rich.console import Console
-    from rich.markup import escape
-
     from upq.cli.console import table
     from upq.run.api import evaluate
+    from upq.run.console import console
 
     figures = evaluate(
         model,
@@ -61,7 +59,7 @@ def evaluate(
         device=device,
         compute=compute,
     )
-    Console().print(table(escape(model), ["measure", "value"], _rows(figures, limit)))
+    console().print(table(model, ["measure", "value"], _rows(figures, limit)))
     to_json.write(json_file, figures)
 
 

@@ -25,20 +25,18 @@ def export(
     allow_inexact: Annotated[bool, typer.Option(help="Write it even where weights have to be rounded.")] = False,
 ) -> None:
     """Write ARTIFACT for another engine, read it back as that engine does, and compare every weight."""
-    from rich.console import Console
-
     from upq.run.api import export
+    from upq.run.console import console, styled
 
     report = export(artifact, to, out, allow_inexact=allow_inexact, **_options(set_ or []))
     from upq.exports import report_path
 
-    console = Console()
-    console.print(report_table(report))
+    shown = console()
+    shown.print(report_table(report))
     for note in report.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    verdict = "[green]exact[/green]" if report.exact else "[yellow]not exact[/yellow]"
-    ready = f"[bold]{out}[/bold] is ready, {verdict}; report: {report_path(out)}"
-    console.print(ready, highlight=False, soft_wrap=True)
+        shown.print(styled(f"note: {note}"), soft_wrap=True)
+    verdict = ("exact", "green") if report.exact else ("not exact", "yellow")
+    shown.print(styled((str(out), "bold"), " is ready, ", verdict, f"; report: {report_path(out)}"), soft_wrap=True)
 
 
 def _options(items: list[str]) -> dict[str, Any]:

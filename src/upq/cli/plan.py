@@ -14,6 +14,7 @@ from upq.cli import json_file as to_json
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from upq.run.plan import Plan
 
@@ -37,9 +38,8 @@ def plan(
     """Show what each stage needs, and the settings that make it fit. Exit code 1 where nothing makes it fit."""
     to_json.check(json_file)
 
-    from rich.console import Console
-
     from upq.run.api import plan
+    from upq.run.console import console
     from upq.run.reporter import loading
 
     with loading():
@@ -54,10 +54,10 @@ def plan(
         gpu_tflops=gpu_tflops,
         gpu_bandwidth=gpu_bandwidth,
     )
-    console = Console()
-    console.print(table_of(made))
+    shown = console()
+    shown.print(table_of(made))
     for line in notes(made, model, recipe, set_ or []):
-        console.print(line, highlight=False, soft_wrap=line.startswith(" "))  # of a command no line may be broken
+        shown.print(line, soft_wrap=line.plain.startswith(" "))  # of a command no line may be broken
     to_json.write(json_file, dataclasses.asdict(made))
     raise typer.Exit(not made.fits)
 
@@ -65,13 +65,14 @@ def plan(
 def table_of(made: Plan) -> Table:
     """A line a stage; what does not fit is red."""
     from upq.cli.console import size, table
+    from upq.run.console import styled
     from upq.run.reporter import duration
 
     where = "memory of a GPU" if made.machine.gpus else "memory"
-    rows = []
+    rows: list[list[str | Text]] = []
     for stage in made.stages:
         fits = stage.memory <= made.machine.memory
-        memory = size(stage.memory) if fits else f"[red]{size(stage.memory)}[/red]"
+        memory = styled((size(stage.memory), "" if fits else "red"))
         took = duration(stage.seconds) if stage.seconds else "–"
         rows.append([stage.name, f"{stage.tokens:,}", memory, size(stage.disk), took])
     disk, seconds = sum(stage.disk for stage in made.stages), [stage.seconds for stage in made.stages]
@@ -82,26 +83,28 @@ def table_of(made: Plan) -> Table:
     return found
 
 
-def notes(made: Plan, model: str, recipe: str, overrides: list[str]) -> Iterator[str]:
+def notes(made: Plan, model: str, recipe: str, overrides: list[str]) -> Iterator[Text]:
     """What the figures come to, and the command to paste."""
     from upq.cli.console import size
+    from upq.run.console import styled
     from upq.run.plan import SCALES_ALONE
 
     gpus = made.machine.gpus
     limit = size(made.machine.memory) + (" of a GPU" if gpus else "")
-    yield f"{made.weights / 1e9:.3g} billion weights; {made.coded / 1e9:.3g} billion of them become codes"
+    yield styled(f"{made.weights / 1e9:.3g} billion weights; {made.coded / 1e9:.3g} billion of them become codes")
     if gpus and made.machine.speed is None:
-        yield "for the time of GPUs give --gpu-tflops and --gpu-bandwidth, as they are reached"
+        yield styled("for the time of GPUs give --gpu-tflops and --gpu-bandwidth, as they are reached")
     settings = " ".join(f"--set {setting}" for setting in made.settings)
     if not made.fits:
         peak = max(made.stages, key=lambda stage: stage.memory)
         tried = f" even with {settings}" if settings else ""
-        yield f"[bold red]does not fit[/bold red] in {limit}{tried}: {peak.name} needs {size(peak.memory)}"
+        needs = f" in {limit}{tried}: {peak.name} needs {size(peak.memory)}"
+        yield styled(("does not fit", "bold red"), needs)
         return
-    yield f"[bold green]fits[/bold green] in {limit}{' with these settings' * bool(settings)}"
+    yield styled(("fits", "bold green"), f" in {limit}{' with these settings' * bool(settings)}")
     if SCALES_ALONE in made.settings:
-        yield f"{SCALES_ALONE} is another training: scales alone learn (docs/scale.md)"
+        yield styled(f"{SCALES_ALONE} is another training: scales alone learn (docs/scale.md)")
     start = f"torchrun --nproc-per-node {gpus} -m upq" if gpus > 1 else "upq"
     given = "".join(f" --set {shlex.quote(override)}" for override in overrides)
     chosen = "" if recipe == "default" else f" --recipe {shlex.quote(recipe)}"
-    yield f"  {start} quantize {shlex.quote(model)} --out DIR{chosen}{given}{' ' * bool(settings)}{settings}"
+    yield styled(f"  {start} quantize {shlex.quote(model)} --out DIR{chosen}{given}{' ' * bool(settings)}{settings}")

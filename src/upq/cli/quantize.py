@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,9 +36,8 @@ def quantize(
     ] = None,
 ) -> None:
     """Quantise MODEL: block by block, then by distillation from the original, packed into --out."""
-    from rich.console import Console
-
     from upq.run.api import quantize
+    from upq.run.console import console, styled
     from upq.run.reporter import loading
 
     with loading():
@@ -47,9 +48,18 @@ def quantize(
         manifest = quantize(
             model, out, chosen, data=data, device=device, keep_work=keep_work, redo=redo, work=work, stop=stop
         )
-    console = Console()
-    console.print(result_table(manifest))
-    console.print(f"[bold]{out}[/bold] is ready: upq chat {out}", highlight=False, soft_wrap=True)
+    shown = console()
+    shown.print(result_table(manifest))
+    for line in bad_rows(manifest):
+        shown.print(styled(line), soft_wrap=True)
+    shown.print(styled((str(out), "bold"), f" is ready: upq chat {shlex.quote(str(out))}"), soft_wrap=True)
+
+
+def bad_rows(manifest: Manifest) -> Iterator[str]:
+    """A line for each source with rows that could not be used."""
+    for source in manifest.data:
+        if source.get("bad_rows"):
+            yield f"{source['path']}: {source['bad_rows']:,} of {source['rows']:,} rows could not be used, left out"
 
 
 def result_table(manifest: Manifest) -> Table:

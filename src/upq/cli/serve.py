@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Annotated
 import typer
 
 from upq.core.errors import UPQError
+from upq.core.paths import local
 
 _SERVER_EXTRAS = ("llama_cpp", "uvicorn", "sse_starlette", "starlette_context")
 
@@ -42,23 +44,22 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
 ) -> None:
     """Export ARTIFACT where that is needed and start llama.cpp's or vLLM's server. Other options are the server's."""
-    from rich.console import Console
-
+    from upq.run.console import console, styled
     from upq.run.reporter import loading, reporter
 
     if engine not in ("auto", "llama.cpp", "vllm"):
         raise UPQError(f"serve: unknown engine {engine!r}: choose auto, llama.cpp or vllm")
-    server = find_server(engine)
+    server, artifact = find_server(engine), local(artifact)
     with loading():
         from upq.exports import ensure_export
         from upq.run.quiet import quiet_libraries
 
     quiet_libraries()
-    console = Console()
-    with reporter(console) as progress:
+    shown = console()
+    with reporter(shown) as progress:
         model = ensure_export(artifact, server.form, progress=progress)
     command = [*server.arguments(model, host, port), *context.args]
-    console.print(" ".join(command), highlight=False, soft_wrap=True)
+    shown.print(styled(shlex.join(command)), soft_wrap=True)
     os.execvp(command[0], command)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from upq.core.errors import UPQError
+from upq.core.pointers import check_pointer
 
 FILE_BYTES = 32 << 20  # the index of a model with 91,000 tensors has 9 MB
 FILE_VALUES = 1 << 20
@@ -29,6 +30,7 @@ def read_bytes(path: Path, limit: int = FILE_BYTES, *, remedy: str) -> bytes:
             raw = file.read(limit + 1)
     except OSError as error:
         raise UPQError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from error
+    check_pointer(path)
     if len(raw) > limit:
         raise UPQError(f"{path}: larger than {limit:,} bytes, more than such a file can hold; {remedy}")
     return raw

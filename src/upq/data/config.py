@@ -8,6 +8,8 @@ from pydantic import Field
 
 from upq.core.config import Strict
 
+OnBadRow = Literal["error", "skip"]
+
 
 class TextSource(Strict):
     """One place text comes from: a file, a directory or a hub data set."""
@@ -37,3 +39,5 @@ class Data(Strict):
     seq_len: int = Field(default=2048, ge=8)
     loss_on: Literal["all", "assistant"] = "all"
     validation: int = Field(default=32, ge=1)  # sequences held out, for the figures in the final table
+    # Rows that cannot be used: each ends the run, or is left out. None: one of the first 100 ends it, or 1 % of all.
+    on_bad_row: OnBadRow | None = None

@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from upq.core.errors import UPQError
-from upq.data.sources import Message
+from upq.data.rows import CALLS, BadRow, Message
 
 Span = tuple[int, int]  # characters, the end excluded
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -47,12 +47,31 @@ class ChatTemplate:
         return self.source is not None and GENERATION.search(self.source) is not None
 
     def render(self, messages: tuple[Message, ...], where: str, *, prompt: bool = False) -> str:
-        """The conversation as one text; with `prompt`, up to where the assistant's next answer begins."""
+        """The conversation as one text; with `prompt`, up to where the assistant's next answer begins.
+
+        Tool calls that the template does not write are a BadRow: nothing would stand in their place.
+        """
+        text = self._written(_plain(messages), where, prompt=prompt)
+        for n, message in enumerate(messages):
+            if message.calls:
+                self._check_calls(messages, n, where, prompt=prompt)
+        return text
+
+    def _written(self, messages: list[dict[str, Any]], where: str, *, prompt: bool) -> str:
         self._require(where)
         with refusals(where):
-            text = self.tokenizer.apply_chat_template(_plain(messages), tokenize=False, add_generation_prompt=prompt)
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         assert isinstance(text, str)
         return text
+
+    def _check_calls(self, messages: tuple[Message, ...], n: int, where: str, *, prompt: bool) -> None:
+        plain, message = _plain(messages), messages[n]
+        plain[n] |= {key: _renamed(message.extra[key], n) for key in CALLS if key in message.extra}
+        if STAND_IN.format(n) not in self._written(plain, where, prompt=prompt):
+            raise BadRow(
+                f"{where}: message {n + 1}: the chat template writes no tool calls, and without them the answer is"
+                f" {'another one' if message.content else 'empty'}; remove the row"
+            )
 
     def encode_marked(self, messages: tuple[Message, ...], where: str) -> tuple[list[int], list[int]]:
         """Tokens and assistant mask of a template that marks the assistant's part itself."""
@@ -88,6 +107,8 @@ class ChatTemplate:
 
     def _in_one_pass(self, messages: tuple[Message, ...], turns: list[int], text: str, where: str) -> list[Span] | None:
         """The contents by one rendering with every turn replaced; None when `text` does not agree with it."""
+        if any(messages[turn].calls for turn in turns):
+            return None
         marked = self.render(_replaced(messages, turns), where)
         pieces = re.split("|".join(re.escape(STAND_IN.format(n)) for n in turns), marked) if turns else [marked]
         if len(pieces) != len(turns) + 1 or not text.startswith(pieces[0]):
@@ -95,7 +116,7 @@ class ChatTemplate:
         spans = []
         at = len(pieces[0])
         for turn, piece in zip(turns, pieces[1:], strict=True):
-            content = messages[turn].content
+            content = messages[turn].content or ""
             written = next((c for c in (content, content.strip()) if text.startswith(c + piece, at)), None)
             if written is None:
                 return None
@@ -105,7 +126,11 @@ class ChatTemplate:
 
     def _one(self, messages: tuple[Message, ...], turn: int, text: str, where: str) -> Span:
         """The content of one turn, by what stands around it; a turn with thoughts, from the generation prompt on."""
-        before, found, after = self.render(_replaced(messages, [turn]), where).partition(STAND_IN.format(turn))
+        try:
+            marked = self.render(_replaced(messages, [turn]), where)
+        except BadRow:  # the template wants the calls that the turn made
+            marked = ""
+        before, found, after = marked.partition(STAND_IN.format(turn))
         end = len(text) - len(after)
         if found and text.endswith(after):
             if text.startswith(before) and len(before) <= end:
@@ -113,7 +138,7 @@ class ChatTemplate:
             prompt = self.render(messages[:turn], where, prompt=True) if turn else ""
             if prompt and text.startswith(prompt) and len(prompt) <= end:
                 return len(prompt), end
-        raise UPQError(
+        raise BadRow(
             f"{where}: message {turn + 1}: the chat template hides which tokens are the assistant's;"
             " set data.loss_on=all, or use a template with {% generation %}"
         )
@@ -137,15 +162,27 @@ def refusals(where: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise UPQError(f"{where}: the chat template refuses this conversation ({reason}); mend or remove it") from error
+        raise BadRow(f"{where}: the chat template refuses this conversation ({reason}); mend or remove it") from error
 
 
-def _plain(messages: tuple[Message, ...]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]
+def _plain(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
+    return [{"role": message.role, "content": message.content, **message.extra} for message in messages]
 
 
 def _replaced(messages: tuple[Message, ...], turns: list[int]) -> tuple[Message, ...]:
+    """With a word in place of all that the assistant says in these turns, its thoughts and calls included."""
     return tuple(Message(m.role, STAND_IN.format(n)) if n in turns else m for n, m in enumerate(messages))
+
+
+def _renamed(value: Any, n: int) -> Any:
+    """Tool calls whose functions all have the stand-in for a name."""
+    if isinstance(value, list):
+        return [_renamed(one, n) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        k: STAND_IN.format(n) if k == "name" else _renamed(v, n) if k == "function" else v for k, v in value.items()
+    }
 
 
 def _in_common(one: str, other: str) -> int:

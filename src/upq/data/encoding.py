@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from upq.core.config import digest
 from upq.core.errors import UPQError
 from upq.data.conversations import ChatTemplate, Span
-from upq.data.sources import Document
+from upq.data.rows import BadRow, Document, Tally
 
 Tokens = NDArray[np.int32]
 Mask = NDArray[np.uint8]
@@ -28,6 +28,16 @@ Mask = NDArray[np.uint8]
 class Encoded:
     tokens_L: Tokens
     mask_L: Mask | None  # 1 where the token is a target; None: everywhere
+
+
+@dataclass(slots=True)
+class _Marked:
+    """A document on its way: its text, and what is known of its tokens before the batch is tokenized."""
+
+    text: str
+    spans: list[Span] | None = None  # characters that the assistant wrote
+    ids: Tokens | None = None
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -42,12 +52,24 @@ class Encoder:
     tokenizer: PreTrainedTokenizerBase
     loss_on: Literal["all", "assistant"] = "all"
 
-    def encode(self, documents: Sequence[Document]) -> list[Encoded]:
-        if self.loss_on == "all":
-            texts = [self._text(document) for document in documents]
-            ids = self._call(texts)["input_ids"]
-            return [self._framed(np.array(one, np.int32), None, text) for one, text in zip(ids, texts, strict=True)]
-        return self._encode_assistant(documents)
+    def encode(self, documents: Sequence[Document], tally: Tally | None = None) -> list[Encoded]:
+        """The documents that have a token. One that the template refuses is `tally`'s to judge, else an error."""
+        tally, kept = tally or Tally("error"), list[_Marked]()
+        if self.loss_on == "assistant":
+            self._require_places()
+        for document in documents:
+            try:
+                kept.append(self._marked(document))
+            except BadRow as error:
+                tally.reject(error, document.row)
+        unmarked = [one for one in kept if one.ids is None]
+        offsets = self.loss_on == "assistant"
+        out = self._call([one.text for one in unmarked], return_offsets_mapping=offsets) if unmarked else {}
+        for n, one in enumerate(unmarked):
+            one.ids = np.array(out["input_ids"][n], np.int32)
+            if one.spans is not None:
+                one.mask = _overlap(np.array(out["offset_mapping"][n], np.int64).reshape(-1, 2), one.spans)
+        return [self._framed(one.ids, one.mask, one.text) for one in kept if one.ids is not None and len(one.ids)]
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -71,32 +93,28 @@ class Encoder:
         # No special tokens from here: some tokenizers add their own BOS, and _framed adds the one there should be.
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
 
-    def _encode_assistant(self, documents: Sequence[Document]) -> list[Encoded]:
+    def _require_places(self) -> None:
         if not self.tokenizer.is_fast:
             raise UPQError(
                 "data.loss_on: assistant needs a tokenizer that tells the place of its tokens (tokenizer.json);"
                 " set data.loss_on=all"
             )
-        texts = []
-        for document in documents:
-            if isinstance(document.content, str):
-                raise UPQError(
-                    f"{document.where}: plain text has no assistant, so data.loss_on=assistant would train nothing in"
-                    " it; give conversations (`messages`) or set data.loss_on=all"
-                )
-            texts.append(self._text(document))
-        if self.template.marks_assistant:
-            pairs = [self.template.encode_marked(d.content, d.where) for d in documents if isinstance(d.content, tuple)]
-            masked = [(np.array(ids, np.int32), np.array(mask, np.uint8)) for ids, mask in pairs]
-        else:
-            out = self._call(texts, return_offsets_mapping=True)
-            masked = []
-            for n, (document, text) in enumerate(zip(documents, texts, strict=True)):
-                assert isinstance(document.content, tuple)
-                spans = self.template.assistant_spans(document.content, text, document.where)
-                mask_L = _overlap(np.array(out["offset_mapping"][n], np.int64).reshape(-1, 2), spans)
-                masked.append((np.array(out["input_ids"][n], np.int32), mask_L))
-        return [self._framed(ids, mask, text) for (ids, mask), text in zip(masked, texts, strict=True)]
+
+    def _marked(self, document: Document) -> _Marked:
+        """A document's text, and where in it or in its tokens the assistant's part is. Raises BadRow."""
+        content, where = document.content, document.where
+        if self.loss_on == "all":
+            return _Marked(self._text(document))
+        if isinstance(content, str):
+            raise BadRow(
+                f"{where}: plain text has no assistant, so data.loss_on=assistant would train nothing in"
+                " it; give conversations (`messages`) or set data.loss_on=all"
+            )
+        text = self._text(document)
+        if not self.template.marks_assistant:
+            return _Marked(text, spans=self.template.assistant_spans(content, text, where))
+        ids, mask = self.template.encode_marked(content, where)
+        return _Marked(text, ids=np.array(ids, np.int32), mask=np.array(mask, np.uint8))
 
     def _framed(self, tokens_L: Tokens, mask_L: Mask | None, text: str) -> Encoded:
         """Add the BOS and the EOS that are missing; an EOS is the assistant's where it alone ends its turn."""

@@ -25,17 +25,20 @@ from transformers import PreTrainedTokenizerBase
 
 from upq.core.config import digest
 from upq.core.errors import UPQError
+from upq.core.paths import local
 from upq.core.progress import Progress, Silent
 from upq.data import tokens
-from upq.data.config import Data, TextSource
+from upq.data.config import Data, OnBadRow, TextSource
 from upq.data.encoding import Encoded, Encoder, tokenizer_identity
-from upq.data.sources import Document, identity, read_documents, sources_of
+from upq.data.rows import Document, Tally
+from upq.data.sources import identity, left_out, read_documents, sources_of
 from upq.data.tokens import SourceUse, TokenSet
 from upq.files.atomic import write_errors
 from upq.files.tensors import TensorPlan, write_tensors
 
 LAYOUT = 1  # part of the key: a change of what `prepare` makes of the same input is a new layout
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20
+_NAMED = 3  # files in a note
 
 
 def prepare(
@@ -81,17 +84,13 @@ def prepare(
     with scratch as folder:
         spool = _Spool(Path(folder), masked=section.loss_on == "assistant")
         with spool:
-            reading = _Reading(sources, Encoder(tokenizer, section.loss_on), progress)
+            reading = _Reading(sources, Encoder(tokenizer, section.loss_on), section.on_bad_row, progress)
             plan = _collect(section, reading, spool, sequences, seed, progress)
             if not plan.training.count:
                 raise UPQError("data: no sequence holds a token of the assistant; set data.loss_on=all or add text")
+            reading.report()
             _report(section, plan, sequences, progress)
-            uses = [
-                SourceUse(source.path, name, documents, size)
-                for source, name, documents, size in zip(
-                    sources, identities, reading.documents, reading.tokens, strict=True
-                )
-            ]
+            uses = reading.uses(identities)
             metadata = {
                 "key": key,
                 "sources": json.dumps([dataclasses.asdict(use) for use in uses]),
@@ -114,7 +113,7 @@ def load_eval_text(
     A text shorter than `seq_len` is one shorter row. Raises UPQError below two tokens: nothing would be predicted.
     """
     source = TextSource(path=str(path), separator=separator, weight=1.0)
-    reading = _Reading((source,), Encoder(tokenizer), Silent())
+    reading = _Reading((source,), Encoder(tokenizer), "error", Silent())
     flat = np.concatenate([encoded.tokens_L for _, encoded in reading])
     if len(flat) < 2:
         raise UPQError(f"{path}: {len(flat)} token is too little to measure perplexity on; give a longer text")
@@ -132,42 +131,77 @@ class _Reading:
     The next document is always one of the source that is furthest behind its share of the tokens.
     """
 
-    def __init__(self, sources: tuple[TextSource, ...], encoder: Encoder, progress: Progress) -> None:
+    def __init__(
+        self, sources: tuple[TextSource, ...], encoder: Encoder, on_bad_row: OnBadRow | None, progress: Progress
+    ) -> None:
         self.documents = [0] * len(sources)
         self.tokens = [0] * len(sources)
         self.finished = False
         self._sources = sources
         self._encoder = encoder
         self._progress = progress
+        self._on_bad_row = on_bad_row
+        self._tallies = [Tally(on_bad_row) for _ in sources]  # of the first reading
         self._ended = [False] * len(sources)
         self._iterator = self._turns()
 
     def __iter__(self) -> Iterator[tuple[int, Encoded]]:
         return self._iterator
 
+    def uses(self, identities: list[str]) -> list[SourceUse]:
+        """What was read of each source."""
+        return [
+            SourceUse(source.path, name, documents, size, tally.rows, tally.bad)
+            for source, name, documents, size, tally in zip(
+                self._sources, identities, self.documents, self.tokens, self._tallies, strict=True
+            )
+        ]
+
+    def report(self) -> None:
+        """A note for each source of which rows or files were left out."""
+        for source, tally in zip(self._sources, self._tallies, strict=True):
+            if files := left_out(source):
+                names = ", ".join(str(file.relative_to(local(source.path))) for file in files[:_NAMED])
+                more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
+                self._progress.note(f"data: {source.path}: {names}{more} describe the data and are left out")
+            if tally.bad:
+                left = f"{tally.bad:,} of {tally.rows:,} rows cannot be used and are left out"
+                self._progress.note(f"data: {source.path}: {left}; the first: {tally.example}")
+
+    @staticmethod
+    def _nothing(tally: Tally) -> str:
+        if tally.bad:
+            return f"none of its {tally.rows:,} rows can be used ({tally.example})"
+        return "the model's tokenizer has no token for anything in it"
+
     def _turns(self) -> Iterator[tuple[int, Encoded]]:
-        streams = [_encoded(source, self._encoder) for source in self._sources]
+        streams = [
+            _encoded(source, self._encoder, tally) for source, tally in zip(self._sources, self._tallies, strict=True)
+        ]
         while True:
             turn = min(range(len(streams)), key=lambda n: self.tokens[n] / self._sources[n].weight)
             encoded = next(streams[turn], None)
             if encoded is None:
+                path = self._sources[turn].path
+                if not self.tokens[turn]:  # it would be read again without end
+                    raise UPQError(f"{path}: {self._nothing(self._tallies[turn])}; leave it out")
                 first_time = not self._ended[turn]
                 self._ended[turn] = True
                 if all(self._ended):
                     self.finished = True
                     return
                 if first_time:
-                    self._progress.note(f"data: {self._sources[turn].path} is read again to keep its share of the text")
-                streams[turn] = _encoded(self._sources[turn], self._encoder)
+                    self._progress.note(f"data: {path} is read again to keep its share of the text")
+                streams[turn] = _encoded(self._sources[turn], self._encoder, Tally(self._on_bad_row))
                 continue
             self.documents[turn] += 1
             self.tokens[turn] += len(encoded.tokens_L)
             yield turn, encoded
 
 
-def _encoded(source: TextSource, encoder: Encoder) -> Iterator[Encoded]:
-    for batch in _batches(read_documents(source)):
-        encoded = deque(encoder.encode(batch))
+def _encoded(source: TextSource, encoder: Encoder, tally: Tally) -> Iterator[Encoded]:
+    for batch in _batches(read_documents(source, tally)):
+        encoded = deque(encoder.encode(batch, tally))
         while encoded:
             yield encoded.popleft()
 
@@ -177,8 +211,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
     size = 0
     for document in documents:
         batch.append(document)
-        content = document.content
-        size += len(content) if isinstance(content, str) else sum(len(message.content) for message in content)
+        size += document.size
         if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

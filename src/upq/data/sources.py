@@ -3,16 +3,17 @@
 What a path may be:
 
 - `.txt`, `.text`, `.md`: UTF-8 text; one document, or with `separator: blank_line` one for each block of lines.
-- `.jsonl`, `.ndjson`, `.json`: one object a line, one document an object (`.json` may also be one array of objects).
+- `.jsonl`, `.ndjson`, `.json`: one object a line, one document an object; or one array of objects, or objects over
+  several lines.
 - any of these followed by `.gz`.
-- `.parquet`: one document a row; read by row group, only the column that is needed.
-- a directory: every file below it, sorted by its path. Hidden files are left out, any other file of an unknown kind is
-  an error: to skip it in silence would train on less than what was pointed at.
+- `.parquet`: one document a row; read by row group, only the columns that may hold it.
+- a directory: every file below it, sorted by its path. Hidden files are left out, and those that describe a data set
+  (README.md, LICENSE). Any other file of an unknown kind is an error: to skip it in silence would train on less than
+  what was pointed at.
 - otherwise a hub data set, `owner/name`, read as a stream.
 
-An object or a row becomes a document by one column: `field` if the source names it, else the first of `messages`,
-`conversations`, `text` that is there. A text without any character but white space is no document and is passed over;
-a whole file or data set of nothing else is an error.
+Lines end with LF, CR LF or CR. `upq.data.rows` says which column of a row is the document. A text without any character
+but white space is no document and is passed over; a whole file or data set of nothing else is an error.
 
 A document of text has at most TEXT_BYTES, a row of JSON ROW_BYTES: what is read into memory at one time is bounded
 whatever the file, a small `.gz` of gigabytes included. Files themselves may have any size.
@@ -24,45 +25,39 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from upq.core.errors import UPQError
+from upq.core.paths import local
+from upq.core.pointers import check_pointer
 from upq.data.config import Data, TextSource
+from upq.data.rows import BadRow, Document, Tally, columns_of, from_row, no_column
 
 DEFAULT_SOURCE = TextSource(path="HuggingFaceFW/fineweb-edu", subset="sample-10BT", weight=1.0)
 TEXT = (".txt", ".text", ".md")
 LINES = (".jsonl", ".ndjson", ".json")
 KINDS = (*TEXT, *LINES, ".parquet")
-COLUMNS = ("messages", "conversations", "text")
 TEXT_BYTES = 128 << 20
 ROW_BYTES = 32 << 20  # `[],` makes 64 bytes of 3
-_PIECE = 1 << 20  # characters of an array, read at a time
+# Files that a cloned data set has beside its data: their names without the suffix, and the hub's own files.
+ABOUT = ("readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing", "authors")
+RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_PIECE = 1 << 20  # characters of an array, bytes of lines, read at a time
 # Not ijson 3.6: its yajl2_c makes `?` of half a character (\ud800), refuses NaN and integers of 64 bits, and takes all
 # memory for 100 KB of `[`; its Python backend reads 4 MB a second, this 30.
 _JSON = json.JSONDecoder()
-ROLES = ("system", "user", "assistant", "tool")
-# The other spelling in wide use, {from, value}, with its names for the roles.
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_END = re.compile(rb"\r\n|\r|\n")
+_OPENING = ("{", "[", "[{")  # first lines of JSON that is written over several
 
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A text, or the messages of one conversation; `where` names its place in error messages."""
-
-    content: str | tuple[Message, ...]
-    where: str
+# What stands at one place of a file: a text, a parsed row, or why there is none.
+Found = tuple[Any, str]
 
 
 def sources_of(section: Data) -> tuple[TextSource, ...]:
@@ -75,10 +70,23 @@ def sources_of(section: Data) -> tuple[TextSource, ...]:
     return section.sources or (DEFAULT_SOURCE,)
 
 
-def read_documents(source: TextSource) -> Iterator[Document]:
-    """Stream the documents of a source; the order is always the same. Errors name file, line and remedy."""
+def read_documents(source: TextSource, tally: Tally | None = None) -> Iterator[Document]:
+    """Stream the documents of a source; the order is always the same. Errors name file, line and remedy.
+
+    `tally` counts rows, and decides about those that cannot be used. Without it each of them is an error.
+    """
     files = _files(source)
-    return _hub(source) if files is None else _local(source, files)
+    if files is None:
+        yield from _documents(_hub(source), source, source.path, tally or Tally("error"))
+        return
+    for file in files:
+        yield from _documents(_rows_of(file, source), source, str(file), tally or Tally("error"))
+
+
+def left_out(source: TextSource) -> list[Path]:
+    """Files of a directory that describe the data and are no part of it."""
+    root = local(source.path)
+    return [path for path in _visible(root) if _describes(path, root)] if root.is_dir() else []
 
 
 def identity(source: TextSource) -> str:
@@ -86,7 +94,7 @@ def identity(source: TextSource) -> str:
     files = _files(source)
     if files is None:
         return "hub:" + "/".join(part for part in (source.path, source.subset, source.split) if part)
-    root = Path(source.path).expanduser()
+    root = local(source.path)
     whole = hashlib.sha256()
     for file in files:
         with _opened(file, compressed=False) as raw:
@@ -102,7 +110,7 @@ def identity(source: TextSource) -> str:
 
 def _files(source: TextSource) -> list[Path] | None:
     """The local files of a source in reading order; None when it is a hub data set."""
-    root = Path(source.path).expanduser()
+    root = local(source.path)
     if root.is_dir():
         return _directory(root)
     if root.exists():
@@ -115,20 +123,39 @@ def _files(source: TextSource) -> list[Path] | None:
 
 
 def _directory(root: Path) -> list[Path]:
-    found = []
-    for path in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).as_posix()):
-        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        if hidden or not path.is_file():
-            continue
+    found = [path for path in _visible(root) if not _describes(path, root)]
+    for path in found:
         if _kind(path) is None:
             raise UPQError(
                 f"{path}: cannot read this kind of file; move it out of the directory,"
                 f" or name the files to use ({', '.join(KINDS)})"
             )
-        found.append(path)
     if not found:
         raise UPQError(f"{root}: no text in this directory; it should hold files of the kinds {', '.join(KINDS)}")
     return found
+
+
+def _visible(root: Path) -> list[Path]:
+    """Files below `root` that are not hidden, links followed, sorted by path."""
+    found, seen = list[Path](), set[Path]()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (real := Path(folder).resolve()) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(folder, name) for name in files if not name.startswith(".")]
+    for path in found:
+        if not path.exists():  # git-annex has these in place of files until they are fetched
+            raise UPQError(f"{path}: a link to a file that is not here; fetch the file, or remove the link")
+    return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(root).as_posix())
+
+
+def _describes(path: Path, root: Path) -> bool:
+    name = path.name.lower()
+    stem, _, suffix = name.partition(".")
+    about = stem in ABOUT and suffix in ("", "md", "txt", "rst", "cff", "bib")
+    return about or name in RECORDS or path == root / f"{root.name}.py"  # the last is a script that loads the data
 
 
 def _kind(path: Path) -> str | None:
@@ -137,25 +164,38 @@ def _kind(path: Path) -> str | None:
     return suffix if suffix in KINDS and not (suffix == ".parquet" and name.endswith(".gz")) else None
 
 
-def _local(source: TextSource, files: Iterable[Path]) -> Iterator[Document]:
-    for file in files:
-        kind = _kind(file)
-        read: Callable[[Path, TextSource], Iterator[Document]] = _parquet
-        if kind in TEXT:
-            read = _text_blocks if source.separator == "blank_line" else _text_file
-        elif kind in LINES:
-            read = _json_array if kind == ".json" and _starts_array(file) else _json_lines
-        yield from _never_empty(read(file, source), str(file))
+def _rows_of(file: Path, source: TextSource) -> Iterator[Found]:
+    check_pointer(file)
+    kind = _kind(file)
+    if kind in TEXT:
+        return (_text_blocks if source.separator == "blank_line" else _text_file)(file)
+    if kind in LINES:
+        return _json(file)
+    return _parquet(file, source)
 
 
-def _never_empty(documents: Iterator[Document], where: str) -> Iterator[Document]:
-    some = False
-    for document in documents:
-        if not isinstance(document.content, str) or document.content.strip():
+def _documents(found: Iterator[Found], source: TextSource, where: str, tally: Tally) -> Iterator[Document]:
+    some, bad = False, 0
+    for row, place in found:
+        number = tally.next()
+        try:
+            document = row if isinstance(row, Document) else _parsed(row, source, place)
+        except BadRow as error:
+            tally.reject(error, number)
+            bad += 1
+            continue
+        if not document.blank:
             some = True
-            yield document
+            yield replace(document, row=number)
     if not some:
-        raise UPQError(f"{where}: no text in it; remove it from the data or fill it")
+        left = f"; {bad} rows cannot be used, the first: {tally.example}" if bad else ""
+        raise UPQError(f"{where}: no text in it; remove it from the data or fill it{left}")
+
+
+def _parsed(row: Any, source: TextSource, where: str) -> Document:
+    if isinstance(row, BadRow):
+        raise row
+    return from_row(row, source.field, where)
 
 
 def _opened(file: Path, *, compressed: bool = True) -> BinaryIO:
@@ -168,12 +208,30 @@ def _opened(file: Path, *, compressed: bool = True) -> BinaryIO:
 def _lines(file: Path, limit: int) -> Iterator[tuple[int, str]]:
     """Numbered lines, each with its end; a line that is not text is an error that names the byte."""
     offset = 0
+    for number, line in enumerate(_raw_lines(file, limit), start=1):
+        if len(line) > limit:
+            raise _too_long(f"{file}:{number}", limit)
+        yield number, _decode(line, file, offset)
+        offset += len(line)
+
+
+def _raw_lines(file: Path, limit: int) -> Iterator[bytes]:
+    """Lines with their ends; of one that is longer than `limit` more than that, and no other."""
     with _reading(file) as raw:
-        for number, line in enumerate(iter(lambda: raw.readline(limit + 1), b""), start=1):
-            if len(line) > limit:
-                raise _too_long(f"{file}:{number}", limit)
-            yield number, _decode(line, file, offset)
-            offset += len(line)
+        pieces, held = list[bytes](), 0  # the line that has been begun
+        while piece := raw.read(_PIECE):
+            if piece.endswith(b"\r"):
+                piece += raw.read(1)  # an LF behind it belongs to the same end
+            at = 0
+            for end in _END.finditer(piece):
+                yield b"".join((*pieces, piece[at : end.end()]))
+                pieces, held, at = [], 0, end.end()
+            pieces.append(piece[at:])
+            held += len(pieces[-1])
+            if held > limit:
+                break
+        if held:
+            yield b"".join(pieces)
 
 
 @contextmanager
@@ -212,17 +270,22 @@ def _no_text(file: Path, at: int) -> UPQError:
     return UPQError(f"{file}: not UTF-8 text at byte {at}; convert the file, for example with iconv")
 
 
-def _text_file(file: Path, source: TextSource) -> Iterator[Document]:
+def _text_file(file: Path) -> Iterator[Found]:
     with _reading(file) as raw:
         whole = raw.read(TEXT_BYTES + 1)
     if len(whole) > TEXT_BYTES:
         raise _too_long(str(file), TEXT_BYTES)
-    yield Document(_decode(whole, file, 0), str(file))
+    yield Document(_decode(whole, file, 0), str(file)), str(file)
 
 
-def _text_blocks(file: Path, source: TextSource) -> Iterator[Document]:
+def _text_blocks(file: Path) -> Iterator[Found]:
     block: list[str] = []
     first, size = 1, 0
+
+    def document() -> Found:
+        where = f"{file}:{first}"
+        return Document("".join(block).rstrip("\r\n"), where), where
+
     for number, line in _lines(file, TEXT_BYTES):
         if line.strip():
             first, size = (first, size + len(line)) if block else (number, len(line))
@@ -230,26 +293,56 @@ def _text_blocks(file: Path, source: TextSource) -> Iterator[Document]:
                 raise _too_long(f"{file}:{first}", TEXT_BYTES)
             block.append(line)
         elif block:
-            yield Document("".join(block).rstrip("\r\n"), f"{file}:{first}")
+            yield document()
             block = []
     if block:
-        yield Document("".join(block).rstrip("\r\n"), f"{file}:{first}")
+        yield document()
 
 
-def _json_lines(file: Path, source: TextSource) -> Iterator[Document]:
+def _json(file: Path) -> Iterator[Found]:
+    """Rows of a file of lines, or of values over several lines; the beginning says which it is."""
+    first, another = _first_line_of(file)
+    streamed = file.name.lower().removesuffix(".gz").endswith(".json") or first in _OPENING
+    if streamed and (not _is_value(first) if another else first.startswith("[")):
+        yield from _json_values(file)
+    else:
+        yield from _json_lines(file)
+
+
+def _is_value(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _first_line_of(file: Path) -> tuple[str, bool]:
+    """The first line that is not blank, and whether there is another; of a row that is too long its beginning."""
+    found = ""
+    for line in _raw_lines(file, ROW_BYTES):
+        if line.strip():
+            if found:
+                return found, True
+            found = line[:ROW_BYTES].decode(errors="replace").removeprefix("\ufeff").strip()
+    return found, False
+
+
+def _json_lines(file: Path) -> Iterator[Found]:
     for number, line in _lines(file, ROW_BYTES):
         if line.strip():
             where = f"{file}:{number}"
             try:
-                row = json.loads(line)
+                yield json.loads(line), where
             except (ValueError, RecursionError) as error:
-                raise UPQError(f"{where}: invalid JSON ({error}); each line must hold one whole object") from None
-            yield _from_row(row, source, where)
+                yield BadRow(f"{where}: invalid JSON ({error}); each line must hold one whole object"), where
 
 
-def _json_array(file: Path, source: TextSource) -> Iterator[Document]:
-    for number, row in enumerate(_items(file), start=1):
-        yield _from_row(row, source, f"{file}: item {number}")
+def _json_values(file: Path) -> Iterator[Found]:
+    with _reading(file) as raw:
+        array = _Ahead(raw, file).peek() == "["
+    for number, row in enumerate(_items(file) if array else _values(file), start=1):
+        yield row, f"{file}: item {number}"
 
 
 def _items(file: Path) -> Iterator[Any]:
@@ -265,6 +358,14 @@ def _items(file: Path) -> Iterator[Any]:
                 yield text.value()
         if text.peek():
             raise text.wrong("extra data")
+
+
+def _values(file: Path) -> Iterator[Any]:
+    """JSON values one after the other, each parsed as soon as it is there."""
+    with _reading(file) as raw:
+        text = _Ahead(raw, file)
+        while text.peek():
+            yield text.value()
 
 
 class _Ahead:
@@ -326,23 +427,21 @@ class _Ahead:
         return UPQError(f"{self._file}:{line}: invalid JSON ({what}); mend the file")
 
 
-def _starts_array(file: Path) -> bool:
-    with _reading(file) as raw:
-        return _Ahead(raw, file).peek() == "["
-
-
-def _parquet(file: Path, source: TextSource) -> Iterator[Document]:
+def _parquet(file: Path, source: TextSource) -> Iterator[Found]:
     import pyarrow as pa  # costs a second: only where a source needs it
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(file) as table:
-            column = _column(table.schema_arrow.names, source, str(file))
+            names = table.schema_arrow.names
+            columns = columns_of(names, source.field)
+            if not columns:
+                raise UPQError(f"{file}: {no_column(names, source.field)}")
             number = 0
-            for batch in table.iter_batches(batch_size=256, columns=[column]):
-                for value in batch.column(column).to_pylist():
+            for batch in table.iter_batches(batch_size=256, columns=columns):
+                for row in batch.to_pylist():
                     number += 1
-                    yield _document(value, column, f"{file}: row {number}")
+                    yield row, f"{file}: row {number}"
     except (pa.ArrowException, OSError, LookupError, ValueError) as error:  # text that is not UTF-8 is a ValueError
         raise UPQError(f"{file}: not a readable parquet file ({_first_line(error)}); write it again") from error
 
@@ -350,76 +449,20 @@ def _parquet(file: Path, source: TextSource) -> Iterator[Document]:
 # Hub data sets
 
 
-def _hub(source: TextSource) -> Iterator[Document]:
+def _hub(source: TextSource) -> Iterator[Found]:
     from datasets import load_dataset  # costs seconds: only where a source needs it
 
-    def rows() -> Iterator[Any]:
-        # Anything may be raised between here and the hub, and every cause has the same remedy.
-        try:
-            yield from load_dataset(source.path, source.subset, split=source.split, streaming=True)
-        except Exception as error:
-            default = source.path == DEFAULT_SOURCE.path
-            what = "the default data set, cannot be read" if default else "neither a local path nor a readable data set"
-            remedy = "name your own text with --data PATH" if default else "check the id, subset and split, or name"
-            remedy += "" if default else " local files with --data PATH"
-            raise UPQError(f"{source.path}: {what} from the hub ({_first_line(error)}); {remedy}") from error
-
-    documents = (_from_row(row, source, f"{source.path}: row {n}") for n, row in enumerate(rows(), start=1))
-    return _never_empty(documents, source.path)
-
-
-# Rows
-
-
-def _from_row(row: Any, source: TextSource, where: str) -> Document:
-    if not isinstance(row, dict):
-        raise UPQError(f'{where}: expected an object such as {{"text": …}}, got {type(row).__name__}')
-    column = _column(list(row), source, where)
-    return _document(row[column], column, where)
-
-
-def _column(names: list[str], source: TextSource, where: str) -> str:
-    wanted = COLUMNS if source.field is None else (source.field,)
-    for name in wanted:
-        if name in names:
-            return name
-    found = ", ".join(map(str, names)) or "none"
-    raise UPQError(
-        f"{where}: no column {' or '.join(map(repr, wanted))}; columns here: {found}; set the source's `field`"
-    )
-
-
-def _document(value: Any, column: str, where: str) -> Document:
-    if isinstance(value, str):
-        return Document(_valid(value, where), where)
-    if not isinstance(value, list) or not value:
-        kind = "an empty list" if value == [] else type(value).__name__
-        raise UPQError(f"{where}: column {column!r} must be a text or a list of messages, got {kind}; mend the row")
-    return Document(tuple(_message(item, f"{where}: message {n}") for n, item in enumerate(value, start=1)), where)
-
-
-def _message(item: Any, where: str) -> Message:
-    if isinstance(item, dict) and {"role", "content"} <= item.keys():
-        role, content = item["role"], item["content"]
-    elif isinstance(item, dict) and {"from", "value"} <= item.keys():
-        role, content = SHAREGPT_ROLES.get(str(item["from"]), item["from"]), item["value"]
-    else:
-        got = f"keys {', '.join(map(str, item))}" if isinstance(item, dict) else type(item).__name__
-        raise UPQError(f"{where}: expected {{role, content}}, got {got}; mend the row")
-    if role not in ROLES:
-        raise UPQError(f"{where}: unknown role {role!r}; use one of {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise UPQError(f"{where}: the content must be a text, got {type(content).__name__}; mend the row")
-    return Message(role, _valid(content, where))
-
-
-def _valid(text: str, where: str) -> str:
+    # Anything may be raised between here and the hub, and every cause has the same remedy.
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = f"\\u{ord(text[error.start]):04x}"
-        raise UPQError(f"{where}: half a character, {code} at character {error.start}; mend the row") from None
-    return text
+        rows = load_dataset(source.path, source.subset, split=source.split, streaming=True)
+        for number, row in enumerate(rows, start=1):
+            yield row, f"{source.path}: row {number}"
+    except Exception as error:
+        default = source.path == DEFAULT_SOURCE.path
+        what = "the default data set, cannot be read" if default else "neither a local path nor a readable data set"
+        remedy = "name your own text with --data PATH" if default else "check the id, subset and split, or name"
+        remedy += "" if default else " local files with --data PATH"
+        raise UPQError(f"{source.path}: {what} from the hub ({_first_line(error)}); {remedy}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -26,6 +26,8 @@ class SourceUse:
     identity: str
     documents: int
     tokens: int
+    rows: int = 0  # that were looked at, in the first reading
+    bad_rows: int = 0  # of these, left out because they cannot be used
 
 
 @dataclass(frozen=True)

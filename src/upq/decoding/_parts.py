@@ -12,6 +12,7 @@ from transformers.activations import SiLUActivation
 from upq.kernels import Weight, compute
 from upq.kernels.decoder import Block, Linear, Norm, Parts
 from upq.model.loading import family
+from upq.model.windows import window
 from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead
 
 _LINEARS = {
@@ -99,8 +100,7 @@ def _block(layer: Any, config: Any) -> Block:
         of_queries=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
         of_keys=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
         rotary=bool(getattr(attention, "use_rope", True)),
-        # Mistral's blocks all have the window of the configuration.
-        window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)),
+        window=window(config, attention.layer_idx),
         **{name: _linear(layer.get_submodule(path)) for name, path in _LINEARS.items()},
     )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from upq.core.errors import UPQError
 from upq.core.scheme import QuantScheme
 from upq.exports import dense
 from upq.exports._source import Source, Weight
+from upq.model.windows import window
 
 V = TypeVar("V")
 
@@ -225,21 +226,13 @@ class _Decoder(Generic[V]):
 
     def _mask(self, block: int) -> V:
         """What is added to the scores of a block, (N, 1, 1, T, S)."""
-        window = self._window(block)
-        if window not in self.masks:
+        seen = window(self.source.config, block)
+        if seen not in self.masks:
             g = self.g
             query = g.reshape(g.to_float(self.inputs.positions_NT), (0, 1, 1, -1, 1))
             # A key stands where as many tokens come before it: padding does not count.
             before = g.add(g.to_float(g.running_count(self.inputs.mask_NS)), g.constant(torch.tensor([-1.0])))
             key = g.reshape(before, (0, 1, 1, 1, -1))
             mask = g.reshape(g.to_float(self.inputs.mask_NS), (0, 1, 1, 1, -1))
-            self.masks[window] = g.bias_where(query, key, mask, window)
-        return self.masks[window]
-
-    def _window(self, block: int) -> int | None:
-        config: Any = self.source.config
-        window: int | None = getattr(config, "sliding_window", None)
-        kinds = getattr(config, "layer_types", None)
-        if kinds is not None and kinds[block] != "sliding_attention":
-            return None
-        return window if kinds is not None or config.model_type == "mistral" else None
+            self.masks[seen] = g.bias_where(query, key, mask, seen)
+        return self.masks[seen]

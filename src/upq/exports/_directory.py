@@ -15,6 +15,7 @@ from torch import Tensor
 from upq.core.bounded import read_json
 from upq.core.progress import Progress
 from upq.exports._base import Exporter, Placement, Plan, Rows
+from upq.exports._older import older_keys
 from upq.exports._source import Source
 from upq.files.tensors import TensorPlan, load_rows, tensor_shapes, write_tensors
 
@@ -37,7 +38,9 @@ class DirectoryExporter(Exporter):
         self.save(source, plan, out, progress)
         config = read_json(source.path / "config.json", remedy="copy the artefact again")
         del config["quantization_config"]
-        (out / "config.json").write_text(json.dumps(config | dict(self.config(source, plan)), indent=2) + "\n")
+        # A head of its own that the flag denies is dropped by engines.
+        config = config | {"tie_word_embeddings": source.tied} | dict(self.config(source, plan))
+        (out / "config.json").write_text(json.dumps(config | older_keys(config), indent=2) + "\n")
         for file in source.companions():
             shutil.copyfile(file, out / file.name)
 

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from upq.core.errors import UPQError
+from upq.model.windows import window
 
 _ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -26,6 +27,8 @@ _ARCHITECTURES = {
 }
 # llama.cpp turns neighbouring features of a head in these, transformers features half a head apart.
 _PERMUTED = (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.SMOLLM3)
+# Linears whose biases llama.cpp reads, by family; in Llama's all. gguf's maps have names for those that it does not.
+BIASED = {"qwen2": ("q_proj", "k_proj", "v_proj"), "qwen3": (), "smollm3": ()}
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,9 @@ class LlamaCpp:
             wanted = [int((layer + 1) % 4 != 0) for layer in range(config.num_hidden_layers)]
             if list(config.no_rope_layers) != wanted:
                 raise UPQError("gguf: llama.cpp leaves rotary positions out of every fourth layer; this model does not")
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        if window is not None and window < config.max_position_embeddings:
-            notes.append(f"llama.cpp does not apply the sliding window of {window}: longer texts are attended in full")
+        windows = {window(config, block) for block in range(config.num_hidden_layers)} - {None}
+        for size in sorted(w for w in windows if w is not None and w < config.max_position_embeddings):
+            notes.append(f"llama.cpp does not apply the sliding window of {size}: longer texts are attended in full")
         return tuple(notes)
 
     def tensor_names(self, names: list[str]) -> dict[str, str]:

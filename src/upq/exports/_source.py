@@ -22,6 +22,8 @@ from upq.model.families import ModelSpec
 from upq.model.loading import family, load_tokenizer
 from upq.nn.packed import PackedEmbedding, PackedLinear
 
+# Linears whose biases vLLM's and SGLang's classes read, by family. Other biases they pass over.
+_VLLM_BIASED = {"qwen2": ("q_proj", "k_proj", "v_proj"), "qwen3": ("q_proj", "k_proj", "v_proj")}
 _CHUNK = 1 << 22  # weights handled at one time: 16 MB in float32
 _FUSED = {f"{name}_proj": "qkv_proj" for name in "qkv"} | {f"{name}_proj": "gate_up_proj" for name in ("gate", "up")}
 
@@ -126,11 +128,22 @@ class Source:
     @property
     def name(self) -> str:
         """What the model was called: the last part of its source's path."""
-        return Path(self.manifest.model.path.rstrip("/\\")).name
+        return self.manifest.model.name
 
     @property
     def tied(self) -> bool:
         return f"{self.spec.head}.weight" not in self.weights
+
+    def biases_beyond(self, places: Mapping[str, tuple[str, ...]]) -> list[str]:
+        """Biases without a place in an engine: `places` has the linears with one, for families where not all have."""
+        known = places.get(self.config.model_type)
+        biases = [name for name in self.weights if name.endswith(".bias")]
+        return [] if known is None else [name for name in biases if name.split(".")[-2] not in known]
+
+    def vllm_notes(self) -> tuple[str, ...]:
+        """What vLLM and SGLang would leave out without a word."""
+        lost = self.biases_beyond(_VLLM_BIASED)
+        return (f"vLLM and SGLang leave out {lost[0]}: run it with transformers",) if lost else ()
 
     def packs(self, weight: Weight) -> bool:
         """Whether it is a quantised linear of the blocks: what most engines have packed products for."""

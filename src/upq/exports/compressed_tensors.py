@@ -51,7 +51,7 @@ class CompressedTensors(SafetensorsExporter):
         note = f"it computes in {dtype_name(dtype)}"
         if dtype != source.dtype and dtype == torch.float32:
             note += ", for float16 does not hold everything (--set dtype=fp16 --allow-inexact would round it)"
-        return Plan(placements=placements, notes=(note,), dtype=dtype)
+        return Plan(placements=placements, notes=(note, *source.vllm_notes()), dtype=dtype)
 
     def config(self, source: Source, plan: Plan) -> dict[str, Any]:
         return {"dtype": plan.dtype_name, "quantization_config": _config(source, plan)}

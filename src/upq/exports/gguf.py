@@ -45,9 +45,11 @@ class Gguf(Exporter):
     options: GgufOptions
 
     def plan(self, source: Source) -> Plan:
-        from upq.exports._llamacpp import LlamaCpp
+        from upq.exports._llamacpp import BIASED, LlamaCpp
 
         model = LlamaCpp(source.config)
+        if lost := source.biases_beyond(BIASED):
+            raise UPQError(f"{source.path}: llama.cpp has no place for {lost[0]} in this family; export it as onnx")
         notes = list(model.check())
         model.tensor_names(list(source.weights))
         notes += self._vocabulary(source).notes

@@ -64,7 +64,10 @@ class Gptq(SafetensorsExporter):
         placements = tuple(_place(source, weight) for weight in source.weights.values())
         return Plan(
             placements=placements,
-            notes=("it computes in float16, to which engines round on loading what is not packed",),
+            notes=(
+                "it computes in float16, to which engines round on loading what is not packed",
+                *source.vllm_notes(),
+            ),
             dtype=_SCALES,
         )
 

@@ -51,7 +51,7 @@ class Humming(SafetensorsExporter):
         notes = [f"it computes in {dtype_name(dtype)}, to which vLLM rounds on loading what is not packed"]
         if next(iter(schemes)).group_size == PER_CHANNEL:  # type: ignore[union-attr]
             notes.append("one scale a row: on one GPU only (tensor parallelism cannot cut its zero points)")
-        return Plan(placements=placements, notes=tuple(notes), dtype=dtype)
+        return Plan(placements=placements, notes=(*notes, *source.vllm_notes()), dtype=dtype)
 
     def config(self, source: Source, plan: Plan) -> dict[str, Any]:
         return {"dtype": plan.dtype_name, "quantization_config": _config(source)}

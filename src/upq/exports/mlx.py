@@ -25,6 +25,9 @@ from upq.files.tensors import TensorPlan
 _BITS = (2, 4, 8)
 _GROUPS = (128, 64, 32)  # the larger, the fewer scales are written
 
+# Linears that have biases in mlx-lm's classes, by family; in those of other families as the configuration says.
+_BIASED = {"qwen2": ("q_proj", "k_proj", "v_proj"), "qwen3": ()}
+
 
 class MlxOptions(Options):
     # Of s and b. float32 holds them always; float16 and bfloat16 only where scale and zero·scale have few bits.
@@ -41,6 +44,8 @@ class Mlx(SafetensorsExporter):
     options: MlxOptions
 
     def plan(self, source: Source) -> Plan:
+        if lost := source.biases_beyond(_BIASED):
+            raise UPQError(f"{source.path}: mlx-lm has no place for {lost[0]} in this family; export it as onnx")
         placements = tuple(self._place(weight) for weight in source.weights.values())
         if not any(_group(weight) for weight in source.weights.values()):
             raise UPQError(
@@ -53,7 +58,7 @@ class Mlx(SafetensorsExporter):
 
     def config(self, source: Source, plan: Plan) -> dict[str, Any]:
         quantization = _config(plan)
-        return {**_rope(source), "quantization": quantization, "quantization_config": quantization}
+        return {"quantization": quantization, "quantization_config": quantization}
 
     def rows(self, p: Placement, stored: Stored, start: int, stop: int) -> Tensor:
         if not p.packed:
@@ -126,13 +131,6 @@ def _config(plan: Plan) -> dict[str, Any]:
     }
     common = max(each.values(), key=lambda found: sum(other == found for other in each.values()))
     return {**common, **{name: found for name, found in each.items() if found != common}}
-
-
-def _rope(source: Source) -> dict[str, Any]:
-    """Rotary positions under the keys of transformers 4, which mlx-lm reads: without them it takes its own defaults."""
-    rope = dict(source.config.rope_parameters)
-    found = {"rope_theta": rope.pop("rope_theta")}
-    return found if rope.get("rope_type", "default") == "default" else {**found, "rope_scaling": rope}
 
 
 EXPORTS.register("mlx")(Mlx)

@@ -371,7 +371,8 @@ def _genai(source: Source) -> dict[str, Any]:
     return {
         "model": {
             "type": config.model_type,
-            "bos_token_id": config.bos_token_id,
+            # Its reader takes numbers alone. It starts no text with this one, which its own builder puts for none.
+            "bos_token_id": 1 if config.bos_token_id is None else config.bos_token_id,
             "eos_token_id": ends,
             "pad_token_id": config.pad_token_id if config.pad_token_id is not None else (ends or [0])[0],
             "context_length": config.max_position_embeddings,

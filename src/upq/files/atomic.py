@@ -22,8 +22,11 @@ def written(path: Path) -> Iterator[Path]:
     """A scratch path beside `path`, for a file or a directory. It gets the name `path` once its content is on the disk.
 
     On any failure the scratch path goes and `path` is as it was. A file is replaced; a directory must be new or empty.
+    An empty one stays and gets the files one by one: it may be where a shell stands, or a mount.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = Path(os.path.abspath(path))  # `.` has no name
+    there = target.is_dir()
+    scratch = (target if there else target.parent) / f".{target.name}.{os.getpid()}.tmp"
     try:
         with write_errors(path):
             yield scratch
@@ -33,12 +36,22 @@ def written(path: Path) -> Iterator[Path]:
                 file.chmod(0o666 & ~umask)  # safetensors creates files that only their owner can read
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
-            scratch.replace(path)
+            if there and scratch.is_dir():
+                _move_into(target, scratch)
+            else:
+                scratch.replace(target)
     finally:
         if scratch.is_dir():
             shutil.rmtree(scratch, ignore_errors=True)
         else:
             scratch.unlink(missing_ok=True)
+
+
+def _move_into(target: Path, scratch: Path) -> None:
+    if any(path != scratch for path in target.iterdir()):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+    for path in scratch.iterdir():
+        path.replace(target / path.name)
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:

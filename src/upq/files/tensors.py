@@ -17,6 +17,7 @@ from torch import Tensor
 
 from upq.core.bounded import parse_json, read_json
 from upq.core.errors import UPQError
+from upq.core.pointers import check_pointer
 from upq.files.atomic import written
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -156,6 +157,12 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
+def tensor_types(path: Path) -> dict[str, str]:
+    """The types of a safetensors file's tensors by name, in the format's own words, from its header only."""
+    with _readable(path), safe_open(path, framework="pt") as file:
+        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+
+
 def load_rows(path: Path, name: str, start: int = 0, stop: int | None = None) -> Tensor:
     """Rows of one tensor of a safetensors file; of all the others nothing is read."""
     # Opened anew each time: a file that stays mapped counts as memory for every page ever read.
@@ -176,6 +183,7 @@ def tensor_files(path: Path) -> dict[str, Path]:
     """Tensor name to safetensors file of a model directory: of the single file, or else as the index says."""
     index, single = path / INDEX, path / WEIGHTS
     if single.is_file():  # first, as in transformers: what is checked is what is loaded
+        check_pointer(single)
         return dict.fromkeys(tensor_shapes(single), single)
     if not index.is_file():
         raise UPQError(f"{path}: no {WEIGHTS}; {_instead(path)}")
@@ -183,6 +191,7 @@ def tensor_files(path: Path) -> dict[str, Path]:
     for file in sorted(set(files.values())):
         if not file.is_file():
             raise UPQError(f"{path}: shard {file.name} named by the index is missing; is the download complete?")
+        check_pointer(file)
     return files
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +23,7 @@ from transformers.utils.hub import cached_file, cached_files
 
 from upq.core.bounded import parse_json, read_bytes, read_json
 from upq.core.errors import UPQError
-from upq.files.tensors import INDEX, WEIGHTS, shard_names, tensor_files, tensor_shapes
+from upq.files.tensors import INDEX, WEIGHTS, shard_names, tensor_files, tensor_shapes, tensor_types
 from upq.model.families._base import FAMILIES, ModelSpec
 
 _CONFIG = "is config.json of this model?"
@@ -32,6 +32,7 @@ _TOKENS = "is it a tokenizer's file?"
 _COUNTS = {"num_hidden_layers": 10_000, "num_labels": 10_000}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _REASON = 300  # characters of what a library says
 _TOKENIZER_BYTES, _TOKENIZER_VALUES = 64 << 20, 4 << 20  # a vocabulary of 262,000 has 33 MB and 2 million values
 
@@ -45,6 +46,8 @@ def load_config(model: str | Path) -> PretrainedConfig:
             file = Path(str(cached_file(str(model), "config.json")))
     _check_raw(read_json(file, remedy=_CONFIG), file)
     config: PretrainedConfig = _read(AutoConfig, model)
+    if config._attn_implementation not in ("eager", "sdpa"):  # a wish: what another machine or device has
+        config._attn_implementation = None  # the best of transformers' own
     return config
 
 
@@ -69,7 +72,7 @@ def load_model(model: str | Path, *, dtype: torch.dtype | str = "auto", device: 
     _check_weights(path, config)
     _check_settings(path)
     with _one_thread() if torch.device(device).type == "cpu" else nullcontext():  # a GPU's memory is another
-        loaded: PreTrainedModel = _read(AutoModelForCausalLM, path, dtype=dtype, use_safetensors=True)
+        loaded: PreTrainedModel = _read(AutoModelForCausalLM, path, config=config, dtype=dtype, use_safetensors=True)
     loaded.eval()  # type: ignore[no-untyped-call]
     loaded.to(device)  # type: ignore[arg-type]
     return loaded
@@ -124,6 +127,24 @@ def check_sizes(path: Path, config: PretrainedConfig, files: Iterable[Path]) -> 
             limit, of = tensors, "tensors"
         if size is not None and (type(size) is not int or not 1 <= size <= limit):
             raise UPQError(f"{path}: config.json says {key}={size!r}, its weights are {limit:,} {of}; {_CONFIG}")
+
+
+def check_types(path: Path, config: PretrainedConfig, files: Iterable[Path]) -> None:
+    """Weights of other types than floats are codes, and what belongs to them stands in a quantization_config."""
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    for file in sorted(set(files)):
+        for name, dtype in tensor_types(file).items():
+            if name.endswith("weight") and dtype not in _FLOATS:
+                kind = "float8" if dtype.startswith("F8") else dtype
+                what = f"tensor {name} is stored in {kind}, and config.json says nothing of its scales"
+                raise UPQError(f"{path}: {what}; give the model in BF16, FP16 or FP32")
+
+
+def stored_name(name: str, stored: Container[str], tied: Mapping[str, str]) -> str:
+    """The name under which a checkpoint has a tensor: its own, or else that of one that is tied to it, either way."""
+    others = [tied.get(name), *(other for other, to in tied.items() if to == name)]
+    return next((other for other in (name, *others) if other is not None and other in stored), name)
 
 
 def family(config: PretrainedConfig) -> ModelSpec:
@@ -185,12 +206,13 @@ def _check_weights(path: Path, config: PretrainedConfig) -> None:
     check_sizes(path, config, files.values())
     if getattr(config, "quantization_config", None) is not None:  # UPQ's own are compared by upq.artifact.transformers
         return
+    check_types(path, config, files.values())
     shapes = {name: shape for file in set(files.values()) for name, shape in tensor_shapes(file).items()}
     auto: Any = AutoModelForCausalLM  # untyped
     with library_errors(f"{path}: config.json describes no model"), torch.device("meta"):
         skeleton: PreTrainedModel = auto.from_config(config)
     for name, tensor in skeleton.state_dict().items():
-        if name not in shapes and skeleton.all_tied_weights_keys.get(name) not in shapes:
+        if stored_name(name, shapes, skeleton.all_tied_weights_keys) not in shapes:
             raise UPQError(f"{path}: tensor {name} is missing from the checkpoint; is the download complete?")
         if name in shapes and shapes[name] != tuple(tensor.shape):
             what = f"has shape {shapes[name]}, but the config says {tuple(tensor.shape)}"

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from upq.core.errors import UPQError
 from upq.core.memory import trim
 from upq.files.tensors import tensor_files
-from upq.model.loading import check_sizes, decoder_blocks, family, library_errors, load_config
+from upq.model.loading import check_sizes, check_types, decoder_blocks, family, library_errors, load_config, stored_name
 
 
 class Source:
@@ -35,6 +35,7 @@ class Source:
         family(config)
         self._files = tensor_files(path)
         check_sizes(path, config, self._files.values())
+        check_types(path, config, self._files.values())
         self._lay_out(path, config, device, self._own_dtype(config) if dtype == "auto" else dtype)
 
     @classmethod
@@ -164,6 +165,7 @@ class Source:
 
     def _tensor(self, name: str, shape: torch.Size, *, rows: Tensor | None = None) -> Tensor:
         """One tensor of the checkpoint, which the config gives `shape`, in `dtype`; all of it or some rows."""
+        name = stored_name(name, self._files, self._layout.all_tied_weights_keys)
         if name not in self._files:
             raise UPQError(f"{self.path}: tensor {name} is missing from the checkpoint; is the download complete?")
         with _opened(self._files[name]) as file:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypeAlias, TypedDict, cast
 
 from upq.core.errors import UPQError
+from upq.core.paths import local, local_or_hub
 from upq.run.reporter import loading, reporting
 
 if TYPE_CHECKING:
@@ -87,13 +88,13 @@ def quantize(
 
     with quietly(), reporting(progress) as shown:
         return run(
-            model,
+            local_or_hub(model),
             chosen,
-            out,
+            local(out),
             device=device,
             keep_work=keep_work,
             redo=redo,
-            work=work,
+            work=None if work is None else local(work),
             progress=shown,
             stop=stop,
         )
@@ -140,7 +141,7 @@ def plan(
         from upq.run.quiet import quietly
 
     with quietly(), loading(progress, "the model's config, then planning"):
-        config = load_config(model)
+        config = load_config(local_or_hub(model))
         planning.check(config, chosen, str(model))
         return planning.plan(config, chosen, _machine(memory, gpus, gpu_memory, gpu_tflops, gpu_bandwidth))
 
@@ -181,7 +182,8 @@ def evaluate(
     Returns the figures by name. Raises UPQError for bad input.
     """
     names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks) if name.strip()]
-    file, folder = (None if path is None else Path(path) for path in (text, data_dir))
+    file, folder = (None if path is None else local(path) for path in (text, data_dir))
+    model, against = local_or_hub(model), None if against is None else local_or_hub(against)
     _check_request(file, names, against, separator, folder)
 
     with loading(progress):
@@ -250,7 +252,7 @@ def export(
 
     chosen = {**options, "allow_inexact": True} if allow_inexact else options
     with quietly(), reporting(progress) as shown:
-        return write(artifact, to, out, options=chosen, progress=shown)
+        return write(local(artifact), to, local(out), options=chosen, progress=shown)
 
 
 # --- arguments -----------------------------------------------------------------------------------------------------
@@ -273,7 +275,7 @@ def recipe_of(
         sources = tuple(text if isinstance(text, TextSource) else TextSource(path=str(text)) for text in given)
         chosen = chosen.model_copy(update={"data": chosen.data.model_copy(update={"sources": sources})})
     for source in chosen.data.sources:
-        if source.path.startswith((".", "/", "~")) and not Path(source.path).exists():
+        if source.path.startswith((".", "/", "~")) and not local(source.path).exists():
             raise UPQError(f"--data {source.path}: no such file or directory")
     return chosen
 

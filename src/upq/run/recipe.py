@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib import resources
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
@@ -23,6 +22,7 @@ from pydantic import SerializeAsAny, field_serializer
 from upq.core.bounded import YAML_BYTES, parse_yaml, read_bytes
 from upq.core.config import Plugin, Strict, decode, fixed, free, override
 from upq.core.errors import UPQError
+from upq.core.paths import local
 from upq.data.config import Data
 from upq.stages import STAGES, Memory, Stage
 
@@ -114,7 +114,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _read(name_or_file: str) -> dict[str, Any]:
-    path = Path(name_or_file).expanduser()
+    path = local(name_or_file)
     if name_or_file in names():
         text = resources.files("upq.run.recipes").joinpath(f"{name_or_file}.yaml").read_text()
     elif path.is_file():

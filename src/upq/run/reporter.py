@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
 from upq.core.progress import Progress, Silent
+from upq.run.console import console, styled
 
 
 @dataclass
@@ -73,7 +74,7 @@ class _Reporter:
         self._since = now
 
     def note(self, text: str) -> None:
-        self.console.print(f"[dim]{text}[/dim]", highlight=False)
+        self.console.print(styled((text, "dim")))
 
     def __enter__(self) -> Self:
         return self
@@ -93,7 +94,8 @@ class LiveBars(_Reporter):
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
+            TextColumn("{task.fields[eta]}", style="dim", markup=False),
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
@@ -102,7 +104,7 @@ class LiveBars(_Reporter):
     def plan(self, stages: dict[str, tuple[int, float]]) -> None:
         super().plan(stages)
         for stage, (units, _) in stages.items():
-            self._tasks[stage] = self._bars.add_task(stage, total=units, figures="")
+            self._tasks[stage] = self._bars.add_task(stage, total=units, figures="", eta="")
 
     def start(self, stage: str, *, done: int = 0) -> None:
         super().start(stage, done=done)
@@ -112,13 +114,13 @@ class LiveBars(_Reporter):
         super().advance(units, **figures)
         shown = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
         left = self.estimate.remaining()
-        eta = f"[dim]run: {duration(time.monotonic() - self._begin)}"
-        eta += f", {duration(left)} to go[/dim]" if left is not None else "[/dim]"
+        eta = f"run: {duration(time.monotonic() - self._begin)}"
+        eta += f", {duration(left)} to go" if left is not None else ""
         for stage, task in self._tasks.items():
             if stage == self.stage:
-                self._bars.update(task, advance=units, figures=f"{shown}  {eta}")
+                self._bars.update(task, advance=units, figures=shown, eta=eta)
             elif self.estimate.finished.get(stage):
-                self._bars.update(task, figures="")
+                self._bars.update(task, figures="", eta="")
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -128,7 +130,7 @@ class LiveBars(_Reporter):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for task in self._tasks.values():
-            self._bars.update(task, figures="")
+            self._bars.update(task, figures="", eta="")
         self._bars.stop()
 
 
@@ -159,7 +161,7 @@ class PlainLines(_Reporter):
 
     def _line(self, text: str) -> None:
         self._last = time.monotonic()
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(styled(text), soft_wrap=True)
 
 
 def reporter(console: Console) -> LiveBars | PlainLines:
@@ -173,7 +175,7 @@ def reporter(console: Console) -> LiveBars | PlainLines:
 def reporting(progress: Progress | Literal["auto"] | None, *, stderr: bool = False) -> Iterator[Progress]:
     """`progress` itself; for "auto" a reporter for this terminal, pipe or notebook; for None a silent one."""
     if progress == "auto":
-        with reporter(Console(stderr=stderr)) as made:
+        with reporter(console(stderr=stderr)) as made:
             yield made
     else:
         yield progress or Silent()
@@ -185,9 +187,9 @@ def loading(progress: object = "auto", what: str = "torch and transformers") -> 
 
     A pipe gets nothing: its stderr holds errors, one line each. Under torchrun the first process alone shows it.
     """
-    console = Console(stderr=True)
-    if progress == "auto" and console.is_terminal and os.environ.get("RANK", "0") == "0":
-        with console.status(f"loading {what} …"):
+    shown = console(stderr=True)
+    if progress == "auto" and shown.is_terminal and os.environ.get("RANK", "0") == "0":
+        with shown.status(styled(f"loading {what} …")):
             yield
     else:
         yield

@@ -221,8 +221,8 @@ def costs(recipe: Recipe, reading: Reading, blocks: int) -> dict[str, tuple[int,
 
 def _local(model: str | Path) -> tuple[Path, str]:
     """The model's files on this machine, and the name it was asked for by."""
-    if Path(model).is_dir():
-        return Path(model), str(model)
+    if (path := Path(model)).is_dir():
+        return path, str(model) if path.name not in ("", "..") else path.resolve().name
     load_config(model)  # its errors are clearer than the hub's
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "merges.txt", "vocab.*"]
     return Path(snapshot_download(str(model), allow_patterns=patterns)), str(model)
