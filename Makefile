@@ -53,7 +53,7 @@ cross: $(VENV)/.installed
 # 10 minutes in all; what it finds lies in build/fuzz/crashes and goes on failing with `tools/fuzz.py TARGET --input FILE`.
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt atheris
-	for target in artifact recipe data; do $(BIN)/python tools/fuzz.py $$target --seconds 200 || exit 1; done
+	for target in artifact recipe data inputs; do $(BIN)/python tools/fuzz.py $$target --seconds 150 || exit 1; done
 
 # torch first and alone, pinned: left to itself, pip would fetch a CUDA build with gigabytes of libraries.
 $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/upq/kernels/cpu/*)

@@ -10,7 +10,8 @@ import gzip
 import io
 import json
 import random
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,23 @@ from transformers.utils import logging
 
 import upq
 from tiny import CHAT, byte_tokenizer, tiny_artifact, tiny_model
+from upq.artifact.manifest import read_manifest, verify
+from upq.artifact.transformers import write_companions
+from upq.cli.chat import answer
 from upq.core.errors import UPQError
+from upq.core.progress import Silent
 from upq.data import Message, read_documents
-from upq.data.config import TextSource
+from upq.data.config import Generated, TextSource
 from upq.data.conversations import ChatTemplate
 from upq.data.encoding import Encoder
+from upq.data.generated import write_conversations
 from upq.exports._source import Source as Artifact
 from upq.losses import LOSSES
-from upq.model.loading import load_tokenizer
+from upq.model.loading import load_config, load_tokenizer
 from upq.model.source import Source
+from upq.run.dry import check_text
 from upq.run.recipe import Recipe
+from upq.run.run import quantize
 from upq.stages.blockwise import Blockwise
 from upq.stages.distill import Distill
 
@@ -122,10 +130,192 @@ def read_data(file: Path) -> None:
             Encoder(tokenizer).encode(documents)
 
 
+# --- a template, tokenizer settings and generation settings of all kinds ---------------------------------------------
+
+HEADS = (
+    "",
+    "{{ bos_token }}",
+    "<|im_start|>system\nToday: {{ strftime_now('%d %b %Y %H:%M:%S') }}<|im_end|>\n",
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}",
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}",
+    "{% if messages[0].role != 'system' %}{{ raise_exception('a system message first') }}{% endif %}",
+    "{% if (messages | length) % 2 == 0 %}{{ raise_exception('roles must alternate') }}{% endif %}",
+    "{% if tools %}{{ tools | tojson }}{% endif %}",
+    "{{ tools[0].function.name }}",
+    "{{ messages[7].content }}",
+    "{{ strftime_now(5) }}",
+    "<|tool|>",
+)
+FORMS = (
+    ("<|im_start|>{{ m.role }}\n", "{{ m.content }}", "<|im_end|>\n"),
+    ("[INST] ", "{{ m.content }}", " [/INST]"),
+    ("", "{{ m.content }}", "{{ eos_token }}"),
+    ("", "{{ m.content }}", ""),
+    (" ", "{{ m.content | trim }}", " "),
+    ("{{ m.role }}: ", "{{ m.content | upper }}", "\n\n"),
+    ("### Instruction:\n", "{{ m['content'] }}", "\n\n### Response:\n"),
+    ("", "{% generation %}{{ m.content }}{% endgeneration %}", "<|im_end|>"),
+    ("<|im_start|>", "", "<|im_end|>"),
+    ("", "{{ m.content }}{{ m.content }}", ""),
+    ("", "{{ m.content[0].text }}", ""),
+    ("", "{{ m.content[:2] }}", ""),
+)
+PROMPTS = ("", "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "Assistant:")
+TOKENS = (..., "<|im_end|>", "<|endoftext|>", None, "<s>", "[NEW]", "a", "", 5, {"content": "<x>"}, ["<|im_end|>"])
+CLASSES: tuple[Any, ...] = ("PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizer", "GPT2Tokenizer", ..., 5)
+EXTRA: tuple[Any, ...] = (..., ["<|im_start|>"], {"image_token": "<|im_start|>"}, ["[MORE]"], "x", 5)
+ENDS: tuple[Any, ...] = (258, [258, 256], None, [], ..., 999, -1, "</s>", [None], 2.5, True)
+GENERATION: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (5.0, 0.0, "x"),
+    "num_beams": (4, 0),
+    "num_return_sequences": (2,),
+    "max_new_tokens": (4, 0, None),
+    "max_length": (1, 20),
+    "min_new_tokens": (30,),
+    "min_p": (0.5,),
+    "temperature": (0.7, 0.0, None),
+    "top_k": (1, -1),
+    "do_sample": (False, True),
+    "suppress_tokens": ([10, 11], [999]),
+    "begin_suppress_tokens": ([258],),
+    "forced_eos_token_id": (258,),
+    "use_cache": (False,),
+    "cache_implementation": ("static", "nonsense"),
+    "return_dict_in_generate": (True,),
+    "stop_strings": ("e",),
+    "no_repeat_ngram_size": (1,),
+    "prompt_lookup_num_tokens": (3,),
+    "pad_token_id": (256, 999, None),
+    "guidance_scale": (2.0,),
+    "a_key_of_tomorrow": ({"a": 1},),
+}
+
+
+def input_of(raw: bytes) -> dict[str, Any]:
+    """An input described by its choices, a byte for each; what is past the end of `raw` is the first of its kind."""
+    left = iter(raw)
+
+    def pick(options: Sequence[Any]) -> Any:
+        return options[next(left, 0) % len(options)]
+
+    user, answer = pick(FORMS), pick(FORMS[:9])
+    if pick((False, False, True)):
+        user, answer = answer, user
+    body = "{% for m in messages %}{% if m.role == 'user' %}USER{% else %}ANSWER{% endif %}{% endfor %}"
+    template = pick(HEADS) + body.replace("USER", "".join(user)).replace("ANSWER", "".join(answer)) + pick(PROMPTS)
+    named = [{"name": "default", "template": template}, {"name": "tool_use", "template": "{{ tools }}"}]
+    settings = {
+        "chat_template": pick((template, named, template, named[1:], None, 5, "{{", [])),
+        "tokenizer_class": pick(CLASSES),
+        "extra_special_tokens": pick(EXTRA),
+        "add_bos_token": pick((..., True, False, "x")),
+        "model_max_length": pick((..., 8, None, 1e30)),
+        **{f"{name}_token": pick(TOKENS) for name in ("eos", "pad", "bos", "unk")},
+    }
+    generation: Any = {"eos_token_id": pick(ENDS)}
+    for _ in range(pick((0, 1, 2, 3))):
+        key = pick(tuple(GENERATION))
+        generation[key] = pick(GENERATION[key])
+    return {
+        "tokenizer_config.json": _given(settings),
+        "generation_config.json": pick((_given(generation), _given(generation), None, {}, [], 5)),
+        "config.json": _given({"eos_token_id": pick((258, None, [258], ...)), "use_cache": pick((True, False))}),
+        "beyond": pick((False, False, True)),  # an added token without a row in the embedding
+        "loss_on": pick(("all", "assistant")),
+        "generated": pick((True, False)),
+    }
+
+
+def _given(keys: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if value is not ...}
+
+
+def base(folder: Path) -> Path:
+    """A model of 259 rows, one token a byte and three special ones, to put the files of an input into."""
+    tiny_model("llama", vocab_size=259, hidden_size=16, eos_token_id=258).save_pretrained(folder)
+    tokenizer = byte_tokenizer(bos="<|endoftext|>", eos="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    rows = [{"messages": CONVERSATION}, {"text": "plain"}, {"text": "<|tool|> result"}, {"messages": CONVERSATION[:1]}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def write_input(base: Path, folder: Path, raw: bytes) -> dict[str, Any]:
+    """The directory `folder`: that of `base` with the files of `input_of(raw)`, which is returned."""
+    made = input_of(raw)
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(base, folder)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (folder / name).unlink(missing_ok=True)
+        if made[name] is not None:
+            (folder / name).write_text(json.dumps(made[name]))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | made["config.json"]))
+    if made["beyond"]:
+        stored = json.loads((folder / "tokenizer.json").read_text())
+        stored["added_tokens"].append({**stored["added_tokens"][-1], "id": 259, "content": "<|tool|>"})
+        (folder / "tokenizer.json").write_text(json.dumps(stored))
+    return made
+
+
+def use_input(model: Path, made: dict[str, Any]) -> None:
+    """All that reads a template, a tokenizer or generation settings, in the order of a run."""
+    options = [f"data.loss_on={made['loss_on']}", "data.seq_len=8"]
+    recipe = Recipe.load("default", options).changed([f"data.sources=[{{path: {model / 'rows.jsonl'}}}]"])
+    section = Generated(tokens=4, max_new_tokens=6, batch_size=2)
+    with _refused():
+        tokenizer = load_tokenizer(model)
+        with _refused():
+            check_text(model, load_config(model), tokenizer, recipe, "model")
+        loaded = upq.load(model)
+        with _refused():  # the run's own check is stricter
+            write_conversations(model / "talks", loaded, tokenizer, section, seed=0, progress=Silent())
+        with _refused():
+            answer(loaded, tokenizer, CONVERSATION[:1], {"max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0})
+        for document in read_documents(TextSource(path=str(model / "rows.jsonl"))):
+            with _refused():
+                Encoder(tokenizer, made["loss_on"]).encode([document])
+        (model / "out").mkdir()
+        write_companions(model / "out", tokenizer, model)
+        shutil.copyfile(model / "config.json", model / "out" / "config.json")
+        again = load_tokenizer(model / "out")
+        text = "In 2023 <|im_start|>ö"
+        assert (
+            again(text, add_special_tokens=False)["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+        )
+
+
+def run_input(model: Path, made: dict[str, Any]) -> None:
+    """A whole run: an artefact that is used with the tokens of its source, or one line."""
+    out = model / "run"
+    settings = [
+        f"data.sources=[{{path: {model / 'rows.jsonl'}}}]",
+        f"data.loss_on={made['loss_on']}",
+        "data.seq_len=8",
+        "data.validation=1",
+        f"data.generated={'{tokens: 4, max_new_tokens: 6, batch_size: 2}' if made['generated'] else 'null'}",
+        "int2.samples=4",
+        "int2.method=rtn",
+        "distill.tokens=16",
+        "distill.batch_size=2",
+    ]
+    with _refused():
+        quantize(model, Recipe.load("default", settings), out)
+        verify(out, read_manifest(out))
+        upq.load(out)
+        ids = [load_tokenizer(path)("In 2023 <|im_start|>ö", add_special_tokens=False) for path in (model, out)]
+        assert ids[0]["input_ids"] == ids[1]["input_ids"]
+
+
 @contextlib.contextmanager
 def _refused() -> Iterator[None]:
-    with contextlib.suppress(UPQError):
+    said = ""
+    try:
         yield
+    except UPQError as error:
+        said = str(error)
+    assert "\n" not in said
 
 
 @contextlib.contextmanager

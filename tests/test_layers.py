@@ -15,6 +15,7 @@ SRC = Path(upq.__file__).parent
 FLOORS = (
     ("core",),
     ("files", "grids", "losses", "kernels"),
+    ("text",),
     ("nn", "model", "data", "world"),
     ("blockwise", "distill", "decoding"),
     ("artifact",),

@@ -5,7 +5,8 @@ why not. Anything else, or 1 GB of memory more than the imports take, is a findi
 in `--crashes`. `--input FILE` runs one such input again. Needs atheris: pip install 'upq[fuzz]'.
 
 An input for `artifact` is the number of a file in its first byte, then that file's content; for `data`, of a kind of
-file. The corpus starts from valid files and grows in `--corpus`, from run to run.
+file; for `inputs`, a byte for each choice of a chat template, tokenizer settings and generation settings. The corpus
+starts from valid files and grows in `--corpus`, from run to run.
 """
 
 from __future__ import annotations
@@ -72,7 +73,19 @@ def data(scratch: Path) -> tuple[Run, list[bytes]]:
     return run, [bytes([n]) + hostile.data_file(name, r) for n, name in enumerate(hostile.DATA) for r in rows]
 
 
-TARGETS = {"artifact": artifact, "recipe": recipe, "data": data}
+def inputs(scratch: Path) -> tuple[Run, list[bytes]]:
+    base, model = hostile.base(scratch / "base"), scratch / "model"
+
+    def run(raw: bytes) -> None:
+        made = hostile.write_input(base, model, raw)
+        hostile.use_input(model, made)
+        if sum(raw) % 4 == 0:  # a whole run takes as long as ten of the others
+            hostile.run_input(model, made)
+
+    return run, [bytes([n]) * 31 for n in range(12)]
+
+
+TARGETS = {"artifact": artifact, "recipe": recipe, "data": data, "inputs": inputs}
 
 
 def main() -> None:
@@ -97,7 +110,7 @@ def main() -> None:
         """By value or by byte; half of the time from a valid file, for libFuzzer goes on from what was new alone."""
         choose = random.Random(seed)
         raw = choose.choice(seeds) if choose.random() < 0.5 else raw
-        head = 1 if options.target != "recipe" else 0
+        head = 1 if options.target in ("artifact", "data") else 0
         with contextlib.suppress(ValueError, RecursionError):  # no JSON
             new = raw[:head] + hostile.exchanged(raw[head:], choose)
             if len(new) <= room and choose.random() < 0.75:

@@ -12,7 +12,7 @@ from upq.core.bounded import read_json
 from upq.core.config import Strict, decode
 from upq.core.errors import UPQError
 from upq.files.atomic import atomic_write
-from upq.files.digests import digest_file
+from upq.files.digests import TEMPLATES, digest_file
 from upq.files.tensors import plain_name
 
 MANIFEST = "upq.json"
@@ -72,7 +72,8 @@ def read_manifest(directory: Path) -> Manifest:
         raise UPQError(f"{path}: written by a newer upq (manifest {found}); upgrade: pip install -U upq")
     manifest = decode(Manifest, raw, str(path))
     for name in manifest.files:
-        plain_name(name, str(path))
+        folder, _, file = name.rpartition("/")
+        plain_name(name if folder != TEMPLATES else file, str(path))
     return manifest
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from upq.artifact.card import model_card
 from upq.artifact.manifest import MANIFEST, Manifest, write_manifest
 from upq.files.atomic import atomic_write, write_errors
+from upq.files.digests import TEMPLATES
 
 
 def describe(directory: Path, manifest: Manifest) -> None:
@@ -22,6 +24,8 @@ def publish(made: Path, out: Path, manifest: Manifest) -> None:
     """
     describe(made, manifest)
     with write_errors(out):
-        (out / MANIFEST).unlink(missing_ok=True)  # of an artefact that this one replaces
-        for file in sorted(made.iterdir(), key=lambda path: path.name == MANIFEST):
-            file.replace(out / file.name)
+        (out / MANIFEST).unlink(missing_ok=True)  # of an artefact that this one replaces, as are the templates
+        if (out / TEMPLATES).is_dir():
+            shutil.rmtree(out / TEMPLATES)
+        for path in sorted(made.iterdir(), key=lambda path: path.name == MANIFEST):
+            path.replace(out / path.name)

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,11 +30,12 @@ from upq.artifact.publish import describe
 from upq.core.errors import UPQError
 from upq.core.paths import local_or_hub
 from upq.core.scheme import QTensor, QuantScheme
-from upq.files.atomic import written
+from upq.files.atomic import write_errors, written
 from upq.files.tensors import tensor_shapes
 from upq.grids import GRIDS, search_scale
 from upq.model.loading import check_sizes, decoder_blocks, family, library_errors, load_config, load_model
 from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead, dense_like, pack_like
+from upq.text.tokenizer import write_tokenizer
 
 FORMAT_VERSION = 1
 _OURS = "is config.json from this upq?"
@@ -267,12 +269,14 @@ def write_artifact(
     *,
     manifest: Manifest,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    source: Path | None = None,
     embeddings_bits: Literal[4, 8] | None = None,
     extra_tensors: Mapping[str, Tensor] | None = None,
     errors: Mapping[str, float] | None = None,
 ) -> Manifest:
     """Pack `model` in place (see `pack_model`) and write it with its tokenizer as the new directory `out`, whole.
 
+    `source`: the directory that model and tokenizer come from, whose small files are handed on (`write_companions`).
     Returns `manifest` with `layers` (`errors` by module path among them) and `files` filled in, as it stands in
     `out/upq.json`.
     """
@@ -287,18 +291,24 @@ def write_artifact(
     model.config.tie_word_embeddings = len(embedding_tables(model)) == 1
     with written(out) as scratch:
         scratch.mkdir(parents=True)
-        try:
+        with library_errors(f"{out}: cannot save"), write_errors(out):
             # Under the names in memory: a source in an old layout must not hand its names down.
             model.save_pretrained(scratch, save_original_format=False)
-        except ValueError as error:  # generation settings that contradict each other, most often
-            reason = " ".join(str(error).split())
-            raise UPQError(f"{out}: cannot save: {reason}; correct the source's generation_config.json") from error
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-        files = {file.name: file_entry(file) for file in sorted(scratch.iterdir())}
+        write_companions(scratch, tokenizer, source)
+        written_files = sorted(file for file in scratch.rglob("*") if file.is_file())
+        files = {file.relative_to(scratch).as_posix(): file_entry(file) for file in written_files}
         manifest = manifest.model_copy(update={"layers": layers, "files": files})
         describe(scratch, manifest)
     return manifest
+
+
+def write_companions(out: Path, tokenizer: PreTrainedTokenizerBase | None, source: Path | None) -> None:
+    """What stands beside the weights of a model: its tokenizer and its settings for generation, those of `source`."""
+    if tokenizer is not None:
+        with library_errors(f"{out}: cannot save the tokenizer"), write_errors(out):
+            write_tokenizer(tokenizer, out, model=source)
+    if source is not None and (settings := source / "generation_config.json").is_file():
+        shutil.copyfile(settings, out / settings.name)  # for its users: a run takes none of it but the end tokens
 
 
 def pack_model(

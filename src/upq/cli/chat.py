@@ -34,8 +34,9 @@ def chat(
 
         from upq.artifact.transformers import load
         from upq.core.precision import to_compute_dtype
-        from upq.model.loading import load_tokenizer
+        from upq.model.loading import embedding_rows, load_config, load_tokenizer
         from upq.run.quiet import quiet_libraries
+        from upq.text.tokenizer import check_ids
 
     quiet_libraries()
     shown = console()
@@ -43,15 +44,14 @@ def chat(
     tokenizer = load_tokenizer(model)
     if not getattr(tokenizer, "chat_template", None):
         raise UPQError(f"{model}: no chat template in its tokenizer; name an instruction-tuned model")
+    check_ids(tokenizer, embedding_rows(load_config(model)), model)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with loading(what=model):
         loaded = load(model, device=device)
         if getattr(loaded, "hf_quantizer", None) is None:  # an artefact runs compiled, in float32 but for its weights
             loaded = to_compute_dtype(loaded)
-    options: dict[str, Any] = {"max_new_tokens": max_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        options |= {"temperature": temperature, "top_p": top_p}
+    options = {"max_new_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     start: list[Message] = [{"role": "system", "content": system}] if system else []
     if prompt is not None:
         answer(loaded, tokenizer, [*start, {"role": "user", "content": prompt}], options)
@@ -91,23 +91,32 @@ def answer(
     from transformers import TextStreamer
 
     from upq.data.conversations import refusals
+    from upq.model.loading import embedding_rows
+    from upq.text.generation import end_tokens, generating, own_distribution
+    from upq.text.tokenizer import check_tokens
 
     with refusals("chat"):
         encoded: Any = tokenizer.apply_chat_template(
             history, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     length = encoded["input_ids"].shape[1]
+    if not length:
+        raise UPQError("the chat template makes no token of this conversation; write something")
+    check_tokens(tokenizer, encoded["input_ids"][0].tolist(), embedding_rows(model.config), "chat")
     room = model.config.max_position_embeddings - length
     if room < 1:
         limit = model.config.max_position_embeddings
         raise UPQError(f"the conversation is {length} tokens, the model's context {limit}; /reset forgets it")
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ends = end_tokens(model.generation_config, tokenizer)
+    settings = own_distribution(ends, tokenizer, **{**options, "max_new_tokens": min(options["max_new_tokens"], room)})
     generate: Any = model.generate
-    with torch.inference_mode():
+    with torch.inference_mode(), generating(model, settings):
         out = generate(
-            **encoded.to(model.device),
+            encoded["input_ids"].to(model.device),
+            attention_mask=encoded["attention_mask"].to(model.device),
+            generation_config=settings,
             streamer=streamer,
-            **{**options, "max_new_tokens": min(options["max_new_tokens"], room)},
         )
     text = tokenizer.decode(out[0, length:], skip_special_tokens=True)
     assert isinstance(text, str)

@@ -30,7 +30,7 @@ def demo(
     """Quantise a small instruct model to 2 bits on documents and its own words, and put the same tests to both."""
     from upq.run.api import quantize
     from upq.run.console import console, styled
-    from upq.run.reporter import duration, loading
+    from upq.run.reporter import duration, loading, reporter
 
     with loading():
         from upq.core.precision import to_compute_dtype
@@ -59,7 +59,8 @@ def demo(
     with Stop().listening() as stop:
         manifest = quantize(REFERENCE, artifact, recipe, data=corpus, stop=stop)
     rounding = Recipe.load(recipe, ["int4=null", "int2.method=rtn", "int2.grid=affine", "distill.tokens=0"])
-    plain = quantize(REFERENCE, nearest, rounding, data=corpus, progress=None)
+    shown.print("the same by rounding to the nearest level, to compare with")
+    plain = quantize(REFERENCE, nearest, rounding, data=corpus)
 
     shown.rule("2. does it still know, does it still obey?", align="left")
     tokenizer = load_tokenizer(REFERENCE)
@@ -67,9 +68,10 @@ def demo(
     scores: dict[str, Scores] = {}
     said: dict[str, list[str]] = {}
     for name, path in (("original", REFERENCE), ("2 bits, nearest", nearest), ("2 bits, UPQ", artifact)):
-        with shown.status(f"testing {name}"), computing("reference"):  # it compares weights, not kernels
+        with reporter(shown) as progress, computing("reference"):  # it compares weights, not kernels
+            progress.note(f"testing {name}")
             model = to_compute_dtype(load_model(path))
-            scores[name] = evaluate_tasks(model, tokenizer, list(SUITES), limit=limit, batch_size=64)
+            scores[name] = evaluate_tasks(model, tokenizer, list(SUITES), limit=limit, batch_size=64, progress=progress)
             said[name] = answers(model, tokenizer, prompts)
     shown.print(_scores(scores, {"2 bits, nearest": plain, "2 bits, UPQ": manifest}))
     shown.print(_answers(said, prompts))

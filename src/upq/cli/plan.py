@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def plan(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="Hugging Face causal LM: directory or hub id. Only its config is read."),
+        typer.Argument(metavar="MODEL", help="Hugging Face causal LM: directory or hub id. No weights are read."),
     ],
     recipe: Annotated[str, typer.Option(help="Recipe of the package (default, paper) or a YAML file.")] = "default",
     set_: Annotated[

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from upq.core.errors import UPQError
 from upq.data.rows import CALLS, BadRow, Message
+from upq.text.date import fixed_date
 
 Span = tuple[int, int]  # characters, the end excluded
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -59,7 +60,7 @@ class ChatTemplate:
 
     def _written(self, messages: list[dict[str, Any]], where: str, *, prompt: bool) -> str:
         self._require(where)
-        with refusals(where):
+        with refusals(where), fixed_date():
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         assert isinstance(text, str)
         return text
@@ -76,7 +77,7 @@ class ChatTemplate:
     def encode_marked(self, messages: tuple[Message, ...], where: str) -> tuple[list[int], list[int]]:
         """Tokens and assistant mask of a template that marks the assistant's part itself."""
         self._require(where)
-        with refusals(where):
+        with refusals(where), fixed_date():
             out: Any = self.tokenizer.apply_chat_template(
                 _plain(messages),
                 tokenize=True,

@@ -10,22 +10,28 @@ Shape suffixes: B = samples of a batch, T = tokens.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from upq.core.errors import UPQError
 from upq.core.processes import ALONE, Processes
 from upq.core.progress import Progress
 from upq.data.config import Generated
-from upq.data.conversations import refusals
+from upq.data.conversations import ChatTemplate
+from upq.data.rows import Message
 from upq.files.atomic import atomic_write, write_errors
+from upq.text.generation import end_tokens, own_distribution, written
+from upq.text.tokenizer import check_tokens
 
 _MARK = "\ue000"  # private use: occurs in no template
+_WITHOUT = "leave them out with --set data.generated=null"
 _EMPTY_IN_A_ROW = 8  # batches without a single finished conversation, after which the model is given up
 _CALLS = 2  # of the model for a batch: prompts, then answers
 
@@ -102,9 +108,17 @@ class _Sampler:
         self._model, self._tokenizer, self._company = model, tokenizer, company
         self._max_new_tokens, self._calls = max_new_tokens, 0
 
-    def __call__(self, prompts: list[list[int]], temperature: float) -> list[str]:
+    def __call__(self, prompts: list[list[int]], temperature: float, *, closing: str = "") -> list[str]:
         self._calls += 1
-        return sample(self._model, self._tokenizer, prompts, self._max_new_tokens, temperature, company=self._company)
+        return sample(
+            self._model,
+            self._tokenizer,
+            prompts,
+            self._max_new_tokens,
+            temperature,
+            closing=closing,
+            company=self._company,
+        )
 
     def pad_calls(self, calls: int) -> None:
         """Call without prompts until there have been `calls` since the last time."""
@@ -133,33 +147,75 @@ def _write_batch(
 
 def _conversations(sampler: _Sampler, tokenizer: PreTrainedTokenizerBase, section: Generated) -> Iterator[Conversation]:
     """One batch. What was cut off at the limit is left out: the template would end it where the model did not."""
-    header_ids = tokenizer(_header(tokenizer), add_special_tokens=False)["input_ids"]
-    asked = sampler([header_ids] * section.batch_size, section.temperature)
+    frame = Frame.of(tokenizer)
+    header_ids = tokenizer(frame.header, add_special_tokens=False)["input_ids"]
+    asked = sampler([header_ids] * section.batch_size, section.temperature, closing=frame.closing)
     turns = [[{"role": "user", "content": prompt}] for prompt in asked if prompt]
     prompts = [_tokens(tokenizer, turn, prompt=True) for turn in turns]
-    answers = sampler(prompts, section.answer_temperature)
+    answers = sampler(prompts, section.answer_temperature, closing=frame.ending)
     for turn, answer in zip(turns, answers, strict=True):
         if answer:
             yield [*turn, {"role": "assistant", "content": answer}]
 
 
-def _header(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template writes before the user's words."""
-    if not tokenizer.chat_template:
-        raise UPQError(
-            "data.generated: the model's tokenizer has no chat template, so it cannot write conversations;"
-            " leave them out with --set data.generated=null"
+@dataclass(frozen=True)
+class Frame:
+    """What a template writes around the words of a user and of the assistant.
+
+    What ends a turn is the first line of what stands behind its words, empty where nothing does.
+    """
+
+    header: str  # before the user's words
+    closing: str  # ends them: [/INST], <|im_end|>
+    ending: str  # ends the assistant's words, where no end token has: </s>, <|im_end|>
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Frame:
+        """Raises UPQError where no conversation can begin with it."""
+        if not tokenizer.chat_template:
+            raise UPQError(
+                "data.generated: the model's tokenizer has no chat template, so it cannot write conversations;"
+                f" {_WITHOUT}"
+            )
+        template, asked = ChatTemplate(tokenizer), Message("user", _MARK)
+        header, found, behind = template.render((asked,), "data.generated", prompt=True).partition(_MARK)
+        if not found:
+            raise UPQError(f"data.generated: the chat template leaves out the user's words; {_WITHOUT}")
+        if not tokenizer(header, add_special_tokens=False)["input_ids"]:
+            raise UPQError(
+                "data.generated: the chat template writes nothing before the user's words, so the model has nothing to"
+                f" go on from; {_WITHOUT}"
+            )
+        talk = (Message("user", "a"), Message("assistant", _MARK))
+        return cls(
+            header, _first_line(behind), _first_line(template.render(talk, "data.generated").partition(_MARK)[2])
         )
-    with refusals("data.generated"):
-        text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
-    assert isinstance(text, str)
-    return text.split(_MARK)[0]
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "").strip()
+
+
+def check(tokenizer: PreTrainedTokenizerBase, ends: list[int], rows: int) -> None:
+    """Every fault that shows without a model. `ends`: the ids that end an answer; `rows`: of the embedding.
+
+    Raises UPQError.
+    """
+    Frame.of(tokenizer)
+    asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    for ids in (_tokens(tokenizer, [asked], prompt=True), _tokens(tokenizer, [asked, answered])):
+        check_tokens(tokenizer, ids, rows, "data.generated: the chat template")
+    if not ends:
+        raise UPQError(
+            "data.generated: the model has no end token, neither in its tokenizer nor in generation_config.json, so it"
+            f" ends no answer; {_WITHOUT}"
+        )
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, talk: Conversation, *, prompt: bool = False) -> list[int]:
-    with refusals("data.generated"):
-        rendered: Any = tokenizer.apply_chat_template(talk, add_generation_prompt=prompt, return_dict=True)
-    ids: list[int] = rendered["input_ids"]
+    messages = tuple(Message(turn["role"], turn["content"]) for turn in talk)
+    text = ChatTemplate(tokenizer).render(messages, "data.generated", prompt=prompt)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
@@ -171,44 +227,59 @@ def sample(
     max_new_tokens: int,
     temperature: float = 1.0,
     *,
+    closing: str = "",
     company: Processes = ALONE,
 ) -> list[str]:
     """What the model writes after each prompt up to an end token; empty where none came within `max_new_tokens`.
 
-    At temperature 0 the likeliest token each time. `company` are those that hold a part of the model each: all of them
-    have to call, and run it as often as the one that writes longest, on a single token where they have no prompts.
+    At temperature 0 the likeliest token each time. `closing`: a text that ends what is written as an end token does.
+    `company` are those that hold a part of the model each: all of them have to call, and run it as often as the one
+    that writes longest, on a single token where they have no prompts.
     """
     if not any(company.each(len(prompts))):
         return []
-    ends = _ends(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
-    asked = prompts or [[pad]]
-    width = max(map(len, asked))
-    rows_BT = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in asked], device=model.device)
-    mask_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in asked], device=model.device)
-    how: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature:
-        how |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    generate: Any = model.generate
-    written_BT: Tensor = generate(
-        rows_BT,
-        attention_mask=mask_BT,
-        **how,
-        max_new_tokens=max_new_tokens if prompts else 1,
-        synced_gpus=company.world > 1,
-        prefill_chunk_size=None,  # of the model's own settings: as many passes for a prompt of any width
-        eos_token_id=sorted(ends),
-        pad_token_id=pad,
+    ends = end_tokens(model.generation_config, tokenizer)
+    if closing and tokenizer.convert_tokens_to_ids(closing) in ends:
+        closing = ""
+    settings = own_distribution(
+        ends, tokenizer, max_new_tokens=max_new_tokens if prompts else 1, temperature=temperature
     )
-    return [_finished(tokenizer, ids, ends) for ids in written_BT[: len(prompts), width:].tolist()]
+    asked = prompts or [[cast(int, settings.pad_token_id)]]
+    closed = [_Closed(tokenizer, closing, max(map(len, asked)))] if closing else []
+    found = written(
+        model,
+        asked,
+        settings,
+        synced_gpus=company.world > 1,
+        stopping_criteria=StoppingCriteriaList(closed),
+    )
+    return [_finished(tokenizer, ids, set(ends), closing) for ids in found[: len(prompts)]]
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    found = model.generation_config.eos_token_id if model.generation_config else None
-    ends = {found} if isinstance(found, int) else set(found or ())
-    return ends | ({tokenizer.eos_token_id} if isinstance(tokenizer.eos_token_id, int) else set())
+class _Closed(StoppingCriteria):
+    """Ends each row that has written `closing` behind its first `width` tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, closing: str, width: int) -> None:
+        self._tokenizer, self._closing, self._width = tokenizer, closing, width
+        self._longest = len(closing.encode()) + 1  # a token has a byte or more; one may begin before the text
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Any:
+        last_BT = input_ids[:, max(self._width, input_ids.shape[1] - self._longest) :]
+        closed = [self._closing in _text(self._tokenizer, ids) for ids in last_BT.tolist()]
+        return torch.tensor(closed, device=input_ids.device)
 
 
-def _finished(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: set[int]) -> str:
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def _finished(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: set[int], closing: str) -> str:
     length = next((i for i, token in enumerate(ids) if token in ends), None)
-    return "" if length is None else str(tokenizer.decode(ids[:length], skip_special_tokens=True)).strip()
+    ids, finished = ids[:length], length is not None
+    if closing and closing in _text(tokenizer, ids):
+        closed = bisect_left(range(len(ids)), True, key=lambda n: closing in _text(tokenizer, ids[:n]))
+        ids, finished = ids[:closed], True
+    if not finished:
+        return ""
+    words = str(tokenizer.decode(ids, skip_special_tokens=True))
+    return (words.partition(closing)[0] if closing else words).strip()

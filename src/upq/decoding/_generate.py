@@ -79,6 +79,9 @@ class _Generate:
     def __call__(self, inputs: Any = None, generation_config: Any = None, *others: Any, **options: Any) -> Any:
         model = self._model
         plain = type(model).generate
+        options.pop("token_type_ids", None)  # some tokenizers give them, and no decoder takes them
+        if options.get("use_cache") is None and getattr(generation_config, "use_cache", None) is None:
+            options["use_cache"] = True  # one that the model's files say is for its training
         try:
             if others:
                 raise Unsuitable("more than two arguments without their names")

@@ -26,6 +26,9 @@ from upq.core.errors import UPQError
 from upq.core.progress import Progress, Silent
 from upq.evals import mini
 from upq.evals.local_tasks import local_names, write_local_tasks
+from upq.model.loading import embedding_rows
+from upq.text.date import fixed_date
+from upq.text.generation import end_tokens, generating, own_distribution
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -71,13 +74,15 @@ def evaluate_tasks(
     A `model` that is an lm-eval LM already is used as it is.
     """
     _require_packages(tasks)
+    shown = progress
     progress = progress or Silent()
     options = _Options(limit=limit, seed=seed, num_fewshot=num_fewshot, chat=chat)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         stack.enter_context(_seeded(seed))
+        stack.enter_context(fixed_date())
         loaded = _load(tasks, data_dir, progress, stack)
-        harness = _as_lm(model, tokenizer, batch_size, thinking)
+        harness = _as_lm(model, tokenizer, batch_size, thinking, shown)
         for name, parts in loaded.items():  # all of them first: a task may take hours
             _check_room(harness, name, parts["tasks"])
         if chat and tokenizer.chat_template is None:
@@ -108,6 +113,7 @@ def _run(
     generates = all(task.OUTPUT_TYPE == "generate_until" for task in leaves)
     chat = generates and tokenizer.chat_template is not None if options.chat is None else options.chat
     counts = _Counts.reset(harness)
+    harness.upq_task = name
     raw = evaluate(
         harness,
         parts,
@@ -177,12 +183,18 @@ def _load_one(manager: Any, name: str) -> dict[str, Any]:
     return parts
 
 
-def _as_lm(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, thinking: bool) -> Any:
+def _as_lm(
+    model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, thinking: bool, progress: Progress | None
+) -> Any:
     if not isinstance(model, PreTrainedModel):
         return model
-    return _harness_class()(
+    own = copy.deepcopy(tokenizer)
+    if own.pad_token_id is None and own.eos_token_id is None:  # lm-eval would add one, beyond the embedding
+        ids = own.all_special_ids or [embedding_rows(model.config) - 1]
+        own.pad_token = own.convert_ids_to_tokens(ids[0])
+    return _harness_class(progress)(
         pretrained=model,
-        tokenizer=copy.deepcopy(tokenizer),  # lm-eval gives it a padding token where it has none
+        tokenizer=own,  # lm-eval gives it the end token for padding where it has none
         batch_size=batch_size,
         chat_template_args={"enable_thinking": thinking},
     )
@@ -205,16 +217,43 @@ class _Counts:
         return counts
 
 
-def _harness_class() -> type[Any]:
+def _harness_class(progress: Progress | None) -> type[Any]:
     from lm_eval.models.huggingface import HFLM
 
+    shown, quiet = progress or Silent(), progress is not None or not sys.stderr.isatty()
+
     class Harness(HFLM):  # type: ignore[misc]
-        """lm-eval's transformers backend, counting cut prompts and unfinished answers; bars on a terminal only."""
+        """lm-eval's transformers backend, counting cut prompts and unfinished answers.
+
+        `progress` advances by questions and answers; without it lm-eval shows its own bars, on a terminal.
+        """
 
         upq_counts = _Counts()
+        upq_task = ""
+
+        @contextmanager
+        def _counted(self, requests: Any) -> Iterator[None]:
+            """Within, `progress` goes through `requests`. Some have their result from another's logits."""
+            shown.plan({self.upq_task: (len(requests), 1.0)})
+            shown.start(self.upq_task)
+            self._left = len(requests)
+            yield
+            self._done(self._left)
+
+        def _done(self, count: int) -> None:
+            count = min(count, self._left)
+            if count:
+                self._left -= count
+                shown.advance(count)
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm or _no_bars())
+            with self._counted(requests):
+                return super().loglikelihood(requests, disable_tqdm=disable_tqdm or quiet)
+
+        def _model_call(self, inps: Any, *args: Any, **options: Any) -> Any:
+            logits = super()._model_call(inps, *args, **options)
+            self._done(len(inps))
+            return logits
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
             # as many tokens as the context are read: the last one of the continuation is only predicted
@@ -224,7 +263,8 @@ def _harness_class() -> type[Any]:
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **options)
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return super().generate_until(requests, disable_tqdm=disable_tqdm or _no_bars())
+            with self._counted(requests):
+                return super().generate_until(requests, disable_tqdm=disable_tqdm or quiet)
 
         def tok_batch_encode(
             self,
@@ -240,22 +280,18 @@ def _harness_class() -> type[Any]:
             return tokens[:, -left_truncate_len:], mask[:, -left_truncate_len:]
 
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
-            tokens = super()._model_generate(context, max_length=max_length, stop=stop, **options)
-            ends = _end_tokens(self.model, self.tokenizer)
+            ends = end_tokens(self.model.generation_config, self.tokenizer)
+            with generating(self.model, own_distribution(ends, self.tokenizer)):  # the rest is the task's to set
+                tokens = super()._model_generate(context, max_length=max_length, stop=stop, **options)
             for answer in tokens[:, context.shape[1] :].tolist():
                 text = self.tok_decode(answer)
-                finished = ends.intersection(answer) or any(text.find(s) >= 0 for s in stop if s)
+                finished = not set(ends).isdisjoint(answer) or any(text.find(s) >= 0 for s in stop if s)
                 self.upq_counts.answers += 1
                 self.upq_counts.at_limit += not finished and len(answer) == max_length - context.shape[1]
+            self._done(len(context))
             return tokens
 
     return Harness
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    listed = ends if isinstance(ends, list) else [ends]
-    return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
 
 
 def _check_room(harness: Any, name: str, tasks: dict[str, Any]) -> None:
@@ -300,10 +336,6 @@ def _require_punkt() -> None:
         raise UPQError(
             "task ifeval needs NLTK's punkt_tab, which could not be downloaded: put it in nltk_data of --data-dir"
         ) from None
-
-
-def _no_bars() -> bool:
-    return not sys.stderr.isatty()
 
 
 @contextmanager

@@ -42,7 +42,9 @@ class DirectoryExporter(Exporter):
         config = config | {"tie_word_embeddings": source.tied} | dict(self.config(source, plan))
         (out / "config.json").write_text(json.dumps(config | older_keys(config), indent=2) + "\n")
         for file in source.companions():
-            shutil.copyfile(file, out / file.name)
+            target = out / file.relative_to(source.path)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
 
 
 class SafetensorsExporter(DirectoryExporter):

@@ -8,17 +8,21 @@ from pathlib import Path
 
 from upq.core.errors import UPQError
 
-_MODEL_FILES = (
-    "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
+TEMPLATES = "additional_chat_templates"  # the one folder of a model: named chat templates
+TOKENIZER_FILES = (
     "tokenizer*",
     "chat_template*",
+    f"{TEMPLATES}/*.jinja",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
+    "spiece.model",
+    "tekken.json",
 )
+_MODEL_FILES = (
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES
+)  # fmt: skip
 
 
 def digest_file(path: Path) -> str:
@@ -32,7 +36,7 @@ def model_digests(path: Path) -> dict[str, str]:
     files = sorted({file for pattern in _MODEL_FILES for file in path.glob(pattern) if file.is_file()})
     if not any(file.name == "config.json" for file in files):
         raise UPQError(f"{path}: no config.json in this directory; is it a Hugging Face model?")
-    return {file.name: digest_file(file) for file in files}
+    return {file.relative_to(path).as_posix(): digest_file(file) for file in files}
 
 
 def digest_model_dir(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,13 +26,13 @@ from upq.core.bounded import parse_json, read_bytes, read_json
 from upq.core.errors import UPQError
 from upq.files.tensors import INDEX, WEIGHTS, shard_names, tensor_files, tensor_shapes, tensor_types
 from upq.model.families._base import FAMILIES, ModelSpec
+from upq.text.tokenizer import as_stored, class_tokens, tokenizer_files
 
 _CONFIG = "is config.json of this model?"
 _TOKENS = "is it a tokenizer's file?"
 # Of these transformers makes lists before there are tensors to compare with.
 _COUNTS = {"num_hidden_layers": 10_000, "num_labels": 10_000}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _REASON = 300  # characters of what a library says
 _TOKENIZER_BYTES, _TOKENIZER_VALUES = 64 << 20, 4 << 20  # a vocabulary of 262,000 has 33 MB and 2 million values
@@ -53,12 +54,28 @@ def load_config(model: str | Path) -> PretrainedConfig:
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     _check_directory(model)
-    for file in sorted({file for kind in _TOKENIZER for file in Path(model).glob(kind) if file.is_file()}):
+    path, stored = tokenizer_directory(model), None
+    for file in tokenizer_files(path):
         raw = read_bytes(file, _TOKENIZER_BYTES, remedy=_TOKENS)
         if file.suffix == ".json":
-            parse_json(raw, str(file), remedy=_TOKENS, values=_TOKENIZER_VALUES)
+            value = parse_json(raw, str(file), remedy=_TOKENS, values=_TOKENIZER_VALUES)
+            stored = value if file.name == "tokenizer.json" else stored
+    if stored is None and find_spec("sentencepiece") is None and (path / "tokenizer.model").is_file():
+        raise UPQError(f"{path}: tokenizer.model is a SentencePiece model; pip install sentencepiece protobuf")
     tokenizer: PreTrainedTokenizerBase = _read(AutoTokenizer, model)
-    return tokenizer
+    with library_errors(f"{model}: cannot use tokenizer.json"):
+        if added := class_tokens(tokenizer, stored, path):
+            tokenizer = _read(AutoTokenizer, model, **dict.fromkeys(added))
+        return as_stored(tokenizer, stored)
+
+
+def tokenizer_directory(model: str | Path) -> Path:
+    """The directory itself, or that of the hub's snapshot."""
+    if Path(model).is_dir():
+        return Path(model)
+    with library_errors(f"{model}: cannot load with AutoTokenizer", _offline(model)):
+        found = cached_file(str(model), "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    return Path(model) if found is None else Path(found).parent
 
 
 def load_model(model: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
@@ -152,6 +169,11 @@ def family(config: PretrainedConfig) -> ModelSpec:
     if config.model_type not in FAMILIES.names():
         _unknown(config.model_type)
     return FAMILIES.get(config.model_type)
+
+
+def embedding_rows(config: PretrainedConfig) -> int:
+    rows: int = config.get_text_config().vocab_size
+    return rows
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:

@@ -112,7 +112,9 @@ def plan(
     progress: Literal["auto"] | None = "auto",
     **settings: Any,
 ) -> Plan:
-    """What each stage of `quantize` will need, and the settings that make it fit. Reads only the model's config.
+    """What each stage of `quantize` will need, and the settings that make it fit.
+
+    Of the model it reads config and tokenizer, no weights.
 
     >>> made = upq.plan("meta-llama/Llama-3.2-1B-Instruct", memory=16)
     >>> made.fits, made.settings, max(stage.memory for stage in made.stages)
@@ -136,13 +138,19 @@ def plan(
         raise UPQError("--memory is for a run on the processor; with --gpus give --gpu-memory alone")
     with loading(progress):
         chosen = recipe_of(recipe, settings)
-        from upq.model.loading import load_config
+        from upq.model.loading import load_config, load_tokenizer, tokenizer_directory
         from upq.run import plan as planning
+        from upq.run.dry import check_text
         from upq.run.quiet import quietly
+        from upq.text.tokenizer import tokenizer_files
 
-    with quietly(), loading(progress, "the model's config, then planning"):
-        config = load_config(local_or_hub(model))
+    model = local_or_hub(model)
+    with quietly(), loading(progress, "the model's config and tokenizer, then planning"):
+        config = load_config(model)
         planning.check(config, chosen, str(model))
+        folder = tokenizer_directory(model)
+        if tokenizer_files(folder):  # a plan can be made of a config alone
+            check_text(folder, config, load_tokenizer(model), chosen, str(model))
         return planning.plan(config, chosen, _machine(memory, gpus, gpu_memory, gpu_tflops, gpu_bandwidth))
 
 
@@ -191,8 +199,9 @@ def evaluate(
         from upq.core.precision import dtype_name
         from upq.data import load_eval_text
         from upq.evals import evaluate_tasks
-        from upq.model.loading import load_tokenizer
+        from upq.model.loading import embedding_rows, load_config, load_tokenizer
         from upq.run.quiet import quietly
+        from upq.text.tokenizer import check_ids, check_tokens
 
     if compute not in kernels.COMPUTES:
         raise UPQError(f"--compute must be one of {', '.join(kernels.COMPUTES)}, got {compute!r}")
@@ -200,16 +209,20 @@ def evaluate(
     with quietly(), reporting(progress, stderr=True) as shown, kernels.computing(compute):
         kernels.compute(target)  # not every device has them all
         _verify(Path(model))
-        tokenizer = load_tokenizer(model)
-        student, figures = _loaded(model, target, compute, shown)
+        config, tokenizer = load_config(model), load_tokenizer(model)
+        check_ids(tokenizer, embedding_rows(config), str(model))
         if file is not None:
-            length = seq_len or min(2048, int(student.config.max_position_embeddings))
+            length = seq_len or min(2048, int(config.max_position_embeddings))
             tokens_NT = load_eval_text(
                 file, tokenizer, length, separator=cast("Literal['none', 'blank_line']", separator)
             )
+            check_tokens(tokenizer, [int(tokens_NT.max())], embedding_rows(config), str(file))
+        student, figures = _loaded(model, target, compute, shown)
+        if file is not None:
             figures |= cast(Figures, _on_text(student, tokens_NT, against, batch_size, shown))
             figures["dtype"] = dtype_name(student.dtype)
         if names:
+            shown.note(f"loading {', '.join(names)}")
             figures["tasks"] = evaluate_tasks(
                 student,
                 tokenizer,

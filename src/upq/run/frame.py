@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from upq.artifact.manifest import Manifest, SourceModel, read_manifest
 from upq.artifact.publish import publish
@@ -33,12 +33,13 @@ from upq.exports import ensure_export
 from upq.files.tensors import load_tensors
 from upq.kernels import computing
 from upq.model.activations import Allocate, allocator
-from upq.model.loading import generation_config, load_tokenizer
+from upq.model.loading import embedding_rows, generation_config, load_config
 from upq.model.source import Source
 from upq.nn.packed import Codes
 from upq.run.directory import RunDirectory
 from upq.run.recipe import Recipe
 from upq.stages import ModelState, Reading
+from upq.text.tokenizer import check_tokens
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Frame:
 
     run: RunDirectory
     model: Path
+    tokenizer: PreTrainedTokenizerBase
     device: str
     reading: Reading
     progress: Progress
@@ -68,12 +70,15 @@ class Frame:
         self.progress.start("data")
         data = prepare(
             section,
-            load_tokenizer(self.model),
+            self.tokenizer,
             self.run.work / "tokens.safetensors",
             sequences=self.reading.rows,
             seed=self.recipe.seed,
             progress=self.progress,
         )
+        for tokens_NT in (data.tokens_NT, data.validation_tokens_NT):
+            largest = [int(tokens_NT.max())] if len(tokens_NT) else []
+            check_tokens(self.tokenizer, largest, embedding_rows(load_config(self.model)), "data")
         if not len(data.validation_tokens_NT):
             raise UPQError("data: too little text to hold any back for validation; add text or lower data.seq_len")
         return data
@@ -91,14 +96,16 @@ class Frame:
             skipped_steps=list(state.skipped_steps),
         )
         model = Source(self.model, dtype="auto").without_linears()
-        model.generation_config = generation_config(self.model)
+        if not (self.model / "generation_config.json").is_file():  # which is copied; older models say it in config.json
+            model.generation_config = generation_config(self.model)
         shutil.rmtree(self.staging, ignore_errors=True)  # of a run that was killed before its end
         write_artifact(
             self.staging,
             model,
             Codes(self._by_path(store.qtensors)),
             manifest=manifest,
-            tokenizer=load_tokenizer(self.model),
+            tokenizer=self.tokenizer,
+            source=self.model,
             embeddings_bits=self.recipe.embeddings.bits,
             extra_tensors={} if state.norms is None else load_tensors(state.norms)[0],
             errors={path: figures["weight"] for path, figures in self._by_path(store.report)},

@@ -30,13 +30,15 @@ from upq.data.tokens import TokenSet
 from upq.exports import exporter
 from upq.files.digests import model_digests
 from upq.files.lock import lock
-from upq.model.loading import family, load_config
+from upq.model.loading import family, load_config, load_tokenizer
 from upq.model.source import Source
 from upq.run.directory import LOCK, CpuType, Keep, Place, RunDirectory, sweep
+from upq.run.dry import check_text
 from upq.run.frame import Frame, export
 from upq.run.recipe import Recipe
 from upq.stages import Job, ModelState, Reading, Stage
 
+_LARGE = 2_000_000_000  # bytes: from here on checksums take seconds
 _FIRST_PROCESS_TIMEOUT = timedelta(days=30)  # other processes wait that long for what the first one does alone
 
 
@@ -67,13 +69,19 @@ def quantize(
     progress = (progress or Silent()) if state.is_main_process else Silent()
     processes = Processes(state.process_index, state.num_processes, device)
     path, name = _local(model)
+    if (size := sum(file.stat().st_size for file in path.glob("*.safetensors"))) > _LARGE:
+        progress.note(f"{name}: reading its {size / 1e9:.0f} GB, for its checksums")
     directory = RunDirectory(
         Path(out), None if work is None else Path(work), name, model_digests(path), recipe, processes.first, _on_cpu()
     )
     reading = reading_of(recipe)
     with ExitStack() as held:
         with state.main_process_first():  # the others then find the directory as it has left it
-            check(load_config(path), recipe, Source(path), name)
+            config, tokenizer = load_config(path), load_tokenizer(path)
+            check(config, recipe, Source(path), name)
+            # Data sets of the hub cost seconds. Where rows come first, what is wrong with them shows at once anyway.
+            hub = not next(iter(recipe.stages.values())).demands(recipe.data).rows
+            check_text(path, config, tokenizer, recipe, name, hub=hub)
             if not directory.open(progress, held, redo=redo):
                 progress.note(f"{out} is finished already: nothing to do")
                 if recipe.export:
@@ -83,8 +91,8 @@ def quantize(
                         shutil.rmtree(directory.work, ignore_errors=True)
                     export(recipe.export, directory.out, progress)
                 return read_manifest(directory.out)
-        progress.plan(costs(recipe, reading, int(load_config(path).num_hidden_layers)))
-        frame = Frame(directory, path, device, reading, progress)
+        progress.plan(costs(recipe, reading, int(config.num_hidden_layers)))
+        frame = Frame(directory, path, tokenizer, device, reading, progress)
         run = _Run(frame, state, processes, stop or Stop())
         solved = run.stages()
         if processes.first:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from upq.blockwise import BlockStore
 from upq.core.config import Strict, fixed, free
@@ -190,6 +191,12 @@ class Stage(Strict):
 
     def check(self, name: str, model: Source, data: Data) -> None:
         """Raises UPQError for every fault that shows without data. `name` is that of the stage in its recipe."""
+
+    def check_text(self, tokenizer: PreTrainedTokenizerBase, ends: list[int], rows: int) -> None:
+        """Raises UPQError for every fault that shows from the tokenizer.
+
+        `ends`: the ids that end an answer; `rows`: of the embedding.
+        """
 
     @abstractmethod
     def demands(self, data: Data) -> Demands: ...

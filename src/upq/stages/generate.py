@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from upq.data.config import Data, Generated, TextSource
-from upq.data.generated import write_conversations
+from upq.data.generated import check, write_conversations
 from upq.files.atomic import atomic_write
 from upq.model.loading import check_finite, generation_config, load_model, load_tokenizer
 from upq.model.sharding import load_original, make_mesh
@@ -27,6 +27,9 @@ class Generate(Generated, Stage):
 
     # Ranked after what a training mostly needs anyway: fewer conversations at a time take as many times longer.
     savings: ClassVar[tuple[Saving, ...]] = (Saving(4, ("batch_size=32",)), Saving(5, ("batch_size=8",)))
+
+    def check_text(self, tokenizer: PreTrainedTokenizerBase, ends: list[int], rows: int) -> None:
+        check(tokenizer, ends, rows)
 
     def demands(self, data: Data) -> Demands:
         return Demands()

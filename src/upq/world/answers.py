@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from upq.text.generation import end_tokens, own_distribution, written
 
 
 @torch.no_grad()
@@ -21,16 +22,11 @@ def answers(
 ) -> list[str]:
     """One answer a prompt through the chat template, in batches padded on the left."""
     found: list[str] = []
+    ends = end_tokens(model.generation_config, tokenizer)
+    settings = own_distribution(ends, tokenizer, max_new_tokens=max_new_tokens)
     for start in range(0, len(prompts), batch_size):
         talks = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + batch_size]]
         rows: Any = tokenizer.apply_chat_template(talks, add_generation_prompt=True, return_dict=True)
-        inputs = tokenizer.pad({"input_ids": rows["input_ids"]}, padding_side="left", return_tensors="pt")
-        generate: Any = model.generate
-        ids_NT: Tensor = generate(
-            **inputs.to(model.device),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        found += tokenizer.batch_decode(ids_NT[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ids = written(model, rows["input_ids"], settings)
+        found += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return found

@@ -1,0 +1,1 @@
+"""Between text and a model: its tokenizer, and how it generates."""

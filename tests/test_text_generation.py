@@ -1,0 +1,148 @@
+"""What is generated is the model's own distribution, whatever its generation_config.json says."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from tiny import byte_tokenizer, tiny_model
+from upq import decoding
+from upq.core.errors import UPQError
+from upq.data.conversations import ChatTemplate
+from upq.data.generated import Frame, sample
+from upq.data.rows import Message
+from upq.text.date import TODAY, fixed_date
+from upq.text.generation import end_tokens
+from upq.world.answers import answers
+
+# What such files hold that changes what is generated, or how.
+SETTINGS: list[dict[str, Any]] = [
+    {"repetition_penalty": 5.0},
+    {"num_beams": 4},
+    {"num_return_sequences": 2, "do_sample": True},
+    {"max_new_tokens": 2},
+    {"max_length": 3},
+    {"min_new_tokens": 20},
+    {"min_p": 0.9, "top_k": 1, "temperature": 0.01},
+    {"suppress_tokens": list(range(100))},
+    {"use_cache": False},
+    {"return_dict_in_generate": True, "output_scores": True},
+    {"no_repeat_ngram_size": 1},
+    {"prefill_chunk_size": 1},
+    {"cache_implementation": "static"},
+]
+TOKENIZER = byte_tokenizer(bos="<s>", eos="</s>", chat_template="{% for m in messages %}<s>{{ m.content }}{% endfor %}")
+PROMPTS = [[256, 1, 2, 3], [256, 9]]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: next(iter(settings)))
+def test_settings_of_the_file_change_nothing(settings: dict[str, Any]) -> None:
+    model = tiny_model("llama", vocab_size=258)
+    model.generation_config = GenerationConfig(eos_token_id=list(range(60, 90)))
+    torch.manual_seed(0)
+    wanted = [sample(model, TOKENIZER, PROMPTS, 12, t) for t in (0.0, 1.0)], answers(model, TOKENIZER, ["ab", "c"])
+    changed = GenerationConfig(eos_token_id=list(range(60, 90)), **settings)
+    model.generation_config = changed
+    torch.manual_seed(0)
+    found = [sample(model, TOKENIZER, PROMPTS, 12, t) for t in (0.0, 1.0)], answers(model, TOKENIZER, ["ab", "c"])
+    assert found == wanted
+    assert any(map(any, wanted[0]))  # some answer ended
+    assert model.generation_config is changed  # for its own user as it was
+
+
+def test_each_step_reads_one_token_whatever_the_files_say() -> None:
+    model = tiny_model("llama", vocab_size=258, use_cache=False)
+    model.generation_config = GenerationConfig(use_cache=False)
+    widths: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(lambda _module, inputs: widths.append(inputs[0].shape[1]))
+    sample(model, TOKENIZER, [[256, 1, 2]], 4)
+    assert widths == [3, 1, 1, 1]
+
+
+def test_the_compiled_decoder_takes_a_model_whose_files_say_use_cache_false(tmp_path: Any) -> None:
+    import upq
+    from tiny import tiny_artifact
+
+    model: Any = upq.load(tiny_artifact(tmp_path / "artifact"))
+    model.generation_config.use_cache = False
+    decoding.attach(model)
+    model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, do_sample=False)
+    assert model.why_not_compiled is None
+
+
+def test_end_tokens_are_those_of_the_file_and_the_tokenizer() -> None:
+    assert end_tokens(GenerationConfig(eos_token_id=[9, 3]), TOKENIZER) == [3, 9, 257]
+    assert end_tokens(GenerationConfig(eos_token_id=9), byte_tokenizer()) == [9]
+    assert end_tokens(None, byte_tokenizer()) == []
+    for wrong in ("</s>", [None], True, 2.5):
+        with pytest.raises(UPQError, match=r"^generation_config\.json: eos_token_id is .*, not one or more token ids"):
+            end_tokens(GenerationConfig(eos_token_id=wrong), TOKENIZER)
+
+
+def test_a_template_reads_one_date() -> None:
+    """Equal commands train on equal text, and a run goes on after midnight with the text of before."""
+    dated = byte_tokenizer(
+        eos="</s>", chat_template="{{ strftime_now('%d %b %Y %H:%M:%S') }} {{ messages[0].content }}"
+    )
+    template = ChatTemplate(dated)
+    assert template.render((Message("user", "x"),), "here") == "26 Jul 2024 00:00:00 x"
+    with fixed_date(), fixed_date():
+        pass
+    now = str(dated.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False))
+    assert str(datetime.now().year) in now  # outside a run the clock goes on
+    assert TODAY.year != datetime.now().year
+
+
+EACH = "{% for m in messages %}FORM{% endfor %}"
+CHATML = EACH.replace("FORM", "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n")
+PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+TURNS = "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}"
+INST = EACH.replace("FORM", TURNS)
+ASKED = "{% if add_generation_prompt %}assistant:{% endif %}"
+PLAIN = EACH.replace("FORM", "{{ m.role }}: {{ m.content }}\n\n") + ASKED
+
+
+@pytest.mark.parametrize(
+    ("template", "header", "closing", "ending"),
+    [
+        (CHATML + PROMPT, "<|im_start|>user\n", "<|im_end|>", "<|im_end|>"),
+        (INST, "[INST] ", "[/INST]", "</s>"),
+        (PLAIN, "user: ", "assistant:", ""),
+        ("{% for m in messages %}# {{ m.content }}{% endfor %}", "# ", "", ""),
+    ],
+)
+def test_a_turn_ends_where_the_template_goes_on(template: str, header: str, closing: str, ending: str) -> None:
+    assert Frame.of(byte_tokenizer(eos="</s>", chat_template=template)) == Frame(header, closing, ending)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_what_is_written_behind_the_closing_text_is_left_out(special: bool) -> None:
+    """As text or as a token of its own, and the model stops there."""
+    tokenizer = byte_tokenizer(eos="</s>")
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["[/INST]"]})
+    ids = [*tokenizer(" Write a poem. [/INST] Roses are red.", add_special_tokens=False)["input_ids"], 256]
+
+    class Model:
+        device = "cpu"
+        generation_config = GenerationConfig(eos_token_id=256)
+
+        def generate(self, rows: torch.Tensor, *, stopping_criteria: Any, **_: Any) -> torch.Tensor:
+            while len(stopping_criteria) == 0 or not stopping_criteria(rows, None).all():  # as transformers' loop
+                at = rows.shape[1] - 1
+                if at == len(ids):
+                    break
+                rows = torch.cat([rows, torch.tensor([[ids[at]]] * len(rows))], 1)
+            self.length = rows.shape[1] - 1
+            return rows
+
+    model: Any = Model()
+    assert sample(model, tokenizer, [[1], [1]], 99, closing="[/INST]") == ["Write a poem."] * 2
+    assert model.length == tokenizer(" Write a poem. [/INST]", return_length=True)["length"][0]
+    assert sample(model, tokenizer, [[1]], 99) == [
+        "Write a poem.  Roses are red." if special else "Write a poem. [/INST] Roses are red."
+    ]
