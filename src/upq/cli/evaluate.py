@@ -69,6 +69,7 @@ def _rows(figures: Figures, limit: int | None) -> list[list[str]]:
     rows = [["bits per weight", f"{figures['bits_per_weight']:.4g}"], ["weight files", size(figures["bytes"])]]
     if "compute" in figures:
         rows.append(["computed by", figures["compute"]])
+    rows.append(["computed in", figures["dtype"]])
     if "ppl" in figures:
         rows.append(["perplexity", f"{figures['ppl']:.4f}"])
     if "kld" in figures:
