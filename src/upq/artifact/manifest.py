@@ -57,7 +57,7 @@ class Manifest(Strict):
     coverage: str = ""  # how much became codes, and why the rest did not
     layers: list[Layer] = Field(default_factory=list)
     # By model: "source" and "artifact"; keys as in `upq eval --json`: ppl, kld, top1, bits_per_weight, bytes, compute,
-    # tasks.
+    # dtype, tasks.
     metrics: dict[str, dict[str, Any]] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)  # by stage
     peak_memory_bytes: int | None = None

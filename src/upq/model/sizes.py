@@ -92,7 +92,7 @@ class Sizes:
     all: int  # weights of the model
     rest: int  # weights outside the blocks: embedding, final norm, head
     tied: bool  # the head is the embedding
-    itemsize: int  # bytes of a weight in the checkpoint
+    dtype: torch.dtype  # of the checkpoint
     fp32: Probe
     bf16: Probe
 
@@ -167,7 +167,7 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
         all=in_all - head,
         rest=in_all - head - sum(counts),
         tied=tied,
-        itemsize=own.itemsize,
+        dtype=own,
         fp32=fp32,
         bf16=bf16,
     )
