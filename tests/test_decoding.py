@@ -455,4 +455,4 @@ def test_bytes_of_a_token() -> None:
     rearranged = sum(m.kernel_weight().matrix().nbytes for m in layers)
     assert parts.weight_bytes == rearranged + model.lm_head.weight.nbytes
     assert parts.cache_bytes == 2 * 4 * 2 * 2 * 8
-    assert model.config.model_type in _parts._COMPILED
+    assert model.config.model_type in COMPILED

@@ -20,6 +20,7 @@ from upq.core.progress import Progress, Silent
 from upq.model.activations import Activations, Allocate, batches, in_memory
 from upq.model.head import Head
 from upq.model.layout import layout_of
+from upq.model.loading import context_of, text_config
 from upq.model.source import Source
 from upq.model.walker import Replay, walk
 
@@ -103,10 +104,10 @@ def evaluate_text(
     _check(model, tokens_NT, mask_NT)
     if teacher is not None:
         _check(teacher, tokens_NT, mask_NT)
-        if _text(teacher).vocab_size != _text(model).vocab_size:
+        if text_config(teacher.config).vocab_size != text_config(model.config).vocab_size:
             raise UPQError(
-                f"the teacher's vocabulary has {_text(teacher).vocab_size} tokens, the model's "
-                f"{_text(model).vocab_size}; compare with the model it was made from"
+                f"the teacher's vocabulary has {text_config(teacher.config).vocab_size} tokens, the model's "
+                f"{text_config(model.config).vocab_size}; compare with the model it was made from"
             )
     progress = progress or Silent()
     counts_NT = torch.ones(rows, length - 1, dtype=torch.bool) if mask_NT is None else mask_NT[:, 1:].bool().cpu()
@@ -224,24 +225,15 @@ def _check(model: PreTrainedModel | Streamed, tokens_NT: Tensor, mask_NT: Tensor
             f"nothing to score in {rows} rows of {length} tokens: give more text or a shorter sequence length"
         )
     assert not isinstance(model, Streamed) or len(model.states_NTH) == rows, "computed on other rows"
-    config = _text(model)
-    if length > getattr(config, "max_position_embeddings", length):
-        raise UPQError(
-            f"rows of {length} tokens, but the model's context is {config.max_position_embeddings}: "
-            "use a shorter sequence length"
-        )
+    config = text_config(model.config)
+    if (limit := context_of(config)) is not None and length > limit:
+        raise UPQError(f"rows of {length} tokens, but the model's context is {limit}: use a shorter sequence length")
     smallest, largest = (int(token) for token in tokens_NT.aminmax())
     if smallest < 0 or largest >= config.vocab_size:
         outside = smallest if smallest < 0 else largest
         raise UPQError(
             f"token {outside} is outside the vocabulary of {config.vocab_size}; tokenise with the model's tokenizer"
         )
-
-
-def _text(model: PreTrainedModel | Streamed) -> PretrainedConfig:
-    """The configuration of the language model."""
-    config: PretrainedConfig = model.config.get_text_config(decoder=True)
-    return config
 
 
 @contextmanager

@@ -142,7 +142,7 @@ def check_sizes(path: Path, config: PretrainedConfig, files: Iterable[Path]) -> 
     """
     weights = set(files)
     total, tensors = sum(file.stat().st_size for file in weights), sum(len(tensor_shapes(file)) for file in weights)
-    text = config.get_text_config(decoder=True)
+    text = text_config(config)
     for key in (*_SIZES, "num_hidden_layers"):
         size, limit, of = getattr(text, key, None), total, "bytes"
         if key == "num_hidden_layers":
@@ -181,9 +181,21 @@ def check_types(path: Path, config: PretrainedConfig, files: Iterable[Path]) -> 
                 raise UPQError(f"{path}: {what}; give the model in BF16, FP16 or FP32")
 
 
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of the language model: of a model for images too, a part of its own."""
+    text: PretrainedConfig = config.get_text_config(decoder=True)
+    return text
+
+
 def embedding_rows(config: PretrainedConfig) -> int:
-    rows: int = config.get_text_config(decoder=True).vocab_size
+    rows: int = text_config(config).vocab_size
     return rows
+
+
+def context_of(config: PretrainedConfig) -> int | None:
+    """Tokens of the longest text; None: the model has no positions, and no end."""
+    found: int | None = getattr(text_config(config), "max_position_embeddings", None)
+    return found
 
 
 def check_finite(model: PreTrainedModel, name: str | Path) -> None:

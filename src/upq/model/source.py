@@ -20,7 +20,7 @@ from upq.files.tensors import tensor_files
 from upq.model.checkpoint import Checkpoint
 from upq.model.layout import Layout, block_list, layout_of, shared_weights
 from upq.model.library import library_errors
-from upq.model.loading import auto_class, check_sizes, check_types, load_config
+from upq.model.loading import auto_class, check_sizes, check_types, load_config, text_config
 from upq.model.matrices import Matrix, matrices
 from upq.model.tables import Table, put_table
 
@@ -72,8 +72,7 @@ class Source:
     @property
     def text(self) -> PretrainedConfig:
         """The configuration of the language model: of a model for images too, a part of its own."""
-        config: PretrainedConfig = self.config.get_text_config(decoder=True)
-        return config
+        return text_config(self.config)
 
     def matrices(self, index: int) -> tuple[Matrix, ...]:
         """The weights of block `index` that become codes."""

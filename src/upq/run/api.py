@@ -204,7 +204,7 @@ def evaluate(
         from upq.core.precision import dtype_name
         from upq.data import load_eval_text
         from upq.evals import evaluate_tasks
-        from upq.model.loading import embedding_rows, load_config, load_tokenizer
+        from upq.model.loading import context_of, embedding_rows, load_config, load_tokenizer
         from upq.run.quiet import quietly
         from upq.text.tokenizer import check_ids, check_tokens
 
@@ -217,7 +217,7 @@ def evaluate(
         config, tokenizer = load_config(model), load_tokenizer(model)
         check_ids(tokenizer, embedding_rows(config), str(model))
         if file is not None:
-            length = seq_len or min(2048, int(config.max_position_embeddings))
+            length = seq_len or min(2048, context_of(config) or 2048)
             tokens_NT = load_eval_text(
                 file, tokenizer, length, separator=cast("Literal['none', 'blank_line']", separator)
             )

@@ -31,7 +31,7 @@ from upq.exports import exporter
 from upq.files.digests import model_digests
 from upq.files.lock import lock
 from upq.model.coverage import coverage
-from upq.model.loading import load_config, load_tokenizer
+from upq.model.loading import context_of, load_config, load_tokenizer
 from upq.model.source import Source
 from upq.run.directory import LOCK, CpuType, Keep, Place, RunDirectory, sweep
 from upq.run.dry import check_text
@@ -195,8 +195,8 @@ def check(config: PretrainedConfig, recipe: Recipe, model: Source, name: str) ->
     """Every fault of model and recipe that shows without data, so that a typo shows before hours of work."""
     if getattr(config, "quantization_config", None) is not None:
         raise UPQError(f"{name}: already quantised; give the original FP16, BF16 or FP32 model")
-    seq_len, limit = recipe.data.seq_len, getattr(config, "max_position_embeddings", recipe.data.seq_len)
-    if seq_len > limit:
+    seq_len, limit = recipe.data.seq_len, context_of(config)
+    if limit is not None and seq_len > limit:
         raise UPQError(f"data.seq_len={seq_len} is more than the model's {limit}; lower it")
     codes_alone = ""  # the stage that has left no weights to train
     for stage_name, stage in recipe.stages.items():
