@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import upq.cli
 from tiny import byte_tokenizer
-from upq.cli import json_file
+from upq.cli.json_file import Target
 from upq.core.errors import UPQError
 
 CHAT = (
@@ -64,8 +64,7 @@ def test_figures_go_to_a_file_and_links_stay(kind, tmp_path, monkeypatch):
     if kind == "home":
         monkeypatch.setenv("HOME", str(tmp_path))
         path = Path("~/real.json")
-    json_file.check(path)
-    json_file.write(path, {"a": 1})
+    Target.of(path).write({"a": 1})
     assert json.loads(real.read_text()) == {"a": 1}
     assert path.is_symlink() == ("link" in kind)
 
@@ -74,11 +73,20 @@ def test_figures_go_into_a_pipe_that_stays_one(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    json_file.check(pipe)
-    json_file.write(pipe, {"a": 1})
+    Target.of(pipe).write({"a": 1})
     assert json.loads(os.read(reader, 100)) == {"a": 1}
     os.close(reader)
     assert pipe.is_fifo()
+
+
+def test_a_pipe_whose_reader_has_gone_is_one_line(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    target = Target.of(pipe)
+    os.close(reader)
+    with pytest.raises(UPQError, match="pipe: cannot write: Broken pipe"):
+        target.write({"a": 1})
 
 
 def test_figures_behind_a_descriptor_come_after_what_is_there(tmp_path):
@@ -86,8 +94,7 @@ def test_figures_behind_a_descriptor_come_after_what_is_there(tmp_path):
         shown.write("a table\n")
         shown.flush()
         path = Path(f"/dev/fd/{shown.fileno()}")
-        json_file.check(path)
-        json_file.write(path, [1])
+        Target.of(path).write([1])
     assert (tmp_path / "shown").read_text() == "a table\n[\n  1\n]\n"
 
 
@@ -95,9 +102,9 @@ def test_figures_have_a_place_before_the_work(tmp_path):
     (tmp_path / "dangling.json").symlink_to("gone/x.json")
     for path, reason in ((tmp_path, "is a directory"), (tmp_path / "gone" / "x", "no such directory")):
         with pytest.raises(UPQError, match=rf"--json {path}: {reason}"):
-            json_file.check(path)
+            Target.of(path)
     with pytest.raises(UPQError, match="no such directory"):
-        json_file.check(tmp_path / "dangling.json")
+        Target.of(tmp_path / "dangling.json")
 
 
 def settings(*overrides):

@@ -108,3 +108,17 @@ def test_one_place_makes_a_console():
         if file.name != "console.py" or file.parent.name != "run":
             assert not re.search(r"[^.\w]Console\(|from_markup|rich\.markup", text), file
         assert not re.search(r"\[/(bold|dim|red|green|yellow|cyan)", text), file
+
+
+def test_no_cell_is_cut_at_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    columns = ["model", "size", "bits a weight", "perplexity", "KL to original", "same top-1"]
+    rows = [
+        ["original", "144 kB", "32.00", "388.226", "–", "–"],
+        ["after int4", "77.4 kB", "2.44", "4.5", "0.5", "99.1%"],
+    ]
+    console().print(table("", columns, rows))
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert all(cell in out for row in rows for cell in row)
+    assert max(map(len, out.splitlines())) <= 80

@@ -427,6 +427,13 @@ def test_eval_text_is_whole_rows_without_the_tail(tmp_path: Path) -> None:
     assert rows.shape == (2, 4)
 
 
+def test_eval_text_leaves_nothing_out(tmp_path: Path) -> None:
+    """Its error names no key of a recipe, for there is none."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a good row"}\n' * 300 + "{broken\n")
+    with pytest.raises(UPQError, match=r"a\.jsonl:301: invalid JSON .*each line must hold one whole object$"):
+        load_eval_text(tmp_path / "a.jsonl", byte_tokenizer(), 4)
+
+
 def test_eval_text_by_blocks(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     rows = load_eval_text(tmp_path / "a.txt", TOKENIZER, 100, separator="blank_line")

@@ -171,6 +171,16 @@ def test_other_roles_are_named_with_a_way_out(tmp_path: Path, role: str) -> None
         pack(tmp_path, lines(tmp_path / "a.jsonl", row))
 
 
+def test_messages_as_json_in_a_text_are_a_conversation(tmp_path: Path) -> None:
+    expected = contents(lines(tmp_path / "a.jsonl", talk()))
+    row = {"messages": json.dumps(talk()["messages"])}
+    assert contents(lines(tmp_path / "b.jsonl", row)) == expected
+    assert contents(lines(tmp_path / "b.jsonl", {"talk": row["messages"]}), field="talk") == expected
+    for text in ("[1, 2]", "[a", json.dumps([])):
+        assert contents(lines(tmp_path / "b.jsonl", {"messages": text})) == [text]
+    assert contents(lines(tmp_path / "b.jsonl", {"text": row["messages"]})) == [row["messages"]]
+
+
 # Layouts of files
 
 

@@ -74,7 +74,7 @@ def test_text_against_itself(model_dir: Path, text: Path, tmp_path: Path) -> Non
 def test_absent_keys_where_not_asked(model_dir: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     assert run(model_dir, "--text", text, "--seq-len", 32, "--device", "cpu", "--json", out).exit_code == 0
-    assert set(json.loads(out.read_text())) == {"bits_per_weight", "bytes", "ppl", "tokens"}
+    assert set(json.loads(out.read_text())) == {"bits_per_weight", "bytes", "dtype", "ppl", "tokens"}
 
 
 def test_tasks(model_dir: Path, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_tasks(model_dir: Path, tmp_path: Path) -> None:
     result = run(model_dir, "--tasks", "mmlu, mmlu_anatomy", *data, "--device", "cpu", "--json", out)
     assert result.exit_code == 0, result.output
     figures = json.loads(out.read_text())
-    assert set(figures) == {"bits_per_weight", "bytes", "tasks"}
+    assert set(figures) == {"bits_per_weight", "bytes", "dtype", "tasks"}
     assert set(figures["tasks"]) == {"mmlu", "mmlu_stem", "mmlu_anatomy"}
     assert figures["tasks"]["mmlu"]["samples"] == 2
     assert "mmlu acc" in result.output

@@ -88,6 +88,10 @@ def test_weights_in_float8_without_a_word_of_it(model: Path, dtype: torch.dtype,
         (lambda m: (m / "model.safetensors").write_bytes(b""), r"model\.safetensors: damaged or truncated"),
         (lambda m: (m / "model.safetensors").unlink(), r"m: no model\.safetensors; is the download complete\?"),
         (
+            lambda m: (m / "model.safetensors").rename(m / "consolidated.safetensors"),
+            r"no model\.safetensors; found consolidated\.safetensors, which no model\.safetensors\.index\.json lists",
+        ),
+        (
             lambda m: (m / "config.json").write_bytes(b""),
             r"config\.json: cannot be read .*is config\.json of this model",
         ),

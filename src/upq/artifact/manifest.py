@@ -55,7 +55,7 @@ class Manifest(Strict):
     data: list[dict[str, Any]] = Field(default_factory=list)
     layers: list[Layer] = Field(default_factory=list)
     # By model: "source" and "artifact"; keys as in `upq eval --json`: ppl, kld, top1, bits_per_weight, bytes, compute,
-    # tasks.
+    # dtype, tasks.
     metrics: dict[str, dict[str, Any]] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)  # by stage
     peak_memory_bytes: int | None = None

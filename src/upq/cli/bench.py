@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from upq.cli import json_file as to_json
+from upq.cli.json_file import Target
 from upq.core.errors import UPQError
 from upq.core.paths import local_or_hub
 
@@ -35,7 +35,7 @@ def bench(
     """Measure decoding, prompts, memory, and the share of what a plain read of memory reaches in the same process."""
     if against not in (None, "gguf"):
         raise UPQError(f"--against must be gguf, got {against!r}")
-    to_json.check(json_file)
+    target = Target.of(json_file)
     artifact = local_or_hub(artifact)
     if compute not in ("w2a8", "w2a16"):
         raise UPQError(f"--compute must be w2a8 or w2a16, got {compute!r}")
@@ -87,7 +87,7 @@ def bench(
         "engines": [dataclasses.asdict(speed) for speed in speeds],
     }
     _show(figures, speeds)
-    to_json.write(json_file, figures)
+    target.write(figures)
 
 
 def _show(figures: dict[str, Any], speeds: list[Speed]) -> None:

@@ -33,6 +33,7 @@ def chat(
         import torch
 
         from upq.artifact.transformers import load
+        from upq.core.precision import to_compute_dtype
         from upq.model.loading import embedding_rows, load_config, load_tokenizer
         from upq.run.quiet import quiet_libraries
         from upq.text.tokenizer import check_ids
@@ -48,6 +49,8 @@ def chat(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with loading(what=model):
         loaded = load(model, device=device)
+        if getattr(loaded, "hf_quantizer", None) is None:  # an artefact runs compiled, in float32 but for its weights
+            loaded = to_compute_dtype(loaded)
     options = {"max_new_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     start: list[Message] = [{"role": "system", "content": system}] if system else []
     if prompt is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -21,7 +22,9 @@ def table(title: str, columns: list[str], rows: Sequence[Sequence[str | Text]]) 
     """A table whose first column is text and whose others are figures."""
     made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
+        # Where the terminal is narrow, the words of a heading stand below one another before a cell is cut.
+        widest = max((cell_len(str(row[i])) for row in rows), default=0)
+        made.add_column(column, justify="left" if i == 0 else "right", no_wrap=False, min_width=widest)
     for row in rows:
         made.add_row(*row)
     return made

@@ -33,6 +33,7 @@ def demo(
     from upq.run.reporter import duration, loading, reporter
 
     with loading():
+        from upq.core.precision import to_compute_dtype
         from upq.core.signals import Stop
         from upq.evals import evaluate_tasks, mini
         from upq.files.atomic import write_errors
@@ -69,7 +70,7 @@ def demo(
     for name, path in (("original", REFERENCE), ("2 bits, nearest", nearest), ("2 bits, UPQ", artifact)):
         with reporter(shown) as progress, computing("reference"):  # it compares weights, not kernels
             progress.note(f"testing {name}")
-            model = load_model(path)
+            model = to_compute_dtype(load_model(path))
             scores[name] = evaluate_tasks(model, tokenizer, list(SUITES), limit=limit, batch_size=64, progress=progress)
             said[name] = answers(model, tokenizer, prompts)
     shown.print(_scores(scores, {"2 bits, nearest": plain, "2 bits, UPQ": manifest}))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upq.cli import json_file as to_json
+from upq.cli.json_file import Target
 
 if TYPE_CHECKING:
     from upq.run.api import Figures
@@ -39,7 +39,7 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
 ) -> None:
     """Measure MODEL on a text (perplexity, distance from a teacher) and on tasks; at least one of the two."""
-    to_json.check(json_file)
+    target = Target.of(json_file)
 
     from upq.cli.console import table
     from upq.run.api import evaluate
@@ -60,7 +60,7 @@ def evaluate(
         compute=compute,
     )
     console().print(table(model, ["measure", "value"], _rows(figures, limit)))
-    to_json.write(json_file, figures)
+    target.write(figures)
 
 
 def _rows(figures: Figures, limit: int | None) -> list[list[str]]:
@@ -69,6 +69,7 @@ def _rows(figures: Figures, limit: int | None) -> list[list[str]]:
     rows = [["bits per weight", f"{figures['bits_per_weight']:.4g}"], ["weight files", size(figures["bytes"])]]
     if "compute" in figures:
         rows.append(["computed by", figures["compute"]])
+    rows.append(["computed in", figures["dtype"]])
     if "ppl" in figures:
         rows.append(["perplexity", f"{figures['ppl']:.4f}"])
     if "kld" in figures:

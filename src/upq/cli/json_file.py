@@ -3,42 +3,53 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self, TextIO
 
 from upq.core.errors import UPQError
 from upq.core.paths import local
 
 
-def check(path: Path | None) -> None:
-    """Call before the work: a command of hours must not end in a missing directory."""
-    if path is None:
-        return
-    if (folder := _target(path).parent) and not folder.is_dir():
-        raise UPQError(f"--json {path}: no such directory {folder}; create it first")
-    if local(path).is_dir():
-        raise UPQError(f"--json {path}: is a directory; name a file in it")
+@dataclass(frozen=True)
+class Target:
+    """Where figures go. What is no regular file, a pipe or a device, is written to and stays what it is."""
 
+    path: Path | None
+    stream: TextIO | None = None
 
-def write(path: Path | None, figures: object) -> None:
-    from upq.files.atomic import atomic_write, write_errors
+    @classmethod
+    def of(cls, path: Path | None) -> Self:
+        """Call before the work: a command of hours must not end in a missing directory, or a pipe without a reader."""
+        if path is None:
+            return cls(None)
+        if local(path).is_dir():
+            raise UPQError(f"--json {path}: is a directory; name a file in it")
+        if not _is_file(path):
+            try:
+                return cls(path, local(path).open("a"))  # a file behind /dev/stdout keeps what is in it
+            except OSError as error:
+                raise UPQError(f"--json {path}: cannot be written to ({error.strerror}); name a file") from None
+        target = local(path).resolve()  # of a link, which stays
+        if not target.parent.is_dir():
+            raise UPQError(f"--json {path}: no such directory {target.parent}; create it first")
+        return cls(target)
 
-    if path is None:
-        return
-    text = json.dumps(figures, indent=2) + "\n"
-    if _is_file(path):
-        atomic_write(_target(path), text)
-    else:
-        with write_errors(path), local(path).open("a") as opened:  # a file behind /dev/stdout keeps what is in it
-            opened.write(text)
+    def write(self, figures: object) -> None:
+        from upq.files.atomic import atomic_write, write_errors
 
-
-def _target(path: Path) -> Path:
-    """The file itself where `path` is a link to it: the link stays."""
-    return local(path).resolve()
+        if self.path is None:
+            return
+        text = json.dumps(figures, indent=2) + "\n"
+        if self.stream is None:
+            atomic_write(self.path, text)
+        else:
+            with write_errors(self.path), self.stream as stream:
+                stream.write(text)
 
 
 def _is_file(path: Path) -> bool:
-    """Whether a file can take the place of what is there. Of a pipe or a device none can: it is written to."""
+    """Whether a file can take the place of what is there."""
     path = local(path).absolute()
     if str(path).startswith(("/dev/std", "/dev/fd/", "/proc/")):
         return False

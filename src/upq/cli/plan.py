@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upq.cli import json_file as to_json
+from upq.cli.json_file import Target
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,7 +36,7 @@ def plan(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan to this file as well.")] = None,
 ) -> None:
     """Show what each stage needs, and the settings that make it fit. Exit code 1 where nothing makes it fit."""
-    to_json.check(json_file)
+    target = Target.of(json_file)
 
     from upq.run.api import plan
     from upq.run.console import console
@@ -58,7 +58,7 @@ def plan(
     shown.print(table_of(made))
     for line in notes(made, model, recipe, set_ or []):
         shown.print(line, soft_wrap=line.plain.startswith(" "))  # of a command no line may be broken
-    to_json.write(json_file, dataclasses.asdict(made))
+    target.write(dataclasses.asdict(made))
     raise typer.Exit(not made.fits)
 
 

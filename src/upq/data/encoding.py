@@ -54,7 +54,7 @@ class Encoder:
 
     def encode(self, documents: Sequence[Document], tally: Tally | None = None) -> list[Encoded]:
         """The documents that have a token. One that the template refuses is `tally`'s to judge, else an error."""
-        tally, kept = tally or Tally("error"), list[_Marked]()
+        tally, kept = tally or Tally("error", of_recipe=False), list[_Marked]()
         if self.loss_on == "assistant":
             self._require_places()
         for document in documents:

@@ -113,8 +113,8 @@ def load_eval_text(
     A text shorter than `seq_len` is one shorter row. Raises UPQError below two tokens: nothing would be predicted.
     """
     source = TextSource(path=str(path), separator=separator, weight=1.0)
-    reading = _Reading((source,), Encoder(tokenizer), "error", Silent())
-    flat = np.concatenate([encoded.tokens_L for _, encoded in reading])
+    found = _encoded(source, Encoder(tokenizer), Tally("error", of_recipe=False))
+    flat = np.concatenate([np.zeros(0, np.int32), *(encoded.tokens_L for encoded in found)])
     if len(flat) < 2:
         raise UPQError(f"{path}: {len(flat)} token is too little to measure perplexity on; give a longer text")
     length = min(seq_len, len(flat))

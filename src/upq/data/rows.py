@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +69,7 @@ class Tally:
     """
 
     on_bad_row: OnBadRow | None
+    of_recipe: bool = True  # so that the recipe's key is the remedy
     rows: int = 0
     bad: int = 0
     example: str = ""  # the first bad row, and why
@@ -79,6 +81,8 @@ class Tally:
 
     def reject(self, error: BadRow, row: int) -> None:
         """Count row number `row` as bad, or raise UPQError."""
+        if not self.of_recipe:
+            raise error
         remedy = "--set data.on_bad_row=skip leaves such rows out"
         if self.on_bad_row == "error" or (self.on_bad_row is None and row <= FIRST):
             raise UPQError(f"{error}; {remedy}") from error
@@ -99,7 +103,7 @@ def from_row(row: Any, wanted: str | None, where: str) -> Document:
     if not columns:
         raise BadRow(f"{where}: {_no_column(row, wanted)}")
     column = next((name for name in columns if row[name] not in (None, [])), columns[0])
-    return _document(row[column], column, where)
+    return _document(_unpacked(row[column]) if column != "text" else row[column], column, where)
 
 
 def columns_of(names: list[str], wanted: str | None) -> list[str]:
@@ -125,6 +129,16 @@ def _no_column(row: dict[str, Any], wanted: str | None) -> str:
 
 def _is_message(item: Any) -> bool:
     return isinstance(item, dict) and bool({"role", "from"} & item.keys())
+
+
+def _unpacked(value: Any) -> Any:
+    """Messages that a table holds as JSON in a text; any other value as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(value)
+            if isinstance(found, list) and found and all(_is_message(item) for item in found):
+                return found
+    return value
 
 
 def _document(value: Any, column: str, where: str) -> Document:

@@ -75,12 +75,12 @@ def read_documents(source: TextSource, tally: Tally | None = None) -> Iterator[D
 
     `tally` counts rows, and decides about those that cannot be used. Without it each of them is an error.
     """
-    files = _files(source)
+    files, tally = _files(source), tally or Tally("error", of_recipe=False)
     if files is None:
-        yield from _documents(_hub(source), source, source.path, tally or Tally("error"))
+        yield from _documents(_hub(source), source, source.path, tally)
         return
     for file in files:
-        yield from _documents(_rows_of(file, source), source, str(file), tally or Tally("error"))
+        yield from _documents(_rows_of(file, source), source, str(file), tally)
 
 
 def left_out(source: TextSource) -> list[Path]:

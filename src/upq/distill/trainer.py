@@ -123,9 +123,10 @@ class Training:
         self, student: PreTrainedModel, teacher: Teacher, data: Batches, config: Distill, *, sharded: bool = False
     ) -> None:
         self.config, self._data = config, data
-        bf16 = computes_in_bf16(config.precision, student.device, student.config.hidden_size)
+        self._bf16 = computes_in_bf16(config.precision, student.device, student.config.hidden_size)
+        # The types are torch's own autocast's: accelerate keeps one choice a process, and a second training may differ.
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if bf16 else "no",
+            mixed_precision="no",
             cpu=student.device.type == "cpu",
             device_placement=False,  # the student is where it is to be
         )
@@ -168,7 +169,7 @@ class Training:
             # Gradients are averaged over processes, so each is scaled up: the sum is over the whole global batch.
             # Shards have nothing to put off: their gradients are summed up where they lie.
             with nullcontext() if last else accelerator.no_sync(self.objective):
-                with accelerator.autocast():
+                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=self._bf16):
                     value = (
                         self.objective(tokens.to(accelerator.device), mask.to(accelerator.device), *cached) / targets
                     )

@@ -26,6 +26,10 @@ _MEASURES = ("nll", "kld", "top1", "teacher_nll")  # summed over the tokens of a
 _BATCH = 4  # rows
 
 
+class NotFinite(UPQError):
+    """A model's logits are NaN: its numbers have left the range of its type, or its weights are wrong."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextMetrics:
     """Means over the `tokens` that count as targets; what needs a teacher is None without one.
@@ -91,7 +95,7 @@ def evaluate_text(
     """Position t predicts token t+1 of its row; `mask_NT` is True where a token counts as a target.
 
     Rows may be padded on the right with masked tokens. Logits exist for `chunk_tokens` positions at a time; sums are
-    float64. `progress` advances by rows. Raises UPQError for tokens the model cannot take and for NaN logits.
+    float64. `progress` advances by rows. Raises UPQError for tokens the model cannot take, NotFinite for NaN logits.
     """
     rows, length = tokens_NT.shape
     _check(model, tokens_NT, mask_NT)
@@ -167,7 +171,7 @@ def _log_probabilities(model: PreTrainedModel | Streamed, hidden_CH: Tensor, row
     good_C = ~logp_CV.isnan().any(1)
     if not good_C.all():
         row = int(row_C[~good_C.cpu()][0])
-        raise UPQError(
+        raise NotFinite(
             f"row {row} of the text: {whose} computes NaN ({model.dtype}); load it in float32, or check its weights"
         )
     return logp_CV

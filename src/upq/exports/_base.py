@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from upq.core.config import Strict
+from upq.core.precision import dtype_name
 from upq.core.progress import Progress
 from upq.core.registry import Registry
 from upq.exports._source import Source, Weight
@@ -53,12 +54,7 @@ class Plan:
 
     @property
     def dtype_name(self) -> str:
-        return type_name(self.dtype)
-
-
-def type_name(dtype: torch.dtype) -> str:
-    """float32 and not torch.float32, as config.json has it."""
-    return str(dtype).removeprefix("torch.")
+        return dtype_name(self.dtype)
 
 
 class Exporter(ABC):

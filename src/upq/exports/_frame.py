@@ -14,8 +14,9 @@ import torch
 from upq.artifact.manifest import MANIFEST
 from upq.core.config import decode
 from upq.core.errors import UPQError
+from upq.core.precision import dtype_name
 from upq.core.progress import Progress, Silent
-from upq.exports._base import EXPORTS, Exporter, Plan, Rows, type_name
+from upq.exports._base import EXPORTS, Exporter, Plan, Rows
 from upq.exports._report import REPORT, Carried, Report, read_report, report_path, write_report
 from upq.exports._source import Source, Weight
 from upq.files.atomic import write_errors, written
@@ -86,7 +87,7 @@ def export(
             notes=list(plan.notes),
             engine={package: _version(package) or "?" for package in form.packages},
             checked=form.checked,
-            compared_in=type_name(plan.compared_in),
+            compared_in=dtype_name(plan.compared_in),
             seconds={stage: round(taken, 3) for stage, taken in seconds.items()},
         )
         write_report(scratch / REPORT if form.suffix is None else out.with_suffix(f".{REPORT}"), report)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from upq.core.precision import dtype_name
 from upq.core.scheme import QTensor
 from upq.exports._source import Weight
 
@@ -26,7 +27,7 @@ def misfit(weight: Weight, dtype: torch.dtype) -> str | None:
     if (step_OG * zero_OG).frac().any():
         return "a zero point is neither an integer nor a half"
     if not torch.equal((scale_OG.float() / step_OG).to(dtype).float() * step_OG, scale_OG.float()):
-        return f"a scale has no exact place in {str(dtype).removeprefix('torch.')}"
+        return f"a scale has no exact place in {dtype_name(dtype)}"
     return None
 
 

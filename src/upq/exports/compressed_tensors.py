@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from upq.core.errors import UPQError
+from upq.core.precision import dtype_name
 from upq.core.scheme import PER_CHANNEL
 from upq.exports import _integers
-from upq.exports._base import EXPORTS, Options, Placement, Plan, type_name
+from upq.exports._base import EXPORTS, Options, Placement, Plan
 from upq.exports._directory import SafetensorsExporter, Stored
 from upq.exports._source import Source, Weight
 from upq.exports.dense import DTYPES, holds, place
@@ -47,7 +48,7 @@ class CompressedTensors(SafetensorsExporter):
         placements = tuple(self._place(source, weight, dtype) for weight in source.weights.values())
         if not any(p.packed for p in placements):
             raise UPQError(f"{source.path}: compressed-tensors cannot run it: no linear is quantised")
-        note = f"it computes in {type_name(dtype)}"
+        note = f"it computes in {dtype_name(dtype)}"
         if dtype != source.dtype and dtype == torch.float32:
             note += ", for float16 does not hold everything (--set dtype=fp16 --allow-inexact would round it)"
         return Plan(placements=placements, notes=(note, *source.vllm_notes()), dtype=dtype)

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from upq.exports._base import EXPORTS, Options, Placement, Plan, type_name
+from upq.core.precision import dtype_name
+from upq.exports._base import EXPORTS, Options, Placement, Plan
 from upq.exports._directory import SafetensorsExporter
 from upq.exports._source import Source, Weight
 from upq.files.tensors import TensorPlan
@@ -46,9 +47,9 @@ class Dense(SafetensorsExporter):
 def place(weight: Weight, dtype: torch.dtype, *, exact: bool = False) -> Placement:
     """A weight as numbers of `dtype`; `exact` where it is known to be."""
     lost = not exact and not holds(weight, dtype)
-    loss = f"rounded to {type_name(dtype)}" if lost else None
+    loss = f"rounded to {dtype_name(dtype)}" if lost else None
     tensor = _tensor(weight, dtype)
-    return Placement(weight=weight, carrier=type_name(dtype), bytes=tensor.bytes, loss=loss, tensors=(tensor,))
+    return Placement(weight=weight, carrier=dtype_name(dtype), bytes=tensor.bytes, loss=loss, tensors=(tensor,))
 
 
 def dense_dtype(weight: Weight) -> torch.dtype:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from upq.core.errors import UPQError
+from upq.core.precision import dtype_name
 from upq.core.scheme import PER_CHANNEL, QTensor, QuantScheme
 from upq.exports import _words as words
-from upq.exports._base import EXPORTS, Options, Placement, Plan, type_name
+from upq.exports._base import EXPORTS, Options, Placement, Plan
 from upq.exports._directory import SafetensorsExporter, Stored
 from upq.exports._source import Source, Weight
 from upq.exports.dense import DTYPES, dense_dtype, place
@@ -47,7 +48,7 @@ class Humming(SafetensorsExporter):
             raise UPQError(f"{source.path}: humming cannot hold it: {found}")
         dtype = torch.float16 if self.options.dtype == "auto" else DTYPES[self.options.dtype]
         placements = tuple(_place(source, weight, dtype) for weight in source.weights.values())
-        notes = [f"it computes in {type_name(dtype)}, to which vLLM rounds on loading what is not packed"]
+        notes = [f"it computes in {dtype_name(dtype)}, to which vLLM rounds on loading what is not packed"]
         if next(iter(schemes)).group_size == PER_CHANNEL:  # type: ignore[union-attr]
             notes.append("one scale a row: on one GPU only (tensor parallelism cannot cut its zero points)")
         return Plan(placements=placements, notes=(*notes, *source.vllm_notes()), dtype=dtype)
@@ -93,7 +94,7 @@ def _place(source: Source, weight: Weight, dtype: torch.dtype) -> Placement:
         weight=weight,
         carrier=f"uint{scheme.bits}",
         bytes=sum(tensor.bytes for tensor in tensors),
-        loss=None if held else f"a scale or a zero point rounded to {type_name(dtype)}",
+        loss=None if held else f"a scale or a zero point rounded to {dtype_name(dtype)}",
         tensors=tensors,
     )
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from upq import kernels
 from upq.core.errors import UPQError
+from upq.core.precision import dtype_name
 from upq.core.scheme import PER_CHANNEL
-from upq.exports._base import EXPORTS, Options, Placement, Plan, type_name
+from upq.exports._base import EXPORTS, Options, Placement, Plan
 from upq.exports._directory import SafetensorsExporter, Stored
 from upq.exports._source import Source, Weight
 from upq.exports.dense import DTYPES, dense_dtype, place
@@ -81,7 +82,7 @@ class Mlx(SafetensorsExporter):
         scale_OG, zero_OG = weight.scale_zero()
         pair = (scale_OG.float(), -zero_OG * scale_OG.float())
         held = all(torch.equal(x.to(dtype).float(), x) for x in pair)
-        loss = None if held else f"scale or zero·scale rounded to {type_name(dtype)}"
+        loss = None if held else f"scale or zero·scale rounded to {dtype_name(dtype)}"
         if weight.scheme.scale_dtype == "float32":
             loss = "s·q + b with float32 scales is rounded twice"
         tensors = _tensors(weight, group, dtype)

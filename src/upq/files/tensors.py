@@ -210,6 +210,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _instead(path: Path) -> str:
     found = sorted(p.name for kind in _PICKLES for p in path.glob(kind))
+    if others := sorted(p.name for p in path.glob("*.safetensors")):
+        return f"found {others[0]}, which no {INDEX} lists; is the download complete, and in transformers' form?"
     if not found:
         return "is the download complete?"
     return (

@@ -82,7 +82,7 @@ class Sizes:
     block: int  # weights of a block
     rest: int  # weights outside the blocks: embedding, final norm, head
     tied: bool  # the head is the embedding
-    itemsize: int  # bytes of a weight in the checkpoint
+    dtype: torch.dtype  # of the checkpoint
     fp32: Probe
     bf16: Probe
 
@@ -158,7 +158,7 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
         block=in_block,
         rest=in_all - in_block - head,
         tied=tied,
-        itemsize=own.itemsize,
+        dtype=own,
         fp32=probe(one, bf16=False),
         bf16=probe(one, bf16=True),
     )

@@ -36,6 +36,7 @@ class Figures(TypedDict):
     bits_per_weight: float
     bytes: int  # of the weight files
     compute: NotRequired[str]  # of a packed model: how its products were computed
+    dtype: str  # that the model was computed in
     ppl: NotRequired[float]
     tokens: NotRequired[int]  # that count as targets of `ppl`
     kld: NotRequired[float]  # KL(teacher ‖ model), nats a token
@@ -195,6 +196,7 @@ def evaluate(
 
     with loading(progress):
         from upq import kernels
+        from upq.core.precision import dtype_name
         from upq.data import load_eval_text
         from upq.evals import evaluate_tasks
         from upq.model.loading import embedding_rows, load_config, load_tokenizer
@@ -218,6 +220,7 @@ def evaluate(
         student, figures = _loaded(model, target, compute, shown)
         if file is not None:
             figures |= cast(Figures, _on_text(student, tokens_NT, against, batch_size, shown))
+            figures["dtype"] = dtype_name(student.dtype)
         if names:
             shown.note(f"loading {', '.join(names)}")
             figures["tasks"] = evaluate_tasks(
@@ -367,11 +370,14 @@ def _verify(model: Path) -> None:
 
 def _loaded(model: str | Path, device: str, compute: str, progress: Progress) -> tuple[PreTrainedModel, Figures]:
     from upq.artifact.size import model_size, weights_bytes
+    from upq.core.precision import dtype_name, to_compute_dtype
     from upq.model.loading import load_model
 
     progress.note(f"loading {model}")
     loaded = load_model(model, device=device)
-    figures: Figures = {"bits_per_weight": model_size(loaded).bits_per_weight, "bytes": weights_bytes(model)}
+    bits = model_size(loaded).bits_per_weight  # as it is stored
+    loaded = to_compute_dtype(loaded)
+    figures: Figures = {"bits_per_weight": bits, "bytes": weights_bytes(model), "dtype": dtype_name(loaded.dtype)}
     if getattr(loaded, "hf_quantizer", None) is not None:
         figures["compute"] = compute  # what the other figures are figures of
     return loaded, figures
@@ -380,14 +386,29 @@ def _loaded(model: str | Path, device: str, compute: str, progress: Progress) ->
 def _on_text(
     student: PreTrainedModel, tokens_NT: Tensor, against: str | Path | None, batch_size: int, progress: Progress
 ) -> dict[str, Any]:
+    """Figures by name. A float16 model that overflows is computed in float32, and stays there."""
+    import torch
+
+    from upq.core.precision import to_compute_dtype
     from upq.evals import evaluate_text
+    from upq.evals.text import NotFinite
     from upq.model.loading import load_model
 
     teacher = None
     if against is not None:
         progress.note(f"loading {against}")
-        teacher = load_model(against, device=student.device.type)
+        teacher = to_compute_dtype(load_model(against, device=student.device.type))
+    models = [student] if teacher is None else [student, teacher]
     progress.plan({"text": (len(tokens_NT), 1.0)})
     progress.start("text")
-    measured = evaluate_text(student, tokens_NT, teacher=teacher, batch_size=batch_size, progress=progress)
+    try:
+        measured = evaluate_text(student, tokens_NT, teacher=teacher, batch_size=batch_size, progress=progress)
+    except NotFinite:
+        if all(model.dtype != torch.float16 for model in models):
+            raise
+        progress.note("overflows in float16; computed in float32")
+        progress.start("text")
+        for model in models:
+            model.to(torch.float32)  # type: ignore[arg-type]
+        measured = evaluate_text(student, tokens_NT, teacher=teacher, batch_size=batch_size, progress=progress)
     return {key: value for key, value in dataclasses.asdict(measured).items() if value is not None}

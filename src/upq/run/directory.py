@@ -36,6 +36,7 @@ from upq.stages import ModelState
 WORK = ".work"
 LOCK = ".lock"
 Keep = Literal["latents", "codes"]
+CpuType = Literal["float32", "bfloat16"]
 
 
 class _Record(Strict):
@@ -46,15 +47,17 @@ class _Record(Strict):
     recipe: dict[str, Any]
     sources: list[str] = Field(default_factory=list)  # what the recipe's sources were made of
     seconds: dict[str, float] = Field(default_factory=dict)  # by stage
+    cpu_dtype: CpuType = "float32"  # of products on the CPU, where nobody has named a type
 
 
-class _Stamp(Strict):
+class Stamp(Strict):
     """`stage.json`: what a stage's folder was begun with and, once the stage is finished, the state after it."""
 
     digest: str
     keep: Keep
     state: dict[str, Any] | None = None
     seconds: float = 0.0  # that it took, over all calls
+    cpu_dtype: CpuType = "float32"  # of the run that began it
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,10 @@ class Place:
     def _file(self) -> Path:
         return self.folder / "stage.json"
 
-    def stamp(self) -> _Stamp | None:
+    def stamp(self) -> Stamp | None:
         if not self._file.is_file():
             return None
-        return decode(_Stamp, read_json(self._file, remedy=f"delete {self.folder} to begin it anew"), str(self._file))
+        return decode(Stamp, read_json(self._file, remedy=f"delete {self.folder} to begin it anew"), str(self._file))
 
     def holds_other_work(self) -> bool:
         """Whether the folder holds what this stage cannot go on from: of other settings, or codes without latents."""
@@ -82,17 +85,17 @@ class Place:
             return False
         return stamp.digest != self.digest or (self.keep == "latents" and stamp.keep == "codes")
 
-    def begin(self) -> Keep:
-        """Make the folder ready, without what other settings left there. Returns what its blocks are kept as."""
+    def begin(self, on_cpu: CpuType) -> Stamp:
+        """Make the folder ready, without what other settings left there. Returns what the stage was begun with."""
         if self.holds_other_work():
             shutil.rmtree(self.folder)
         stamp = self.stamp()
         if stamp is None:
             with write_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            stamp = _Stamp(digest=self.digest, keep=self.keep)
+            stamp = Stamp(digest=self.digest, keep=self.keep, cpu_dtype=on_cpu)
             self._write(stamp)
-        return stamp.keep
+        return stamp
 
     def state(self) -> ModelState | None:
         """The state after the stage, where it is finished."""
@@ -111,7 +114,7 @@ class Place:
         assert stamp is not None
         self._write(stamp.model_copy(update={"state": state.dump(self.folder.parent), "seconds": seconds}))
 
-    def _write(self, stamp: _Stamp) -> None:
+    def _write(self, stamp: Stamp) -> None:
         atomic_write(self._file, json.dumps(stamp.model_dump(mode="json"), indent=1))
 
 
@@ -125,6 +128,7 @@ class RunDirectory:
     files: dict[str, str]  # of the model, to their SHA-256
     recipe: Recipe
     writes: bool  # False in all processes but the first
+    cpu_dtype: CpuType  # what this CPU is faster in, or what the run began with
     sources: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -166,6 +170,11 @@ class RunDirectory:
         if record is not None:
             self._check_model(record.model, record.files)
             self.seconds = dict(record.seconds)
+            if record.cpu_dtype != self.cpu_dtype:
+                progress.note(
+                    f"{self.out}: goes on in {record.cpu_dtype} on the CPU, as it began, not {self.cpu_dtype}"
+                )
+                self.cpu_dtype = record.cpu_dtype
             if not redo and (lost := self._other_work()):
                 self._refuse(record.recipe, record.seconds, lost, record.sources)
         with write_errors(self.work):
@@ -195,6 +204,7 @@ class RunDirectory:
                 recipe=self.recipe.model_dump(mode="json"),
                 sources=self.sources,
                 seconds=self.seconds,
+                cpu_dtype=self.cpu_dtype,
             )
             atomic_write(self.record, json.dumps(record.model_dump(mode="json"), indent=1))
 

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,12 +22,13 @@ from upq.blockwise import BlockStore
 from upq.core.config import Plugin
 from upq.core.errors import UPQError
 from upq.core.memory import peak_memory_bytes, trim
+from upq.core.precision import compute_dtype, dtype_name
 from upq.core.progress import Progress
 from upq.core.scheme import QTensor
 from upq.data.packing import prepare
 from upq.data.sources import sources_of
 from upq.data.tokens import TokenSet
-from upq.evals.text import Streamed, TextMetrics, evaluate_text, streamed
+from upq.evals.text import NotFinite, Streamed, TextMetrics, evaluate_text, streamed
 from upq.exports import ensure_export
 from upq.files.tensors import load_tensors
 from upq.kernels import computing
@@ -110,8 +112,22 @@ class Frame:
         )
 
     def check(self, data: TokenSet, state: ModelState) -> Manifest:
-        """Load the artefact as a user would and measure it against the original, which is read block by block."""
-        model, rows_NT = Source(self.model, device=self.device, dtype="auto"), data.validation_tokens_NT
+        """Load the artefact and measure it against the original, which is read block by block."""
+        own, on_cpu = Source(self.model, dtype="auto").dtype, getattr(torch, self.run.cpu_dtype)
+        dtype = compute_dtype(own, torch.device(self.device), on_cpu)
+        try:
+            metrics = self._metrics(data, state, dtype)
+        except NotFinite:
+            if dtype != torch.float16:
+                raise
+            self.progress.note("check: the model overflows in float16; it is computed in float32")
+            self.progress.start("check")
+            metrics = self._metrics(data, state, torch.float32)
+        return read_manifest(self.staging).model_copy(update={"metrics": metrics})
+
+    def _metrics(self, data: TokenSet, state: ModelState, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+        """Figures of original and artefact, and of what later stages built upon, computed in `dtype`."""
+        model, rows_NT = Source(self.model, device=self.device, dtype=dtype), data.validation_tokens_NT
         with allocator(self.run.work if self.recipe.memory.activations == "disk" else None) as allocate:
             original = streamed(model, rows_NT, allocate=allocate)
             self.progress.advance(1)
@@ -120,14 +136,13 @@ class Frame:
                 before[store.folder.name.partition("-")[0]] = self._built_on(store, model, original, data, allocate)
             self.progress.advance(1)
             packed = load(self.staging, device=self.device)
+            size = _size(packed, self.staging)
+            packed.to(dtype)  # type: ignore[arg-type]
             text = self._measured(packed, original, data)
         self.progress.advance(1)
-        metrics = {
-            "source": {"ppl": text.teacher_ppl, **_size(model.empty(), self.model)},
-            **before,
-            "artifact": {**_figures(text), **_size(packed, self.staging), "compute": "reference"},
-        }
-        return read_manifest(self.staging).model_copy(update={"metrics": metrics})
+        source = {"ppl": text.teacher_ppl, **_size(Source(self.model, dtype="auto").empty(), self.model)}
+        models = {"source": source, **before, "artifact": {**_figures(text), **size, "compute": "reference"}}
+        return {name: {**figures, "dtype": dtype_name(dtype)} for name, figures in models.items()}
 
     def publish(self, manifest: Manifest) -> None:
         """Move the artefact out of the work directory, the manifest last."""

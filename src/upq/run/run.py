@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 from upq.artifact.manifest import Manifest, read_manifest
 from upq.core.errors import UPQError
 from upq.core.memory import trim
+from upq.core.precision import cpu_dtype
 from upq.core.processes import Processes
 from upq.core.progress import Progress, Silent
 from upq.core.signals import Stop
@@ -31,7 +32,7 @@ from upq.files.digests import model_digests
 from upq.files.lock import lock
 from upq.model.loading import family, load_config, load_tokenizer
 from upq.model.source import Source
-from upq.run.directory import LOCK, Keep, Place, RunDirectory, sweep
+from upq.run.directory import LOCK, CpuType, Keep, Place, RunDirectory, sweep
 from upq.run.dry import check_text
 from upq.run.frame import Frame, export
 from upq.run.recipe import Recipe
@@ -71,7 +72,7 @@ def quantize(
     if (size := sum(file.stat().st_size for file in path.glob("*.safetensors"))) > _LARGE:
         progress.note(f"{name}: reading its {size / 1e9:.0f} GB, for its checksums")
     directory = RunDirectory(
-        Path(out), None if work is None else Path(work), name, model_digests(path), recipe, processes.first
+        Path(out), None if work is None else Path(work), name, model_digests(path), recipe, processes.first, _on_cpu()
     )
     reading = reading_of(recipe)
     with ExitStack() as held:
@@ -135,11 +136,13 @@ class _Run:
         if stage.demands(run.recipe.data).rows:
             self.rows(state)
         with processes.shared_errors():
-            keep = place.begin() if processes.first else place.keep
+            begun = place.begin(run.cpu_dtype) if processes.first else None
             run.write_record()
-        keep = "latents" if processes.of_first(keep == "latents") else "codes"
+        keep = processes.of_first(begun is not None and begun.keep == "latents")
+        bf16 = processes.of_first(begun is not None and begun.cpu_dtype == "bfloat16")
+        job = self._job(place, "latents" if keep else "codes", torch.bfloat16 if bf16 else torch.float32, state)
         with run.timed(name):
-            state = replace(stage.run(self._job(place, keep, state), state), digest=place.digest)
+            state = replace(stage.run(job, state), digest=place.digest)
         with processes.shared_errors():
             if processes.first:
                 place.finish(state, run.seconds[name])
@@ -155,7 +158,7 @@ class _Run:
                     sweep(place.folder)
             yield
 
-    def _job(self, place: Place, keep: Keep, state: ModelState) -> Job:
+    def _job(self, place: Place, keep: Keep, cpu_dtype: torch.dtype, state: ModelState) -> Job:
         frame = self.frame
         return Job(
             name=place.name,
@@ -168,6 +171,7 @@ class _Run:
             stop=self.stop,
             memory=frame.recipe.memory,
             keep=keep,
+            cpu_dtype=cpu_dtype,
             reading=frame.reading,
             rows=lambda: self.rows(state),
         )
@@ -230,6 +234,10 @@ def _local(model: str | Path) -> tuple[Path, str]:
     load_config(model)  # its errors are clearer than the hub's
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "merges.txt", "vocab.*"]
     return Path(snapshot_download(str(model), allow_patterns=patterns)), str(model)
+
+
+def _on_cpu() -> CpuType:
+    return "bfloat16" if cpu_dtype() == torch.bfloat16 else "float32"
 
 
 def _device(device: str) -> str:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from upq.blockwise import BlockStore
 from upq.core.config import Strict, fixed, free
+from upq.core.precision import Precision, computes_in_bf16
 from upq.core.processes import Processes
 from upq.core.progress import Progress
 from upq.core.registry import Registry
@@ -26,6 +27,7 @@ from upq.core.signals import Stop
 from upq.data.config import Data, TextSource
 from upq.data.tokens import TokenSet
 from upq.model.activations import Allocate, allocator
+from upq.model.loading import load_config
 from upq.model.source import Source
 from upq.stages._sizes import Machine, Need, Saving, Sizes
 
@@ -136,6 +138,7 @@ class Job:
     stop: Stop
     memory: Memory
     keep: Start  # what the stages after this one read of its blocks
+    cpu_dtype: torch.dtype  # of products on the CPU where `precision` is auto: what the stage began with
     reading: Reading
     rows: Callable[[], TokenSet]  # the packed text; the stage must have demanded rows
 
@@ -146,6 +149,11 @@ class Job:
     def source(self, **options: Any) -> Source:
         """The original, read block by block."""
         return Source(self.model, device=self.device, **options)
+
+    def settled(self, precision: Precision) -> Precision:
+        """bf16 or fp32 for `auto`: a stage ends in the type that it began with, on whatever CPU."""
+        width, device = load_config(self.model).hidden_size, torch.device(self.device)
+        return "bf16" if computes_in_bf16(precision, device, width, self.cpu_dtype) else "fp32"
 
     def activations(self) -> AbstractContextManager[Allocate]:
         return allocator(self.folder if self.memory.activations == "disk" else None)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from upq.blockwise import Calibration, Work, pass_work
-from upq.core.precision import computes_in_bf16
+from upq.core.precision import compute_dtype, computes_in_bf16
 from upq.core.scheme import QuantScheme
 from upq.data.config import Generated
 from upq.distill.config import Distill
@@ -33,7 +35,7 @@ _REUSED = 0.4
 def generate_need(section: Generated, sizes: Sizes, machine: Machine, *, tokens: int, sharded: bool) -> Need:
     """Memory for a prompt and an answer as long as they may be. Time for answers half as long, on average."""
     rows, limit, gpu = section.batch_size, section.max_new_tokens, machine.gpus > 0
-    size = sizes.itemsize if gpu else FP32
+    size = sizes.dtype.itemsize if gpu and sizes.dtype != torch.float16 else FP32
     weights = Bytes(size * sizes.all)
     if sharded and machine.processes > 1:  # whole while it computes: a block, and once more as it was sent
         weights = Bytes(size * (sizes.rest + sizes.block * (2 + sizes.blocks / machine.processes)))
@@ -132,7 +134,7 @@ def distill_need(
     solutions = FP32 * sizes.coded if config.train_weights else coded
     built = FP32 * sizes.rest + solutions + (FP32 * sizes.block if config.teacher != "resident" else 0)
     if config.teacher == "resident":
-        files = sizes.itemsize * sizes.all if sizes.itemsize != FP32 and not machine.gpus else 0
+        files = sizes.dtype.itemsize * sizes.all if sizes.dtype.itemsize != FP32 and not machine.gpus else 0
         built += FP32 * sizes.block * sizes.blocks + max(files, 0 if machine.gpus else solutions)
     if sharded and machine.processes > 1:
         # In turn whole: a block of student and teacher, the next one, and its gradients. Of codes and their gradients
@@ -216,25 +218,29 @@ def check_need(
 
     `built_on`: earlier block-wise stages, which are measured too. `trained`: a training came before.
     """
-    own, gpu = sizes.itemsize, machine.gpus > 0
+    own, gpu = sizes.dtype.itemsize, machine.gpus > 0
+    dtype = compute_dtype(sizes.dtype, machine.device)
+    size = dtype.itemsize
     batch = min(rows, _BATCH)
     codes = sizes.blocks * (sizes.linears * scheme.bits / 8 + 2 * sizes.groups(scheme))
-    tables = sizes.rest * own if embeddings_bits is None else sizes.rest * embeddings_bits / 8
-    artefact = codes + tables + own * sizes.blocks * (sizes.block - sizes.linears)
+    dense = sizes.blocks * (sizes.block - sizes.linears)  # norms and biases
+    tables = sizes.rest * embeddings_bits / 8 if embeddings_bits else 0.0
+    dense += 0 if embeddings_bits else sizes.rest
+    artefact, loaded = (codes + tables + each * dense for each in (own, size))
     packing = Bytes(own * sizes.rest + 2 * codes) + tensors(3, sizes.largest)
     states = Bytes() if on_disk else tensors(1, FP32 * rows * seq_len * sizes.hidden)
-    ending = Bytes(own * sizes.rest)
-    original = states + largest(sizes.matrices(own) + sizes.forward(batch, seq_len, own), ending)
+    ending = Bytes(size * sizes.rest)
+    original = states + largest(sizes.matrices(size) + sizes.forward(batch, seq_len, size), ending)
     if built_on:  # its codes, a byte each, and the largest of its weights
         original += states + sizes.matrices(1) + tensors(2, FP32 * sizes.largest) + ending
     chunk = min(_CHUNK, batch * (seq_len - 1)) * sizes.vocabulary
     # Log-probabilities of both, and of the teacher the probabilities, the difference and their product.
     logits = tensors(5, FP32 * chunk)
     # The largest weight from codes, in float32 and converted or as integers; then its product.
-    unpacked = tensors(1, FP32 * sizes.largest) + tensors(1, (own if own < FP32 else 1) * sizes.largest)
-    weight = unpacked + sizes.forward(batch, seq_len, own, wide=1)
-    product = tensors(1, own * sizes.largest) + sizes.forward(batch, seq_len, own)
-    whole = Bytes(artefact) + ending + states + largest(weight, product, logits)
+    unpacked = tensors(1, FP32 * sizes.largest) + tensors(1, (size if size < FP32 else 1) * sizes.largest)
+    weight = unpacked + sizes.forward(batch, seq_len, size, wide=1)
+    product = tensors(1, size * sizes.largest) + sizes.forward(batch, seq_len, size)
+    whole = Bytes(loaded) + ending + states + largest(weight, product, logits)
     peak = largest(*([] if gpu else [packing]), original, whole)
     if trained:
         peak = Bytes(peak.all, max(peak.loose, _REUSED * peak.all))
@@ -243,4 +249,5 @@ def check_need(
     head = Work(2.0 * seq_len * sizes.head, 12.0 * FP32 * seq_len * sizes.vocabulary)
     work = (one + head) * (rows * passes)
     work += Work(0.0, (20.0 * passes + 30.0 * -(-rows // _BATCH)) * sizes.coded)
-    return need(rows * seq_len, peak, artefact, flops=work.flops, moved=work.moved)
+    bf16 = dtype == torch.bfloat16
+    return need(rows * seq_len, peak, artefact, flops=work.flops, moved=work.moved, bf16=bf16)

@@ -70,7 +70,7 @@ class Blockwise(Stage):
             given=state.solved,
             seed=job.seed,
             progress=job.progress,
-            precision=self.precision,
+            precision=job.settled(self.precision),
             activations=job.activations(),
             processes=job.processes,
         )

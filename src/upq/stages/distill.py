@@ -91,6 +91,10 @@ class Distill(Settings, Stage):
         if not total:
             job.progress.start(job.name)
             return state
+        return self.model_copy(update={"precision": job.settled(self.precision)})._train(job, state, total)
+
+    def _train(self, job: Job, state: ModelState, total: int) -> ModelState:
+        assert state.solved is not None
         assert state.solved.latents or not self.train_weights
         data = job.rows()
         cache = self._cached(job, data) if self.caches_teacher else None

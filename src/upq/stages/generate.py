@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,6 +15,7 @@ from upq.data.generated import check, write_conversations
 from upq.files.atomic import atomic_write
 from upq.model.loading import check_finite, generation_config, load_model, load_tokenizer
 from upq.model.sharding import load_original, make_mesh
+from upq.model.source import Source
 from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, register
 from upq.stages._need import generate_need
 from upq.stages._sizes import Machine, Need, Saving, Sizes
@@ -74,7 +75,9 @@ class Generate(Generated, Stage):
 
 def _original(job: Job, mesh: DeviceMesh | None) -> PreTrainedModel:
     """The model that writes: whole, or cut over the processes of `mesh`."""
-    dtype: torch.dtype | Literal["auto"] = torch.float32 if job.device == "cpu" else "auto"
+    own = Source(job.model, dtype="auto").dtype
+    # On every CPU float32, so that all write the same conversations; and in float16 some models overflow.
+    dtype = torch.float32 if job.device == "cpu" or own == torch.float16 else own
     if mesh is None:
         model = load_model(job.model, dtype=dtype, device=job.device)
         check_finite(model, job.model)
