@@ -95,3 +95,29 @@ def test_a_plan_makes_the_same_checks_where_there_is_a_tokenizer(model: Path) ->
     no_end(model)
     with pytest.raises(UPQError, match="the model has no end token"):
         upq.plan(model, recipe(model), progress=None)
+
+
+ROLES = '{"messages": [{"role": "bot", "content": "x"}]}\n'
+
+
+@pytest.mark.parametrize(
+    ("rows", "on_bad_row", "message"),
+    [
+        ('{"text": "plain"}\n' * 99 + ROLES, "null", r"rows\.jsonl:100: message 1: unknown role 'bot'"),
+        ('{"text": "plain"}\n' * 9 + ROLES, "error", r"rows\.jsonl:10: message 1: unknown role 'bot'"),
+        (ROLES * 3, "skip", r"rows\.jsonl: no text in it; .*; 3 rows cannot be used"),
+        (
+            ROLES.replace("bot", "user") * 3,
+            "skip",
+            r"rows\.jsonl: none of its 3 rows can be used \(.*:1: the chat template refuses .*; leave it out",
+        ),
+    ],
+)
+def test_so_are_the_first_rows(rows: str, on_bad_row: str, message: str, model: Path, tmp_path: Path) -> None:
+    named(chat_template="{{ raise_exception('no') }}")(model)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    settings = [f"data.sources=[{{path: {tmp_path / 'rows.jsonl'}}}]", "data.seq_len=8", "generate=null"]
+    chosen = Recipe.load("default", [*settings, f"data.on_bad_row={on_bad_row}"])
+    with pytest.raises(UPQError, match=message):
+        quantize(model, chosen, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
