@@ -21,6 +21,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers import __version__ as _VERSION
 from transformers.utils.hub import cached_file, cached_files
@@ -31,7 +32,7 @@ from upq.files.tensors import INDEX, WEIGHTS, shard_names, tensor_files, tensor_
 from upq.model.checkpoint import Checkpoint
 from upq.model.layout import layout_of
 from upq.model.library import library_errors
-from upq.text.tokenizer import as_stored, class_tokens, tokenizer_files
+from upq.text.tokenizer import as_stored, class_tokens, of_same_kind, tokenizer_files
 
 _AUTOS: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 _CONFIG = "is config.json of this model?"
@@ -69,8 +70,10 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
         raise UPQError(f"{path}: tokenizer.model is a SentencePiece model; pip install sentencepiece protobuf")
     tokenizer: PreTrainedTokenizerBase = _read(AutoTokenizer, model)
     with library_errors(f"{model}: cannot use tokenizer.json"):
+        if not of_same_kind(tokenizer, stored):  # the class has rules for another kind of vocabulary
+            tokenizer = _read(PreTrainedTokenizerFast, model)
         if added := class_tokens(tokenizer, stored, path):
-            tokenizer = _read(AutoTokenizer, model, **dict.fromkeys(added))
+            tokenizer = _read(type(tokenizer), model, **dict.fromkeys(added))
         return as_stored(tokenizer, stored)
 
 
