@@ -25,7 +25,7 @@ _LINEARS = {
     "down": "mlp.down_proj",
 }
 # transformers' `model_type`: their block is Llama's, with no more than what is looked at here.
-_COMPILED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+LLAMA_BLOCKS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 # Rotary positions whose frequencies do not change with the length of the text.
 _ROTARY = ("default", "linear", "llama3", "yarn")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -38,7 +38,7 @@ class Unsuitable(Exception):
 def parts(model: PreTrainedModel) -> Parts:
     """The parts as they are now. Raises Unsuitable."""
     config = model.config
-    if config.model_type not in _COMPILED:
+    if config.model_type not in LLAMA_BLOCKS:
         raise Unsuitable(f"the family {config.model_type} is not compiled")
     _check_state(model)
     layout = layout_of(model)
