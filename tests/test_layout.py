@@ -14,8 +14,7 @@ from upq.core.errors import UPQError
 from upq.model.coverage import LEAST, coverage
 from upq.model.layout import block_list, layout_of, shared_weights
 from upq.model.matrices import left_out, matrices
-from upq.model.source import Source
-from zoo import WRAPPERS, random_model, tiny_config
+from zoo import WRAPPERS, random_model
 
 # transformers' types without a list of gradient-checkpointing layers: models of before 2021.
 WITHOUT_BLOCKS = {"cpmant", "ctrl", "gpt_neox_japanese", "openai-gpt", "xlm", "xlnet"}
@@ -126,8 +125,8 @@ def test_of_a_model_with_a_tower_the_language_model_is_taken(kind: str) -> None:
 
 def test_coverage_counts_every_weight_once() -> None:
     for kind in ("llama", "qwen3_moe", "gemma3", "zamba2"):
-        source = Source.without_files(tiny_config(kind))
-        found, model = coverage(source), source.empty()
+        model = random_model(kind)
+        found = coverage(model)
         assert found.coded + sum(found.left.values()) == found.in_model == sum(p.numel() for p in model.parameters())
         assert found.coded + sum(found.left_in_blocks.values()) == found.in_blocks
         assert (found.share < LEAST) == (kind == "zamba2")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from upq import kernels
 from upq.artifact.manifest import Manifest, read_manifest, verify
@@ -101,6 +101,7 @@ class Source:
         verify(path, manifest)
         shards = [path / name for name in manifest.files if name.endswith(".safetensors")]
         model, quantization = empty_model(path, shards)
+        _check_forms(path, model)
         schemes = quantization.schemes(model)
         files = {name: shard for shard in shards for name in tensor_shapes(shard)}
         dtype = model.config.dtype
@@ -181,6 +182,18 @@ class Source:
             for name in self.manifest.files
             if name != "config.json" and not name.endswith((".safetensors", ".safetensors.index.json"))
         ]
+
+
+def _check_forms(path: Path, model: PreTrainedModel) -> None:
+    """Exports write linears (O, I). Raises UPQError for weights that a dense checkpoint holds in another form."""
+    for name, weight in model_weights(model).items():
+        transposed = isinstance(weight, PackedLinear) and weight.transposed
+        if transposed or of_experts(weight):
+            what = "transposed linears" if transposed else "experts"
+            raise UPQError(
+                f"{path}: {model.config.model_type} has {what} ({name}), and no export holds them yet; run it with "
+                "transformers"
+            )
 
 
 def _dtype(files: Mapping[str, Path]) -> torch.dtype:

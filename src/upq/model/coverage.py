@@ -6,11 +6,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from upq.core.errors import UPQError
-from upq.model.layout import block_list, shared_weights
+from upq.model.layout import Layout, block_list, layout_of, shared_weights
 from upq.model.matrices import left_out
-from upq.model.source import Source
+from upq.model.matrices import matrices as matrices_of
 
 LEAST = 0.9  # of the weights in the decoder's blocks: a run that quantises less asks first
 
@@ -53,35 +54,37 @@ class Coverage:
         )
 
 
-def coverage(source: Source) -> Coverage:
-    """Of the model that `source` describes; no tensor is read."""
-    model, layout = source.empty(), source.layout
-    shared, matrices, coded = shared_weights(model), 0, 0
-    left, of_blocks, reasons = Counter[str](), Counter[str](), dict[str, str]()
+def coverage(model: PreTrainedModel) -> Coverage:
+    """Of a model, which may be without memory."""
+    layout, shared = layout_of(model), shared_weights(model)
+    coding, reasons, matrices, coded = set[str](), dict[str, str](), 0, 0
     for index, block in enumerate(block_list(model, layout)):
-        reasons |= {source.path_of(index, name): reason for name, reason in left_out(block).items()}
-        for matrix in source.matrices(index):
-            matrices += max(1, matrix.experts)
-            coded += matrix.rows * matrix.inputs
+        start = f"{layout.blocks}.{index}."
+        reasons |= {start + name: reason for name, reason in left_out(block).items()}
+        for matrix in matrices_of(block):
+            if start + matrix.parameter not in shared:
+                coding.add(start + matrix.parameter)
+                matrices += max(1, matrix.experts)
+                coded += matrix.rows * matrix.inputs
     kept, in_blocks, in_model = 0, 0, 0
-    coding = {source.path_of(i, m.parameter) for i in range(len(source)) for m in source.matrices(i)}
+    left, of_blocks = Counter[str](), Counter[str]()
     for name, parameter in model.named_parameters():
+        inside = name.startswith(f"{layout.blocks}.")
         in_model += parameter.numel()
-        in_blocks += parameter.numel() if name.startswith(f"{layout.blocks}.") else 0
+        in_blocks += parameter.numel() if inside else 0
         if name in coding:
             continue
         kept += parameter.dim() == 2
-        reason = _reason(name, parameter, source, reasons, shared)
+        reason = _reason(name, parameter, layout, reasons, shared)
         left[reason] += parameter.numel()
-        if name.startswith(f"{layout.blocks}."):
+        if inside:
             of_blocks[reason] += parameter.numel()
     return Coverage(
         matrices, matrices + kept, coded, in_blocks, in_model, dict(left.most_common()), dict(of_blocks.most_common())
     )
 
 
-def _reason(name: str, parameter: nn.Parameter, source: Source, reasons: dict[str, str], shared: frozenset[str]) -> str:
-    layout = source.layout
+def _reason(name: str, parameter: nn.Parameter, layout: Layout, reasons: dict[str, str], shared: frozenset[str]) -> str:
     if name.startswith(f"{layout.blocks}."):
         if parameter.dim() < 2:
             return "norms and other vectors"

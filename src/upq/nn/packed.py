@@ -126,6 +126,7 @@ class PackedLinear(Packed):
     def __init__(self, in_features: int, out_features: int, scheme: QuantScheme, *, bias: bool = False) -> None:
         super().__init__(out_features, in_features, scheme)
         self.in_features, self.out_features = in_features, out_features
+        self.transposed = False  # it took the place of a Conv1D, whose weight is (I, O)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     @classmethod
@@ -219,18 +220,27 @@ def pack_like(layer: nn.Module, scheme: QuantScheme, q: QTensor | None = None) -
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
     assert isinstance(bias, Tensor | None)
+    transposed = isinstance(layer, Conv1D)
+    columns, rows = weight.shape if transposed else reversed(weight.shape)
     if q is not None:
-        return PackedLinear.from_qtensor(q, bias)
-    columns, rows = weight.shape if isinstance(layer, Conv1D) else reversed(weight.shape)
-    return PackedLinear(columns, rows, scheme, bias=bias is not None)
+        packed = PackedLinear.from_qtensor(q, bias)
+    else:
+        packed = PackedLinear(columns, rows, scheme, bias=bias is not None)
+    packed.transposed = transposed
+    return packed
 
 
-def dense_like(layer: Any, dtype: torch.dtype) -> nn.Linear | nn.Embedding:
+def dense_like(layer: Any, dtype: torch.dtype) -> nn.Linear | nn.Embedding | Conv1D:
     """The nn.Linear or nn.Embedding with the weight that a packed layer stands for."""
-    dense: nn.Linear | nn.Embedding
+    dense: nn.Linear | nn.Embedding | Conv1D
     weight = layer.dequantize(dtype)
     if isinstance(layer, PackedEmbedding):
         dense = nn.Embedding(layer.num_embeddings, layer.embedding_dim, device="meta")
+    elif layer.transposed:
+        with torch.device("meta"):
+            dense = Conv1D(layer.out_features, layer.in_features)  # type: ignore[no-untyped-call]
+        weight = weight.t().contiguous()
+        dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
     else:
         dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         if layer.bias is not None:
