@@ -36,7 +36,7 @@ are never among them. Towers for images and sound stay as they are.
 - **Decoder**: `compiled` generates on the CPU through UPQ's own decoder, all others through transformers' loop with the
   packed kernels.
 - **Exports**: `all` is every format of [engines.md](engines.md). `linears` are the formats that are a checkpoint of
-  linears (`dense`, `compressed_tensors`, `gptq`, `humming`, `torchao`): exact, and not tried in engines. No export holds
+  linears (`dense`, `compressed_tensors`, `gptq`, `humming`, `torchao`): exact, not tried in engines. No export holds
   experts yet.
 - **Tested**: `run` is a whole run of a tiny model (`tests/test_models.py`): quantised, trained, packed, loaded by
   `from_pretrained`. `layout`: every weight of its blocks has its place or its reason (`tests/test_layout.py`).
