@@ -60,13 +60,19 @@ def text(tmp_path_factory):
 
 
 STAGES = {
-    "int4": {"stage": "blockwise", "bits": 4, "samples": 8, "method": {"name": "flexround", "iterations": 4}},
+    "int4": {
+        "stage": "blockwise",
+        "bits": 4,
+        "samples": 8,
+        "method": {"name": "flexround", "scale": "max", "iterations": 4},
+    },
     "int2": {
         "stage": "blockwise",
         "bits": 2,
         "samples": 8,
         "method": {
             "name": "block_ap",
+            "scale": "max",
             "relative": True,
             "iterations": 4,
             "batch_size": 2,
