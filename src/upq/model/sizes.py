@@ -277,6 +277,5 @@ def _empty(config: PretrainedConfig, blocks: int, *, vocabulary: int | None = No
     auto: Any = AutoModelForCausalLM  # untyped
     with init_empty_weights(include_buffers=False), no_init_weights():
         model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
-    model.tie_weights()
     model.eval()  # type: ignore[no-untyped-call]
     return model

@@ -152,7 +152,6 @@ class Source:
         # Random numbers for weights without memory would take a tenth of a small run.
         with library_errors(doing), init_empty_weights(include_buffers=False), no_init_weights():
             model: PreTrainedModel = auto.from_config(config, dtype=self.dtype)
-        model.tie_weights()
         model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
         return model
 
