@@ -30,16 +30,18 @@ from upq.data import Message, read_documents
 from upq.data.config import Generated, TextSource
 from upq.data.conversations import ChatTemplate
 from upq.data.encoding import Encoder
-from upq.data.generated import write_conversations
+from upq.data.generated import check, write_conversations
 from upq.exports._source import Source as Artifact
 from upq.losses import LOSSES
-from upq.model.loading import load_config, load_tokenizer
+from upq.model.loading import embedding_rows, load_config, load_tokenizer
 from upq.model.source import Source
 from upq.run.dry import check_text
 from upq.run.recipe import Recipe
 from upq.run.run import quantize
 from upq.stages.blockwise import Blockwise
 from upq.stages.distill import Distill
+from upq.text.generation import end_tokens
+from upq.text.tokenizer import check_ids
 
 TALK = (Message("user", "Hi"), Message("assistant", "Ho"))
 CONVERSATION = [{"role": message.role, "content": message.content} for message in TALK]
@@ -192,11 +194,15 @@ GENERATION: dict[str, tuple[Any, ...]] = {
 
 
 def input_of(raw: bytes) -> dict[str, Any]:
-    """An input described by its choices, a byte for each; what is past the end of `raw` is the first of its kind."""
+    """An input described by its choices, a byte for each: of the lower half the plain one, which is the first.
+
+    So most inputs get past the first check. What is past the end of `raw` is plain too.
+    """
     left = iter(raw)
 
     def pick(options: Sequence[Any]) -> Any:
-        return options[next(left, 0) % len(options)]
+        byte = next(left, 0)
+        return options[0 if byte < 128 else byte % len(options)]
 
     user, answer = pick(FORMS), pick(FORMS[:9])
     if pick((False, False, True)):
@@ -269,7 +275,10 @@ def use_input(model: Path, made: dict[str, Any]) -> None:
         with _refused():
             check_text(model, load_config(model), tokenizer, recipe, "model")
         loaded = upq.load(model)
-        with _refused():  # the run's own check is stricter
+        with _refused():  # behind the checks of a run, without those of the rows
+            rows = embedding_rows(loaded.config)
+            check_ids(tokenizer, rows, "model")
+            check(tokenizer, end_tokens(loaded.generation_config, tokenizer), rows)
             write_conversations(model / "talks", loaded, tokenizer, section, seed=0, progress=Silent())
         with _refused():
             answer(loaded, tokenizer, CONVERSATION[:1], {"max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0})

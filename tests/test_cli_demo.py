@@ -23,5 +23,13 @@ def test_the_demo_runs_to_its_end(tmp_path, monkeypatch, capsys):
     for _ in range(2):
         demo_command.demo(out=tmp_path / "demo", recipe=str(recipe), limit=2)
         shown = capsys.readouterr().out
-        for words in ("original", "2 bits, nearest", "2 bits, UPQ", "knows", "obeys", "upq chat"):
+        for words in (
+            "testing original",
+            "mini_ifeval: 2/2",
+            "2 bits, nearest",
+            "2 bits, UPQ",
+            "knows",
+            "obeys",
+            "upq chat",
+        ):
             assert words in shown

@@ -93,6 +93,7 @@ def test_tasks(model_dir: Path, tmp_path: Path) -> None:
     assert set(figures["tasks"]) == {"mmlu", "mmlu_stem", "mmlu_anatomy"}
     assert figures["tasks"]["mmlu"]["samples"] == 2
     assert "mmlu acc" in result.output
+    assert "mmlu: 8/8" in result.output  # in a pipe too: 2 questions with 4 choices
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tiny import byte_tokenizer, tiny_model
 from upq.core.errors import UPQError
 from upq.core.progress import Silent
 
@@ -23,6 +24,7 @@ for package in ("nltk", "langdetect", "immutabledict"):
 from lm_eval.api.model import LM  # noqa: E402
 
 from upq.evals import evaluate_tasks  # noqa: E402
+from upq.evals.tasks import _as_lm  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "eval"
 PROMPTS = [
@@ -321,3 +323,12 @@ def test_real_data_is_seen_whole(tokenizer: Any) -> None:
     assert 0.2 < scores["mmlu"]["acc"] < 0.3
     assert scores["ifeval"]["samples"] == 541
     assert 0 < scores["ifeval"]["inst_level_strict_acc"] < 0.5
+
+
+def test_padding_is_a_token_that_the_embedding_has() -> None:
+    """lm-eval adds one to a tokenizer that has neither padding nor an end token."""
+    model, tokenizer = tiny_model("llama", vocab_size=256), byte_tokenizer()
+    harness = _as_lm(model, tokenizer, 2, False, None)
+    assert len(harness.tokenizer) == 256
+    assert harness.tokenizer.pad_token_id == 255
+    assert tokenizer.pad_token_id is None

@@ -13,6 +13,8 @@ import upq
 from hostile import base
 from tiny import CHAT
 from upq.core.errors import UPQError
+from upq.model.loading import load_config, load_tokenizer
+from upq.run.dry import check_text
 from upq.run.recipe import Recipe
 from upq.run.run import quantize
 
@@ -72,19 +74,50 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_it_is_one_line_before_any_work(case: str, model: Path, tmp_path: Path) -> None:
     change, message = REFUSED[case]
-    settings = [f"data.sources=[{{path: {model / 'tool.jsonl'}}}]", "data.seq_len=8", "data.generated={tokens: 9}"]
-    recipe = Recipe.load("default", settings)
-    upq.plan(model, recipe, progress=None)
+    check(model, recipe(model))
     change(model)
-    for run in (lambda: quantize(model, recipe, tmp_path / "out"), lambda: upq.plan(model, recipe, progress=None)):
-        with pytest.raises(UPQError, match=message) as caught:
-            run()
-        assert "\n" not in str(caught.value)
+    with pytest.raises(UPQError, match=message) as caught:
+        quantize(model, recipe(model), tmp_path / "out")
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_is_made_of_a_config_alone(model: Path) -> None:
-    for file in model.iterdir():
-        if file.name != "config.json":
-            file.unlink()
-    upq.plan(model, Recipe.load("default", ["data.seq_len=8"]), progress=None)
+def check(model: Path, recipe: Recipe) -> None:
+    check_text(model, load_config(model), load_tokenizer(model), recipe, "model")
+
+
+def recipe(model: Path) -> Recipe:
+    source = f"data.sources=[{{path: {model / 'tool.jsonl'}}}]"
+    return Recipe.load("default", [source, "data.seq_len=8", "data.generated={tokens: 9}"])
+
+
+def test_a_plan_makes_the_same_checks_where_there_is_a_tokenizer(model: Path) -> None:
+    no_end(model)
+    with pytest.raises(UPQError, match="the model has no end token"):
+        upq.plan(model, recipe(model), progress=None)
+
+
+ROLES = '{"messages": [{"role": "bot", "content": "x"}]}\n'
+
+
+@pytest.mark.parametrize(
+    ("rows", "on_bad_row", "message"),
+    [
+        ('{"text": "plain"}\n' * 99 + ROLES, "null", r"rows\.jsonl:100: message 1: unknown role 'bot'"),
+        ('{"text": "plain"}\n' * 9 + ROLES, "error", r"rows\.jsonl:10: message 1: unknown role 'bot'"),
+        (ROLES * 3, "skip", r"rows\.jsonl: no text in it; .*; 3 rows cannot be used"),
+        (
+            ROLES.replace("bot", "user") * 3,
+            "skip",
+            r"rows\.jsonl: none of its 3 rows can be used \(.*:1: the chat template refuses .*; leave it out",
+        ),
+    ],
+)
+def test_so_are_the_first_rows(rows: str, on_bad_row: str, message: str, model: Path, tmp_path: Path) -> None:
+    named(chat_template="{{ raise_exception('no') }}")(model)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    settings = [f"data.sources=[{{path: {tmp_path / 'rows.jsonl'}}}]", "data.seq_len=8", "generate=null"]
+    chosen = Recipe.load("default", [*settings, f"data.on_bad_row={on_bad_row}"])
+    with pytest.raises(UPQError, match=message):
+        quantize(model, chosen, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -71,6 +71,19 @@ def test_the_ids_are_those_of_tokenizer_json(rules: str, tmp_path: Path) -> None
         assert set(tokenizer("a")) == {"input_ids", "attention_mask"}
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_vocabulary_of_another_kind_than_the_class_has_is_used(family: str, tmp_path: Path) -> None:
+    folder = source(tmp_path / "model", family, "LlamaTokenizer")
+    pieces = [("<unk>", 0.0), ("\u2581", -2.0), ("ab", -3.0), ("a", -4.0), ("b", -4.5), ("c", -5.0)]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer("abc cab", add_special_tokens=False)["input_ids"] == backend.encode("abc cab").ids
+    assert len(tokenizer) == len(pieces)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
 def test_a_class_adds_no_tokens_of_its_own(family: str, tmp_path: Path) -> None:
     """Without a word on them in the files, Llama's class would add <unk>, <s> and </s> behind the embedding's rows."""

@@ -168,12 +168,6 @@ class _Reading:
                 left = f"{tally.bad:,} of {tally.rows:,} rows cannot be used and are left out"
                 self._progress.note(f"data: {source.path}: {left}; the first: {tally.example}")
 
-    @staticmethod
-    def _nothing(tally: Tally) -> str:
-        if tally.bad:
-            return f"none of its {tally.rows:,} rows can be used ({tally.example})"
-        return "the model's tokenizer has no token for anything in it"
-
     def _turns(self) -> Iterator[tuple[int, Encoded]]:
         streams = [
             _encoded(source, self._encoder, tally) for source, tally in zip(self._sources, self._tallies, strict=True)
@@ -184,7 +178,7 @@ class _Reading:
             if encoded is None:
                 path = self._sources[turn].path
                 if not self.tokens[turn]:  # it would be read again without end
-                    raise UPQError(f"{path}: {self._nothing(self._tallies[turn])}; leave it out")
+                    raise self._tallies[turn].nothing(path)
                 first_time = not self._ended[turn]
                 self._ended[turn] = True
                 if all(self._ended):

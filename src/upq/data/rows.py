@@ -79,6 +79,12 @@ class Tally:
         self.rows += 1
         return self.rows
 
+    def nothing(self, path: str) -> UPQError:
+        """For a source of which nothing has become tokens."""
+        if self.bad:
+            return UPQError(f"{path}: none of its {self.rows:,} rows can be used ({self.example}); leave it out")
+        return UPQError(f"{path}: the model's tokenizer has no token for anything in it; leave it out")
+
     def reject(self, error: BadRow, row: int) -> None:
         """Count row number `row` as bad, or raise UPQError."""
         if not self.of_recipe:

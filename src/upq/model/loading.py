@@ -19,6 +19,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils.hub import cached_file, cached_files
 
@@ -26,7 +27,7 @@ from upq.core.bounded import parse_json, read_bytes, read_json
 from upq.core.errors import UPQError
 from upq.files.tensors import INDEX, WEIGHTS, shard_names, tensor_files, tensor_shapes, tensor_types
 from upq.model.families._base import FAMILIES, ModelSpec
-from upq.text.tokenizer import as_stored, class_tokens, tokenizer_files
+from upq.text.tokenizer import as_stored, class_tokens, of_same_kind, tokenizer_files
 
 _CONFIG = "is config.json of this model?"
 _TOKENS = "is it a tokenizer's file?"
@@ -64,8 +65,10 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
         raise UPQError(f"{path}: tokenizer.model is a SentencePiece model; pip install sentencepiece protobuf")
     tokenizer: PreTrainedTokenizerBase = _read(AutoTokenizer, model)
     with library_errors(f"{model}: cannot use tokenizer.json"):
+        if not of_same_kind(tokenizer, stored):  # the class has rules for another kind of vocabulary
+            tokenizer = _read(PreTrainedTokenizerFast, model)
         if added := class_tokens(tokenizer, stored, path):
-            tokenizer = _read(AutoTokenizer, model, **dict.fromkeys(added))
+            tokenizer = _read(type(tokenizer), model, **dict.fromkeys(added))
         return as_stored(tokenizer, stored)
 
 

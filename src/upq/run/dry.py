@@ -12,15 +12,14 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from upq.artifact.transformers import write_companions
 from upq.core.paths import local
 from upq.data.encoding import Encoder
-from upq.data.rows import Document, Tally
+from upq.data.rows import FIRST, Document, Tally
 from upq.data.sources import read_documents, sources_of
 from upq.model.loading import embedding_rows, generation_config, library_errors
 from upq.run.recipe import Recipe
 from upq.text.generation import end_tokens
 from upq.text.tokenizer import check_ids, check_tokens
 
-_ROWS = 16  # of each source
-_CHARACTERS = 100_000  # of each row: one file may be one document of 128 MB
+_CHARACTERS = 10_000  # of each text, that the check of 100 takes less than a second: a file may be one of 128 MB
 
 
 def check_text(
@@ -45,10 +44,14 @@ def check_text(
     encoder = Encoder(tokenizer, recipe.data.loss_on)
     for source in sources_of(recipe.data):
         if hub or local(source.path).exists():
-            tally = Tally(recipe.data.on_bad_row)
-            for document in islice(read_documents(source, tally), _ROWS):
-                for encoded in encoder.encode([_shortened(document)], tally):
+            tally, empty, read = Tally(recipe.data.on_bad_row), 0, 0
+            for document in islice(read_documents(source, tally), FIRST):
+                found = encoder.encode([_shortened(document)], tally)
+                for encoded in found:
                     check_tokens(tokenizer, encoded.tokens_L.tolist(), rows, document.where)
+                read, empty = read + 1, empty + (not found and document.size <= _CHARACTERS)
+            if read == empty < FIRST:  # all of it has been read
+                raise tally.nothing(source.path)
     with TemporaryDirectory(prefix="upq-") as folder:  # the writers of the last step
         with library_errors(f"{name}: cannot save its configuration"):
             config.save_pretrained(folder)

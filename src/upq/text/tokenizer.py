@@ -57,6 +57,14 @@ def as_stored(tokenizer: PreTrainedTokenizerBase, stored: Any) -> PreTrainedToke
     return tokenizer
 
 
+def of_same_kind(tokenizer: PreTrainedTokenizerBase, stored: Any) -> bool:
+    """Whether the class made the kind of model (BPE, Unigram …) that tokenizer.json, whose content is `stored`, has."""
+    if not isinstance(stored, dict) or not tokenizer.is_fast:
+        return True
+    kind = stored["model"].get("type")  # older files do not say it
+    return kind in (None, type(tokenizer.backend_tokenizer.model).__name__)
+
+
 def class_tokens(tokenizer: PreTrainedTokenizerBase, stored: Any, model: Path) -> list[str]:
     """Names of special tokens that no file of `model` has: defaults of the tokenizer's class, which it adds as new ids.
 
