@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from upq.core.scheme import QuantScheme
 from upq.model.loading import decoder_blocks, family
@@ -274,7 +275,7 @@ def _empty(config: PretrainedConfig, blocks: int, *, vocabulary: int | None = No
     if vocabulary is not None:
         config.vocab_size, config.pad_token_id = vocabulary, None
     auto: Any = AutoModelForCausalLM  # untyped
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     model.eval()  # type: ignore[no-untyped-call]
     return model

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from upq.core.errors import UPQError
 from upq.core.memory import trim
@@ -147,7 +148,9 @@ class Source:
         auto: Any = AutoModelForCausalLM  # untyped
         config = copy.deepcopy(self.config)  # from_config writes the type into it
         # Parameters on meta, buffers real: the rotary frequencies are not in the checkpoint.
-        with library_errors(f"{self.path}: config.json describes no model"), init_empty_weights(include_buffers=False):
+        doing = f"{self.path}: config.json describes no model"
+        # Random numbers for weights without memory would take a tenth of a small run.
+        with library_errors(doing), init_empty_weights(include_buffers=False), no_init_weights():
             model: PreTrainedModel = auto.from_config(config, dtype=self.dtype)
         model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
         return model
