@@ -30,7 +30,7 @@ test-engines: $(ENGINES)/.installed
 check: $(VENV)/.installed
 	$(BIN)/ruff check src tests benchmarks tools
 	$(BIN)/ruff format --check src tests benchmarks tools
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers auto
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/stories.py --jobs 2

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,13 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # torch and upq are imported in the fixtures: pytest-xdist's own process reads this file too, and needs neither (8 s).
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now is never garbage. A run collects after each stage: 0.4 s, a fifth of a small run."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or nanobind reports all that as leaks
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -284,7 +284,9 @@ class Group:
     found: list[dict[str, Any]]  # by rank
 
 
-@pytest.fixture(scope="module", params=[2, 3, 5])
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
+)
 def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Group:
     folder = tmp_path_factory.mktemp("group")
     for seed in SCRIPTS:
@@ -426,7 +428,7 @@ def whole_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tu
     return folder, alone_as_sharded(folder)
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def in_shards(
     request: pytest.FixtureRequest,
     whole_model: tuple[Path, dict[tuple[str, int], Written]],

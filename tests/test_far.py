@@ -32,7 +32,14 @@ from upq.nn.fake_quant import Solution
 
 IDS = torch.randint(2, 67, (6, 12), generator=torch.Generator().manual_seed(0))
 # Narrow: every operation goes through Python, and GPTQ has some for each column.
-SHAPE = {"attention_bias": True, "hidden_size": 16, "intermediate_size": 24, "head_dim": 4}
+SHAPE = {
+    "attention_bias": True,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "head_dim": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 MASK = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(1)) < 0.7
 
 
@@ -56,7 +63,7 @@ def test_what_a_gpu_refuses_is_refused() -> None:
                 wrong()
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("on_disk", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", METHODS.names())
 def test_the_walk(name: str, on_disk: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two stages, the second one twice: a block that was solved before is run."""

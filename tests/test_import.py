@@ -48,9 +48,14 @@ ORDERS = {
     "transformers' models first": "from transformers import AutoModelForCausalLM as Auto, LlamaConfig\nimport upq\n",
     "a room first": "import upq.model.loading\nfrom transformers import AutoModelForCausalLM as Auto\n",
 }
+FAST = ("upq first", "transformers first")
 
 
-@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+# A fresh Python takes 10 s of processor.
+@pytest.mark.parametrize(
+    "order",
+    [pytest.param(order, id=name, marks=() if name in FAST else pytest.mark.slow) for name, order in ORDERS.items()],
+)
 def test_artefacts_load_in_either_order_of_imports(artifact: Path, order: str) -> None:
     done = python(
         f"import sys\n{order}model = Auto.from_pretrained(sys.argv[1])\n"

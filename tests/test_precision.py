@@ -110,7 +110,7 @@ def test_solutions_in_bf16_are_near_those_in_float32(name: str, tmp_path: Path) 
 
 SETTINGS: dict[str, Any] = {
     "generate": None, "data.seq_len": 16, "data.validation": 4, "int2.samples": 4,
-    "int2.method": {"name": "block_ap", "iterations": 1, "batch_size": 2}, "distill.tokens": 64,
+    "int2.method": {"name": "block_ap", "scale": "max", "iterations": 1, "batch_size": 2}, "distill.tokens": 64,
     "distill.batch_size": 2, "distill.micro_batch_size": 2,
 }  # fmt: skip
 

@@ -21,8 +21,18 @@ DISTILL = {"loss": "gjs", "batch_size": 4, "micro_batch_size": 2, "lr": 1e-3, "s
 # Every kind at least once, two kinds twice.
 CHAIN: dict[str, dict[str, Any]] = {
     "generate": {"tokens": 200, "weight": 0.25, "max_new_tokens": 40, "batch_size": 8},
-    "int4": {"stage": "blockwise", "bits": 4, "samples": 8, "method": {"name": "flexround", "iterations": 2}},
-    "int2": {"stage": "blockwise", "bits": 2, "samples": 8, "method": {"name": "block_ap", "iterations": 2}},
+    "int4": {
+        "stage": "blockwise",
+        "bits": 4,
+        "samples": 8,
+        "method": {"name": "flexround", "scale": "max", "iterations": 2},
+    },
+    "int2": {
+        "stage": "blockwise",
+        "bits": 2,
+        "samples": 8,
+        "method": {"name": "block_ap", "scale": "max", "iterations": 2},
+    },
     "distill": {**DISTILL, "tokens": 512, "checkpoint_every": 2},
     "again": {**DISTILL, "stage": "distill", "tokens": 256, "train_weights": False},
 }

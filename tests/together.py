@@ -19,7 +19,7 @@ from upq.core.processes import Processes
 
 # A fresh Python spends 13 s of processor on importing torch, transformers and upq (AVX2, one core); a fork, 0.1 s.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["upq.cli", "upq.run.run"])
+SERVER.set_forkserver_preload(["imported"])
 _TIMEOUT = 120  # seconds that a process waits for another in the group
 
 

@@ -28,8 +28,12 @@ RECIPE: dict[str, Any] = {
         "validation": 8,
         "generated": {"tokens": 400, "weight": 0.25, "max_new_tokens": 40, "batch_size": 8},
     },
-    "int4": {"bits": 4, "samples": 8, "method": {"name": "flexround", "iterations": 6, "batch_size": 2}},
-    "int2": {"bits": 2, "samples": 8, "method": {"name": "block_ap", "iterations": 6, "batch_size": 2}},
+    "int4": {
+        "bits": 4,
+        "samples": 8,
+        "method": {"name": "flexround", "scale": "max", "iterations": 6, "batch_size": 2},
+    },
+    "int2": {"bits": 2, "samples": 8, "method": {"name": "block_ap", "scale": "max", "iterations": 6, "batch_size": 2}},
     "distill": {
         "loss": "gjs",
         "hidden": 0.25,

@@ -14,6 +14,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
+from transformers.initialization import no_init_weights
 
 from upq.core.memory import trim
 from upq.files.tensors import tensor_files
@@ -142,7 +143,9 @@ class Source:
         """The model without memory."""
         config = copy.deepcopy(self.config)  # from_config writes the type into it
         # Parameters on meta, buffers real: the rotary frequencies are not in the checkpoint.
-        with library_errors(f"{self.path}: config.json describes no model"), init_empty_weights(include_buffers=False):
+        doing = f"{self.path}: config.json describes no model"
+        # Random numbers for weights without memory would take a tenth of a small run.
+        with library_errors(doing), init_empty_weights(include_buffers=False), no_init_weights():
             model: PreTrainedModel = auto_class(config).from_config(config, dtype=self.dtype)
         model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
         return model
