@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import upq
-from upq.artifact.transformers import block_linears
 from upq.evals import evaluate_tasks, evaluate_text, mini
 from upq.model.loading import load_model, load_tokenizer
+from upq.nn.blocks import model_weights
 from upq.world import AREAS
 
 REPEATS = 3  # of one n-gram, at the end of an answer
@@ -67,7 +67,7 @@ def judge(model: Path, original: Path, heldout_NT: Tensor, suites: Suites | None
 def weight_error(model: PreTrainedModel, original: PreTrainedModel) -> float:
     """Relative error of the block linears' weights, all together."""
     pairs = [
-        (model.get_submodule(path).weight, original.get_submodule(path).weight) for path in block_linears(original)
+        (model.get_submodule(path).weight, original.get_submodule(path).weight) for path in model_weights(original)
     ]
     wrong = sum(float((a - b).square().sum()) for a, b in pairs)
     return math.sqrt(wrong / sum(float(b.square().sum()) for _, b in pairs))

@@ -133,7 +133,7 @@ def solve(folder: Path, iterations: int, batch_size: int, seed: int, precision: 
     store = BlockStore(folder / "blocks", QuantScheme(bits=4), latents=False)
     wall, cpu = time.monotonic(), time.process_time()
     walk(source, tokens_NT, method, store, given=None, seed=seed, progress=Silent(), precision=precision)
-    bf16 = computes_in_bf16(precision, source.device, source.config.hidden_size)
+    bf16 = computes_in_bf16(precision, source.device, source.text.hidden_size)
     seconds = {"seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu, "bf16": bf16}
     save_file(store.weights(0), folder / "upq.safetensors")
     return seconds
@@ -162,11 +162,11 @@ def only_block(folder: Path, tokens_NT: Tensor, precision: Precision) -> BlockTa
     from upq.model.walker import walk
 
     source = Source(folder / "model")
-    bf16 = computes_in_bf16(precision, source.device, source.config.hidden_size)
+    bf16 = computes_in_bf16(precision, source.device, source.text.hidden_size)
     (step,) = walk(source, tokens_NT, streams=2, bf16=bf16)
     block = source.block(0)
     step.advance(block, stream=ORIGINAL)
-    return BlockTask(step, block, source.spec, seed=0)
+    return BlockTask(step, block, seed=0)
 
 
 def judge(folder: Path) -> tuple[float, float]:

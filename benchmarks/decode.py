@@ -28,13 +28,14 @@ import _plots
 import upq
 from _table import Figure, Table, make_console, show_figures, write_figures
 from upq.artifact.manifest import MANIFEST, Manifest, SourceModel
-from upq.artifact.transformers import block_linears, embedding_tables, write_artifact
+from upq.artifact.transformers import embedding_tables, write_artifact
 from upq.core.memory import resident_bytes
 from upq.core.scheme import QTensor, QuantScheme
 from upq.evals import speed as bench
 from upq.evals.speed import Engine, Speed, Workload
 from upq.grids import GRIDS
 from upq.kernels import computing, cpu
+from upq.nn.blocks import model_weights
 from upq.run.quiet import quiet_libraries
 
 LLAMA_1B = {
@@ -186,7 +187,7 @@ def write(out: Path, shape: dict[str, Any], scheme: QuantScheme, embeddings: int
     for path in embedding_tables(model):
         weight = model.get_submodule(path).weight
         replace(model, f"{path}.weight", 0.02 * torch.randn(weight.shape, dtype=torch.bfloat16))
-    qtensors = {path: codes(model.get_submodule(path), scheme) for path in block_linears(model)}
+    qtensors = {path: codes(model.get_submodule(path), scheme) for path in model_weights(model)}
     out.mkdir(parents=True)
     manifest = Manifest(model=SourceModel(path="random", digest="0"))
     write_artifact(

@@ -167,7 +167,6 @@ def step_times(data_dir: Path) -> dict[str, Any]:
     """CPU seconds of a QAT step, of a plain fine-tuning step and of a teacher's forward pass, taken in turns."""
     import torch
 
-    from upq.artifact.transformers import block_linears
     from upq.blockwise import Solution
     from upq.core.scheme import QuantScheme
     from upq.data import load_eval_text
@@ -176,6 +175,7 @@ def step_times(data_dir: Path) -> dict[str, Any]:
     from upq.grids import search_scale
     from upq.losses import LOSSES
     from upq.model.loading import load_model, load_tokenizer
+    from upq.nn.blocks import model_weights
     from upq.run.recipe import Recipe
     from upq.stages.distill import Distill
 
@@ -185,7 +185,7 @@ def step_times(data_dir: Path) -> dict[str, Any]:
     distill = Recipe.load("default").stages["distill"]
     assert isinstance(distill, Distill)
     scheme = QuantScheme(bits=2)
-    weights = {path: teacher.get_submodule(path).weight for path in block_linears(teacher)}
+    weights = {path: teacher.get_submodule(path).weight for path in model_weights(teacher)}
     start = {path: Solution(w, search_scale(w, scheme), scheme) for path, w in weights.items()}
     student = make_student(teacher, start, train_norms=distill.train_norms)
     loss = LOSSES.get(distill.loss.name)

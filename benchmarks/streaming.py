@@ -82,15 +82,16 @@ def make(artifact: Path, layers: int, vocabulary: int) -> None:
 
     from tiny import CHAT, byte_tokenizer
     from upq.artifact.manifest import Manifest, SourceModel
-    from upq.artifact.transformers import block_linears, write_artifact
+    from upq.artifact.transformers import write_artifact
     from upq.core.scheme import QTensor, QuantScheme
+    from upq.nn.blocks import model_weights
 
     config = AutoConfig.for_model("llama", **{**LLAMA, "num_hidden_layers": layers, "vocab_size": vocabulary})
     config.bos_token_id, config.eos_token_id = 256, 257
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     scheme, qtensors = QuantScheme(bits=2), {}
-    for path in block_linears(model):
+    for path in model_weights(model):
         rows, columns = model.get_submodule(path).weight.shape
         codes_OI = torch.randint(0, 4, (rows, columns), dtype=torch.uint8)
         scale_OG = (0.01 + 0.01 * torch.rand(rows, 1)).half()

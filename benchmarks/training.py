@@ -300,13 +300,13 @@ def model_of(job: Job) -> Any:
 
 def with_grid(job: Job, recipe: Any) -> tuple[Any, Any]:
     """Student and teacher."""
-    from upq.artifact.transformers import block_linears
     from upq.distill.student import make_student
     from upq.grids import GRIDS
+    from upq.nn.blocks import model_weights
     from upq.nn.fake_quant import Solution
 
     teacher, scheme, solutions = model_of(job), recipe.stages["int2"].scheme(), {}
-    for path in block_linears(teacher):
+    for path in model_weights(teacher):
         weight_OI = teacher.get_submodule(path).weight
         solutions[path] = Solution(weight_OI, GRIDS.get(scheme.grid).init(weight_OI, scheme), scheme)
     return make_student(teacher, solutions, train_norms=recipe.stages["distill"].train_norms), teacher
@@ -317,8 +317,8 @@ def plain(job: Job) -> Any:
     from torch import Tensor
     from torch.nn import functional as F
 
-    from upq.artifact.transformers import block_linears
     from upq.core.scheme import QuantScheme
+    from upq.nn.blocks import model_weights
     from upq.nn.fake_quant import FakeQuantLinear
 
     class Plain(FakeQuantLinear):
@@ -326,7 +326,7 @@ def plain(job: Job) -> Any:
             return F.linear(x, self.weight, self.bias)
 
     model = model_of(job)
-    for path in block_linears(model):
+    for path in model_weights(model):
         linear = model.get_submodule(path)
         model.set_submodule(path, Plain(linear.weight, {}, QuantScheme(bits=2), linear.bias))
     return model

@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from upq.artifact.transformers import block_linears
+from upq.nn.blocks import model_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -223,7 +223,7 @@ def test_both_trainings_move_the_same_matrices(training: Any, kind: str) -> None
     job = training.Job(kind, "tiny", 2, "cpu", "default", (), 1, 1, 16, 1)
     student = training.plain(job) if kind == "finetune" else training.with_grid(job, load_recipe("default", []))[0]
     learned = {n for n, p in student.named_parameters() if p.requires_grad and "norm" not in n and "grid" not in n}
-    assert learned == {f"{path}.weight" for path in block_linears(student)}
+    assert learned == {f"{path}.weight" for path in model_weights(student)}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

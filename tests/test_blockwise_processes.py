@@ -111,7 +111,7 @@ def make_task(folder: Path) -> BlockTask:
     step = next(walker.walk(model, IDS, streams=2))
     targets_NTH = step.states[ORIGINAL]
     targets_NTH += 0.1 * torch.randn(targets_NTH.shape, generator=torch.Generator().manual_seed(0))
-    return BlockTask(step, model.block(0), model.spec, seed=0)
+    return BlockTask(step, model.block(0), seed=0)
 
 
 def share_of(task: BlockTask, processes: Processes) -> BlockTask:

@@ -17,18 +17,17 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel,
 from transformers.generation.streamers import BaseStreamer
 
 import upq
-from tiny import byte_tokenizer, tiny_model
+from tiny import FAMILIES, byte_tokenizer, tiny_model
 from upq import decoding, kernels
 from upq.artifact.manifest import Manifest, SourceModel
-from upq.artifact.transformers import block_linears, pack_model, quantize_rows, write_artifact
+from upq.artifact.transformers import pack_model, quantize_rows, write_artifact
 from upq.core.errors import UPQError
 from upq.core.scheme import QTensor, QuantScheme
 from upq.decoding import Session
 from upq.kernels import cpu
-from upq.model.families import FAMILIES
-from upq.model.loading import family
+from upq.nn.blocks import model_weights
 
-COMPILED = [name for name in FAMILIES.names() if FAMILIES.get(name).compiled_decoding]
+COMPILED = list(FAMILIES)
 COMPUTES = ["w2a8", "w2a16"]
 SEQ2 = QuantScheme(bits=2)
 PROMPT = torch.arange(3, 20)[None]
@@ -53,7 +52,7 @@ def packed(name: str, *, scheme: QuantScheme = SEQ2, embeddings_bits: Any = None
 
 
 def codes(model: PreTrainedModel, scheme: QuantScheme = SEQ2) -> dict[str, QTensor]:
-    return {path: quantize_rows(model.get_submodule(path).weight, scheme) for path in block_linears(model)}
+    return {path: quantize_rows(model.get_submodule(path).weight, scheme) for path in model_weights(model)}
 
 
 def by_transformers(model: PreTrainedModel, ids: Tensor = PROMPT, **options: Any) -> Any:
@@ -456,4 +455,4 @@ def test_bytes_of_a_token() -> None:
     rearranged = sum(m.kernel_weight().matrix().nbytes for m in layers)
     assert parts.weight_bytes == rearranged + model.lm_head.weight.nbytes
     assert parts.cache_bytes == 2 * 4 * 2 * 2 * 8
-    assert family(model.config).compiled_decoding
+    assert model.config.model_type in COMPILED

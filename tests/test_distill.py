@@ -10,7 +10,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from together import together
-from upq.artifact.transformers import block_linears
 from upq.core.errors import UPQError
 from upq.core.progress import Silent
 from upq.core.scheme import QuantScheme
@@ -22,6 +21,7 @@ from upq.distill.trainer import confidence, distill, learning_rate_factor, make_
 from upq.files.tensors import load_tensors, save_tensors
 from upq.grids import search_scale
 from upq.losses import LOSSES
+from upq.nn.blocks import model_weights
 from upq.nn.fake_quant import Solution
 
 VOCAB, T = 50, 12
@@ -70,7 +70,7 @@ def make_teacher(seed=0):
 
 def make(teacher, *, train_norms=False, grid="seq"):
     scheme = QuantScheme(bits=2, grid=grid)
-    weights = {path: teacher.get_submodule(path).weight for path in block_linears(teacher)}
+    weights = {path: teacher.get_submodule(path).weight for path in model_weights(teacher)}
     start = {path: Solution(w, search_scale(w, scheme), scheme) for path, w in weights.items()}
     return make_student(teacher, start, train_norms=train_norms)
 
@@ -152,7 +152,7 @@ def test_only_latents_scales_and_asked_for_norms_learn():
     teacher = make_teacher()
     learned = {n for n, p in make(teacher).named_parameters() if p.requires_grad}
     assert learned == {
-        f"{path}.{leaf}" for path in block_linears(teacher) for leaf in ("weight", "grid_params.log_delta")
+        f"{path}.{leaf}" for path in model_weights(teacher) for leaf in ("weight", "grid_params.log_delta")
     }
     student = make(teacher, train_norms=True)
     assert {n for n, p in student.named_parameters() if p.requires_grad} - learned == {
@@ -177,7 +177,7 @@ def test_freeze_is_what_the_forward_pass_computes_with(tmp_path, grid):
     student = make(teacher, grid=grid)
     train(student, teacher, make_config(), tmp_path / "c.safetensors")
     codes = {path: layer.freeze() for path, layer in trained_linears(student).items()}
-    assert codes.keys() == set(block_linears(teacher))
+    assert codes.keys() == set(model_weights(teacher))
     for path, layer in trained_linears(student).items():
         assert torch.equal(codes[path].dequantize(), layer.fake())
 

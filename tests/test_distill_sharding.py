@@ -53,7 +53,7 @@ class OneAtATime(Source):
     def solutions(self, index: int) -> dict[str, Start]:
         """Of nearest rounding, as a store has them."""
         scheme, block, found = QuantScheme(bits=2), super().block(index), dict[str, Start]()
-        for name in self.spec.linears:
+        for name in (matrix.name for matrix in self.matrices(index)):
             w_OI = block.get_submodule(name).weight.clone()
             solution = Solution(w_OI, search_scale(w_OI, scheme), scheme)
             found[name] = solution if self._latents else Coded.of(solution.qtensor(), solution.params)
@@ -75,7 +75,7 @@ def ranked(folder: Path) -> None:
 def trained_both_ways(folder: Path, train_norms: bool, latents: bool) -> dict[str, Any]:
     """Losses of trainings that begin whole and in shards, and what was different or whole where it should not be."""
     model = OneAtATime(folder, latents=latents)
-    prefix = model.spec.blocks
+    prefix = model.layout.blocks
     solutions = {f"{prefix}.{i}.{k}": s for i in range(BLOCKS) for k, s in model.solutions(i).items()}
     model.whole.clear()
     teacher = load_model(folder).requires_grad_(False)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from test_distill import Losses, make, make_config, make_teacher, train
-from tiny import tiny_model
+from tiny import FAMILIES, tiny_model
 from together import together
 from upq.core.errors import UPQError
 from upq.core.progress import Silent
@@ -26,8 +26,7 @@ from upq.distill.trainer import make_loss, settled
 from upq.files.tensors import load_tensors
 from upq.grids import search_scale
 from upq.losses import LOSSES, Divergence, Loss, TopK
-from upq.model.families import FAMILIES
-from upq.model.loading import decoder_blocks
+from upq.model.layout import block_list
 from upq.model.source import Source
 from upq.nn.fake_quant import Solution
 from upq.nn.fixed_codes import Coded
@@ -184,7 +183,7 @@ def test_two_processes_read_their_own_targets(tmp_path, monkeypatch):
     assert losses == pytest.approx(alone, rel=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES.names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_streamed_teacher_trains_as_the_one_in_memory(tmp_path, family):
     """Hidden states of every block in the loss, a norm that the student trains; bit for bit."""
     model = tiny_model(family).requires_grad_(False)
@@ -202,7 +201,7 @@ def test_streamed_teacher_trains_as_the_one_in_memory(tmp_path, family):
 
 @pytest.mark.parametrize("latents", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES.names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_student_that_is_read_block_by_block_is_the_same(tmp_path, family, tied, latents):
     teacher = tiny_model(family, tie_word_embeddings=tied).requires_grad_(False)
     teacher.save_pretrained(tmp_path)
@@ -210,20 +209,20 @@ def test_a_student_that_is_read_block_by_block_is_the_same(tmp_path, family, tie
 
     def starts(index):
         found = {}
-        for name in model.spec.linears:
-            w = model.weight(index, name)
+        for matrix in model.matrices(index):
+            w = model.weight(index, matrix)
             solution = Solution(w, search_scale(w, scheme), scheme)
-            found[name] = solution if latents else Coded.of(solution.qtensor(), solution.params)
+            found[matrix.name] = solution if latents else Coded.of(solution.qtensor(), solution.params)
         return found
 
-    whole = {f"{model.spec.blocks}.{i}.{name}": s for i in range(len(model)) for name, s in starts(i).items()}
+    whole = {f"{model.layout.blocks}.{i}.{name}": s for i in range(len(model)) for name, s in starts(i).items()}
     expected = make_student(teacher, whole, train_norms=True)
     found, frame = load_student(
         model, starts, train_norms=True, after=lambda _, original: let_go.append(weakref.ref(original))
     )
     assert len(let_go) == len(model)
     assert all(block() is None for block in let_go)
-    assert all(p.is_meta for p in decoder_blocks(frame).parameters())
+    assert all(p.is_meta for p in block_list(frame).parameters())
     a, b = (dict(student.named_parameters(remove_duplicate=False)) for student in (expected, found))
     assert a.keys() == b.keys()
     for name, parameter in a.items():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tiny import tiny_model
+from tiny import FAMILIES, tiny_model
 from upq.artifact.size import model_size, weights_bytes
 from upq.core.errors import UPQError
 from upq.core.progress import Silent
@@ -20,10 +20,9 @@ from upq.core.scheme import QuantScheme
 from upq.evals import evaluate_text, streamed
 from upq.grids import GRIDS
 from upq.model.activations import allocator
-from upq.model.families import FAMILIES
-from upq.model.families.llama import LLAMA
 from upq.model.loading import load_model
 from upq.model.source import Source
+from upq.nn.blocks import block_weights
 from upq.nn.fake_quant import FakeQuantLinear
 from upq.nn.packed import PackedLinear
 
@@ -110,7 +109,7 @@ def test_batches_and_chunks_do_not_matter(tokens_NT: Tensor, batch_size: int, ch
 
 @pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", FAMILIES.names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_read_block_by_block_a_model_has_the_figures_of_the_whole(
     family: str, dtype: torch.dtype, on_disk: bool, tokens_NT: Tensor, tmp_path: Path, device: str
 ) -> None:
@@ -168,7 +167,7 @@ def test_standard_error_is_that_of_the_rows(tokens_NT: Tensor) -> None:
 
 def test_logits_of_more_than_a_chunk_never_exist(tokens_NT: Tensor) -> None:
     model, seen = tiny(0), []
-    model.lm_head.register_forward_hook(lambda _, __, out: seen.append(out.shape))
+    model.lm_head.register_forward_hook(lambda _, __, out: seen.append(out.shape[1:]))
     evaluate_text(model, tokens_NT, chunk_tokens=11)
     assert max(shape[0] for shape in seen) == 11
     assert sum(shape[0] for shape in seen) == 7 * 18
@@ -231,7 +230,7 @@ def test_nan_of_a_model_on_disk_names_the_row(tokens_NT: Tensor, tmp_path: Path)
 def quantised(model: LlamaForCausalLM, scheme: QuantScheme, *, pack: bool) -> LlamaForCausalLM:
     grid = GRIDS.get(scheme.grid)
     for block in model.model.layers:
-        for name in LLAMA.linears:
+        for name in block_weights(block):
             linear = block.get_submodule(name)
             fake = FakeQuantLinear(linear.weight, grid.init(linear.weight.detach(), scheme), scheme)
             block.set_submodule(name, PackedLinear.from_qtensor(fake.freeze()) if pack else fake)

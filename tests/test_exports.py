@@ -16,14 +16,13 @@ from safetensors.torch import load_file, save_file
 
 import upq
 from pairwise import pairwise
-from tiny import tiny_artifact
+from tiny import FAMILIES, tiny_artifact
 from upq.artifact.manifest import file_entry, read_manifest, write_manifest
 from upq.core.errors import UPQError
 from upq.core.scheme import QuantScheme
 from upq.exports import EXPORTS, Report, Source, export, exporter, read_report, report_path
 from upq.exports._frame import _version
 from upq.grids import GRIDS
-from upq.model.families import FAMILIES
 
 Make = Callable[..., Path]
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 1}
@@ -84,7 +83,7 @@ def exact_or_refused(artifact: Path, name: str, folder: Path) -> None:
 
 @every_format
 class TestLaws:
-    @pytest.mark.parametrize("family", FAMILIES.names())
+    @pytest.mark.parametrize("family", FAMILIES)
     def test_every_family_is_exact(self, make: Make, family: str, name: str, tmp_path: Path) -> None:
         report, out = run(make(family), name, tmp_path)
         assert report.exact

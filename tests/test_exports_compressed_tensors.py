@@ -15,11 +15,10 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: pip install 'upq[export]'")
 
 import upq
-from tiny import tiny_artifact
+from tiny import FAMILIES, tiny_artifact
 from upq.core.errors import UPQError
 from upq.core.scheme import QuantScheme
 from upq.exports import export
-from upq.model.families import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("reference")
 
@@ -27,7 +26,7 @@ IDS = torch.arange(2, 22).view(2, 10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES.names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_packed_model(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     artifact = tiny_artifact(tmp_path / "artifact", family, dtype=dtype, tie_word_embeddings=False)
     export(artifact, "compressed-tensors", tmp_path / "out")

@@ -12,17 +12,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upq
-from tiny import tiny_artifact
+from tiny import FAMILIES, tiny_artifact
 from upq.exports import _directory as directory
 from upq.exports import export
-from upq.model.families import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("reference")
 
 IDS = torch.arange(2, 22).view(2, 10)
 
 
-@pytest.mark.parametrize("family", FAMILIES.names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_packed_model(family: str, tmp_path: Path) -> None:
     artifact = tiny_artifact(tmp_path / "artifact", family, dtype=torch.bfloat16, tie_word_embeddings=False)
     packed = upq.load(artifact)

@@ -15,7 +15,11 @@ gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'u
 
 import upq  # noqa: E402
 from pairwise import pairwise  # noqa: E402
-from tiny import byte_tokenizer, tiny_artifact  # noqa: E402
+from tiny import (  # noqa: E402
+    FAMILIES,
+    byte_tokenizer,
+    tiny_artifact,
+)
 from upq.core.errors import UPQError  # noqa: E402
 from upq.core.scheme import PER_CHANNEL, QTensor, QuantScheme  # noqa: E402
 from upq.exports import Source, Weight, export  # noqa: E402
@@ -24,7 +28,6 @@ from upq.exports._llamacpp import LlamaCpp  # noqa: E402
 from upq.exports._vocabulary import _LLAMA3, vocabulary  # noqa: E402
 from upq.files.tensors import save_tensors  # noqa: E402
 from upq.grids import GRIDS, search_scale  # noqa: E402
-from upq.model.families import FAMILIES  # noqa: E402
 from upq.nn.packed import PackedLinear  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("reference")
@@ -192,7 +195,7 @@ def rewritten(model: Any, artifact: Path, out: Path) -> Path:
 # --- whole models, read by transformers' own GGUF loader
 
 
-@pairwise(family=FAMILIES.names(), tied=[True, False], embeddings=[None, 4, 8])
+@pairwise(family=FAMILIES, tied=[True, False], embeddings=[None, 4, 8])
 def test_logits_are_those_of_the_packed_model(family: str, tied: bool, embeddings: Any, tmp_path: Path) -> None:
     """Names, order of rows and hyper-parameters: an independent reader of the format computes the same."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES

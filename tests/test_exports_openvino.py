@@ -14,10 +14,9 @@ from torch import Tensor
 openvino: Any = pytest.importorskip("openvino", reason="openvino is not installed: pip install 'upq[export]'")
 
 import upq  # noqa: E402
-from tiny import tiny_artifact  # noqa: E402
+from tiny import FAMILIES, tiny_artifact  # noqa: E402
 from upq.core.scheme import QuantScheme  # noqa: E402
 from upq.exports import export  # noqa: E402
-from upq.model.families import FAMILIES  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("reference")
 
@@ -53,7 +52,7 @@ class Session:
     ("family", "tied"),
     [
         pytest.param(family, tied, marks=() if (family, tied) in FAST else pytest.mark.slow)
-        for family, tied in itertools.product(FAMILIES.names(), (True, False))
+        for family, tied in itertools.product(FAMILIES, (True, False))
     ],
 )
 def test_logits_are_those_of_the_packed_model(family: str, tied: bool, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from far import FarError, far_away
 from tiny import tiny_model
-from upq.artifact.transformers import block_linears, pack_model
+from upq.artifact.transformers import pack_model
 from upq.blockwise import METHODS, BlockStore, walk
 from upq.core.progress import Silent
 from upq.core.scheme import QuantScheme
@@ -27,6 +27,7 @@ from upq.grids import GRIDS, search_scale
 from upq.losses import LOSSES
 from upq.model.activations import allocator
 from upq.model.source import Source
+from upq.nn.blocks import model_weights
 from upq.nn.fake_quant import Solution
 
 IDS = torch.randint(2, 67, (6, 12), generator=torch.Generator().manual_seed(0))
@@ -113,7 +114,7 @@ def test_the_training(kind: str, loss: str, model: Path, tmp_path: Path) -> None
         QuantScheme(bits=2, grid="affine"),
         tiny_model("llama", **SHAPE).requires_grad_(False),
     )
-    weights = {path: original.get_submodule(path).weight for path in block_linears(original)}
+    weights = {path: original.get_submodule(path).weight for path in model_weights(original)}
     solutions = {path: Solution(w, search_scale(w, scheme), scheme) for path, w in weights.items()}
     with far_away() as device:
         teacher = original.to(device)
@@ -142,8 +143,8 @@ def test_the_training(kind: str, loss: str, model: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("grid", GRIDS.names())
 def test_the_check(grid: str, embeddings: Any, model: Path, tmp_path: Path) -> None:
     scheme = QuantScheme(bits=2, grid=grid)
-    packed = Source(model, dtype="auto").without_linears()
-    weights = {path: torch.randn(packed.get_submodule(path).weight.shape) for path in block_linears(packed)}
+    packed = Source(model, dtype="auto").without_matrices()
+    weights = {path: torch.randn(packed.get_submodule(path).weight.shape) for path in model_weights(packed)}
     codes = {path: GRIDS.get(grid).freeze(w, search_scale(w, scheme), scheme) for path, w in weights.items()}
     pack_model(packed, codes, embeddings_bits=embeddings)
     with far_away() as device, allocator(tmp_path) as allocate:

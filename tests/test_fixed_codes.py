@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from pairwise import pairwise
 from test_distill import Losses, Random, make_config, make_teacher, train
-from upq.artifact.transformers import block_linears
 from upq.blockwise import BlockStore, Solution
 from upq.core.scheme import PER_CHANNEL, QTensor, QuantScheme, to_groups
 from upq.distill.student import Starts, make_student, trained_linears
 from upq.files.tensors import load_tensors
 from upq.grids import GRIDS, search_scale
+from upq.nn.blocks import model_weights
 from upq.nn.fake_quant import FakeQuantLinear
 from upq.nn.fixed_codes import Coded, FixedCodesLinear
 
@@ -93,7 +93,7 @@ def test_the_gradient_of_a_scale_is_how_the_weights_move_with_it(grid: str, grou
 
 def starts(scheme: QuantScheme, *, latents: bool) -> tuple[torch.nn.Module, Starts]:
     teacher = make_teacher()
-    weights = {path: teacher.get_submodule(path).weight for path in block_linears(teacher)}
+    weights = {path: teacher.get_submodule(path).weight for path in model_weights(teacher)}
     solutions = {path: Solution(w, search_scale(w, scheme), scheme) for path, w in weights.items()}
     return teacher, solutions if latents else {p: Coded.of(s.qtensor(), s.params) for p, s in solutions.items()}
 

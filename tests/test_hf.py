@@ -23,15 +23,16 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 import upq
 from pairwise import pairwise
+from tiny import FAMILIES
 from upq.artifact import manifest as artifact
 from upq.artifact.manifest import Manifest, SourceModel
-from upq.artifact.transformers import UpqConfig, block_linears, pack_model, quantize_rows, write_artifact
+from upq.artifact.transformers import UpqConfig, pack_model, quantize_rows, write_artifact
 from upq.core.errors import UPQError
 from upq.core.scheme import QTensor, QuantScheme
 from upq.grids import GRIDS, search_scale
-from upq.model.families import FAMILIES
 from upq.model.loading import generation_config, load_model
 from upq.model.source import Source
+from upq.nn.blocks import model_weights
 from upq.nn.fake_quant import FakeQuantLinear
 from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead
 
@@ -100,18 +101,18 @@ def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 def write_tiny(out: Path, model: PreTrainedModel | None = None, **options: Any) -> Path:
     model = model or tiny()
-    qtensors = fake_quantised(copy.deepcopy(model), dict.fromkeys(block_linears(model), SEQ2))
+    qtensors = fake_quantised(copy.deepcopy(model), dict.fromkeys(model_weights(model), SEQ2))
     out.mkdir(exist_ok=True)
     write_artifact(out, model, qtensors, manifest=MANIFEST, **options)
     return out
 
 
 @pytest.mark.usefixtures("quiet")
-@pairwise(family=FAMILIES.names(), tied=[True, False], embeddings=[None, 4, 8])
+@pairwise(family=FAMILIES, tied=[True, False], embeddings=[None, 4, 8])
 def test_an_artefact_computes_what_was_trained(family: str, tied: bool, embeddings: Any, tmp_path: Path) -> None:
     source = tiny(family, tied=tied)
     trained = copy.deepcopy(source)
-    qtensors = fake_quantised(trained, dict.fromkeys(block_linears(source), SEQ2))
+    qtensors = fake_quantised(trained, dict.fromkeys(model_weights(source), SEQ2))
     if embeddings:
         for table in {trained.get_input_embeddings(), *([] if tied else [trained.lm_head])}:
             table.weight.data = quantize_rows(table.weight, QuantScheme(bits=embeddings)).dequantize()
@@ -123,7 +124,7 @@ def test_an_artefact_computes_what_was_trained(family: str, tied: bool, embeddin
 
     model = AutoModelForCausalLM.from_pretrained(out)
     assert torch.equal(logits(model), expected)
-    assert all(isinstance(model.get_submodule(path), PackedLinear) for path in block_linears(model))
+    assert all(isinstance(model.get_submodule(path), PackedLinear) for path in model_weights(model))
     assert isinstance(model.get_input_embeddings(), PackedEmbedding) == bool(embeddings)
     generated = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, do_sample=False)
     assert generated.shape == (2, 13)
@@ -138,7 +139,7 @@ def test_an_artefact_computes_what_was_trained(family: str, tied: bool, embeddin
     assert len(tables) == (1 if tied else 2)
 
     dense = upq.load(out, dequantize=True)
-    assert type(dense.get_submodule(block_linears(dense)[0])) is nn.Linear
+    assert type(dense.get_submodule(next(iter(model_weights(dense))))) is nn.Linear
     assert not any(isinstance(m, PackedLinear | PackedEmbedding | TiedHead) for m in dense.modules())
     assert torch.equal(logits(dense), expected)
     assert (dense.lm_head.weight is dense.get_input_embeddings().weight) == tied
@@ -150,7 +151,7 @@ def test_an_artefact_computes_what_was_trained(family: str, tied: bool, embeddin
 
 @pytest.mark.usefixtures("quiet")
 @pairwise(
-    family=FAMILIES.names(),
+    family=FAMILIES,
     layout=["tied", "untied", "tied, but with a head of its own", "without settings"],
     embeddings=[None, 8],
 )
@@ -166,9 +167,9 @@ def test_without_the_linears_the_artefact_is_the_same_bytes(
     if layout.startswith("tied, but"):
         file = tmp_path / "source" / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
-    whole, bare = load_model(tmp_path / "source"), Source(tmp_path / "source", dtype="auto").without_linears()
+    whole, bare = load_model(tmp_path / "source"), Source(tmp_path / "source", dtype="auto").without_matrices()
     bare.generation_config = generation_config(tmp_path / "source")
-    paths = block_linears(whole)
+    paths = model_weights(whole)
     weights = {path: whole.get_submodule(path).weight.float() for path in paths}
     qtensors = {path: GRIDS.get("seq").freeze(w, search_scale(w, SEQ2), SEQ2) for path, w in weights.items()}
     assert all(bare.get_submodule(path).weight.is_meta for path in paths)
@@ -183,7 +184,7 @@ def test_without_the_linears_the_artefact_is_the_same_bytes(
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("family", FAMILIES.names())
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_the_scales(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     source = tiny(family)
@@ -212,7 +213,7 @@ def test_a_saved_model_can_become_dense(tmp_path: Path) -> None:
 def test_bf16_source_equals_the_trained_model(tmp_path: Path) -> None:
     source = tiny("qwen2", dtype=torch.bfloat16)
     trained = copy.deepcopy(source)
-    qtensors = fake_quantised(trained, dict.fromkeys(block_linears(source), SEQ2))
+    qtensors = fake_quantised(trained, dict.fromkeys(model_weights(source), SEQ2))
     write_artifact(tmp_path, source, qtensors, manifest=MANIFEST)
     model = upq.load(tmp_path)
     assert model.dtype == torch.bfloat16
@@ -222,7 +223,7 @@ def test_bf16_source_equals_the_trained_model(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quiet")
 def test_mixed_schemes_and_linears_left_dense(tmp_path: Path) -> None:
     source = tiny()
-    paths = block_linears(source)
+    paths = list(model_weights(source))
     schemes = dict.fromkeys(paths, QuantScheme(bits=2, group_size=8, grid="affine"))
     schemes[paths[3]] = QuantScheme(bits=4)
     schemes[paths[6]] = QuantScheme(bits=3, scale_dtype="bfloat16")
@@ -278,7 +279,7 @@ def test_a_damaged_artefact_is_an_error_that_names_it(tmp_path: Path) -> None:
         ("surprise", 1, "unknown key 'surprise'"),
         ("linears", {"bits": 2, "zip": 1}, "quantization_config.linears: not a scheme"),
         ("linears", {"bits": 9}, "bits must be in 2..8"),
-        ("overrides", {"model.layers.0.mlp.x": None}, "override 'model.layers.0.mlp.x' is no linear"),
+        ("overrides", {"model.layers.0.mlp.x": None}, "override 'model.layers.0.mlp.x' is no weight matrix"),
     ],
 )
 def test_a_wrong_config_is_an_error_that_names_the_key(key: str, value: Any, message: str, tmp_path: Path) -> None:
@@ -292,7 +293,7 @@ def test_a_wrong_config_is_an_error_that_names_the_key(key: str, value: Any, mes
 
 def test_only_causal_models_load(tmp_path: Path) -> None:
     out = write_tiny(tmp_path / "out")
-    with pytest.raises(UPQError, match="AutoModelForCausalLM"):
+    with pytest.raises(UPQError, match="class of its language model"):
         AutoModel.from_pretrained(out)
 
 
@@ -314,15 +315,15 @@ for out in {str(plain)!r}, {str(tables)!r}:
 
 def test_packing_refuses_what_does_not_belong() -> None:
     model = tiny()
-    path = block_linears(model)[0]
+    path = next(iter(model_weights(model)))
     grid = GRIDS.get("seq")
     w = model.get_submodule(path).weight
     q = grid.freeze(w, grid.init(w, SEQ2), SEQ2)
-    with pytest.raises(UPQError, match="lm_head is no linear of a decoder block"):
+    with pytest.raises(UPQError, match="lm_head is no weight matrix of a decoder block"):
         pack_model(model, {"lm_head": q})
     with pytest.raises(UPQError, match=r"extra tensor model\.norm\.bias"):
         pack_model(model, {path: q}, extra_tensors={"model.norm.bias": torch.ones(32)})
-    with pytest.raises(UPQError, match="no quantised linear"):
+    with pytest.raises(UPQError, match="no quantised weight"):
         pack_model(model, {})
 
 

@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import upq.cli
 from counted import counted
 from tiny import byte_tokenizer, tiny_model
-from upq.artifact.transformers import block_linears
 from upq.blockwise import METHODS, BlockStore, walk
 from upq.core.progress import Silent
 from upq.core.signals import Stop
@@ -26,6 +25,7 @@ from upq.model.activations import allocator
 from upq.model.loading import load_config
 from upq.model.sizes import sizes_of
 from upq.model.source import Source
+from upq.nn.blocks import model_weights
 from upq.nn.fake_quant import Solution
 from upq.nn.fixed_codes import Coded, Start
 from upq.run import plan as planning
@@ -99,7 +99,7 @@ def test_sizes_are_those_of_the_model(tied: bool) -> None:
     model = AutoModelForCausalLM.from_config(shape)
     sizes = sizes_of(shape)
     assert sizes.all == sum(p.numel() for p in model.parameters())
-    assert sizes.coded == sum(model.get_submodule(path).weight.numel() for path in block_linears(model))
+    assert sizes.coded == sum(model.get_submodule(path).weight.numel() for path in model_weights(model))
     assert sizes.tied == tied
     assert sizes.dtype.itemsize == 2
 
@@ -136,7 +136,7 @@ def test_probe_is_what_a_block_of_the_student_keeps_and_computes(family: str, pr
 
 def _starts(model: Any, chosen: Recipe, *, latents: bool) -> dict[str, Start]:
     scheme, starts = _int2(chosen).scheme(), dict[str, Start]()
-    for path in block_linears(model):
+    for path in model_weights(model):
         weight = model.get_submodule(path).weight
         solution = Solution(weight.detach(), GRIDS.get("seq").init(weight, scheme), scheme)
         starts[path] = solution if latents else Coded.of(solution.qtensor(), solution.params)
@@ -231,7 +231,7 @@ def test_teacher(tmp_path: Path) -> None:
     cache = CachedTeacher(tmp_path / "t", range(rows))
     with counted() as tally:
         model = Source(folder)
-        teacher = StreamedTeacher(model, *model.norm_and_head())
+        teacher = StreamedTeacher.of(model)
         write_cache(cache, teacher, torch.randint(600, (rows, T)), _distill(chosen), progress=Silent())
     need = needed(config(3), chosen)["distill.teacher"]
     assert need.memory == pytest.approx(tally.peak, rel=LAW)

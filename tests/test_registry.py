@@ -13,7 +13,6 @@ from upq.core.registry import Registry
 from upq.exports import EXPORTS
 from upq.grids import GRIDS
 from upq.losses import LOSSES
-from upq.model.families import FAMILIES
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ def test_a_name_belongs_to_one_plugin(fruits: Registry[str]) -> None:
     assert fruits.get("pear") == "a pear"
 
 
-@pytest.mark.parametrize("registry", [GRIDS, LOSSES, METHODS, FAMILIES, EXPORTS], ids=lambda r: r._package)
+@pytest.mark.parametrize("registry", [GRIDS, LOSSES, METHODS, EXPORTS], ids=lambda r: r._package)
 def test_every_plugin_of_the_package_loads(registry: Registry[object]) -> None:
     assert registry.names()
     for name in registry.names():

@@ -12,18 +12,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tiny import tiny_model
+from tiny import FAMILIES, tiny_model
 from upq.core.errors import UPQError
-from upq.model.families import FAMILIES
+from upq.model.head import Head
 from upq.model.loading import load_model
 from upq.model.source import Source
-from upq.model.walker import walk
+from upq.model.walker import Replay, walk
 
 IDS = torch.randint(2, 67, (11, 13), generator=torch.Generator().manual_seed(0))  # more rows than one batch
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in FAMILIES.names()),
+    *((name, {}) for name in FAMILIES),
     ("mistral", {"sliding_window": 4}),
     ("qwen2", {**SLIDING, "num_hidden_layers": 3, "layer_types": ["full_attention"] + 2 * ["sliding_attention"]}),
     ("qwen3", {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}),
@@ -36,8 +36,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 def streamed_logits(source: Source, ids_NT: Tensor, batch_size: int = 8) -> Tensor:
     for step in walk(source, ids_NT, batch_size=batch_size):
         step.advance(source.block(step.index))
-    norm, head = source.norm_and_head()
-    return head(norm(step.states[0][:]))
+    head = Head(source.without_blocks(), source.layout)
+    hidden_NTH = Replay(source).finish(ids_NT, step.states[0][:])
+    return torch.stack([head(hidden_TH) for hidden_TH in hidden_NTH])
 
 
 def embedded(path: Path) -> Tensor:
@@ -106,9 +107,9 @@ def test_only_what_is_asked_for_takes_memory(tmp_path: Path) -> None:
     stream = Source(tmp_path)
     next(walk(stream, IDS))
     stream.block(1)
-    assert all(p.is_meta for p in stream._layout.parameters())
+    assert all(p.is_meta for p in stream._empty.parameters())
     assert {name for name, p in stream.skeleton().named_parameters() if not p.is_meta} == {"model.norm.weight"}
-    assert {linear: stream.in_features(linear) for linear in ("mlp.up_proj", "mlp.down_proj")} == {
+    assert {matrix.name: matrix.inputs for matrix in stream.matrices(1)[-2:]} == {
         "mlp.up_proj": 32,
         "mlp.down_proj": 44,
     }

@@ -2,132 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tiny import tiny_model
+from tiny import FAMILIES, tiny_model
 from upq.core.errors import UPQError
-from upq.model.families import FAMILIES
-from upq.model.layout import block_list
+from upq.model.head import Head
+from upq.model.layout import block_list, layout_of
 from upq.model.source import Source
-from upq.model.walker import Replay, Step, walk
+from upq.model.walker import Replay, walk
+from zoo import MODELS, WRAPPERS, by_speed, random_model
 
 IDS = torch.randint(3, 60, (11, 17), generator=torch.Generator().manual_seed(0))  # more rows than one batch
-TINY = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "max_position_embeddings": 64,
-}
-MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
-DELTA = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "head_dim": 8,
-    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
-}
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
-SHARED_KV = {  # the last two blocks read keys and values that the first two have computed
-    "head_dim": 8,
-    "global_head_dim": 8,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 64,
-    "num_kv_shared_layers": 2,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-}
-LATENT = {
-    "num_key_value_heads": 4,
-    "n_routed_experts": 4,
-    "n_group": 1,
-    "topk_group": 1,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "first_k_dense_replace": 1,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    **{name: {"head_dim": 8} for name in FAMILIES.names()},
-    "ministral3": {"head_dim": 8},
-    "qwen3_moe": {"num_experts": 4, **MOE},
-    "qwen3_5_text": DELTA,
-    "qwen3_5_moe_text": {"num_experts": 4, "shared_expert_intermediate_size": 16, **MOE, **DELTA},
-    "gemma2": {"head_dim": 8},
-    "gemma3_text": {"head_dim": 8},
-    "gemma4_text": SHARED_KV,
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "glm4_moe": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, **MOE},
-    "minimax_m2": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "deepseek_v3": {**MOE, **LATENT},
-    "olmo2": {},
-    "olmo3": {},
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
-    "granite": {},
-    "granitemoehybrid": {
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "shared_intermediate_size": 16,
-        "layer_types": ["mamba", "attention"] * 2,
-        **MAMBA,
-    },
-    "phi": {},
-    "phi3": {},
-    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
-    "falcon_h1": {**MAMBA, "mamba_d_ssm": 32, "head_dim": 8, "mamba_n_heads": 4},
-    "zamba2": {
-        "layers_block_type": ["mamba", "hybrid"] * 2,
-        "mamba_headdim": 8,
-        "n_mamba_heads": 8,
-        "mamba_d_state": 8,
-        "num_mem_blocks": 1,
-    },
-}
 
 
-class InMemory(Source):
-    """A model that is in memory, without a description of its family. The walk gets its blocks one at a time."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.config, self.path = model, model.config, Path("tiny")
-        self.device, self.dtype = torch.device("cpu"), torch.float32
-
-    def __len__(self) -> int:
-        return len(block_list(self.model))
-
-    def skeleton(self) -> PreTrainedModel:
-        skeleton = copy.deepcopy(self.model)
-        block_list(skeleton).to("meta")
-        return skeleton
-
-    def block(self, index: int) -> nn.Module:
-        return copy.deepcopy(block_list(self.model)[index])
-
-    def inputs(self, ids_BT: Tensor, hidden_BTH: Tensor | None = None) -> dict[str, Tensor]:
-        return {"input_ids": ids_BT}
-
-
-def random_model(name: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **{**TINY, **MODELS[name]})
-    config._attn_implementation = "eager"
-    return AutoModelForCausalLM.from_config(config).eval().float().requires_grad_(False)
+def _decoder(model: PreTrainedModel) -> Any:
+    return model.get_submodule(layout_of(model).decoder)
 
 
 def written(model: PreTrainedModel, ids_NT: Tensor, batch_size: int) -> list[Tensor]:
@@ -140,27 +35,71 @@ def written(model: PreTrainedModel, ids_NT: Tensor, batch_size: int) -> list[Ten
     with torch.no_grad():
         for ids_BT in ids_NT.split(batch_size):
             parts.append([])
-            model.get_decoder()(ids_BT, use_cache=False)
+            _decoder(model)(ids_BT, use_cache=False)
     for hook in hooks:
         hook.remove()
     return [torch.cat(each) for each in zip(*parts, strict=True)]
 
 
-@pytest.mark.parametrize("batch_size", [4, 16])
-@pytest.mark.parametrize("name", MODELS)
-def test_blocks_write_what_they_write_in_the_whole_model(name: str, batch_size: int) -> None:
+@pytest.fixture(scope="module", params=by_speed([*MODELS, *WRAPPERS]))
+def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Source]:
+    """A model, and what lies on disk of it in the layout of its checkpoints."""
+    model, path = random_model(request.param), tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(path)
+    return model, Source(path)
+
+
+@pytest.mark.parametrize("batch_size", [4])
+def test_blocks_write_what_they_write_in_the_whole_model(
+    stored: tuple[PreTrainedModel, Source], batch_size: int
+) -> None:
     """Bit for bit: masks, rotations, states that blocks share, and what a decoder adds between them."""
-    model = random_model(name)
-    source, expected = InMemory(model), written(model, IDS, batch_size)
+    model, source = stored
+    expected = written(model, IDS, batch_size)
     for step in walk(source, IDS, batch_size=batch_size):
         step.advance(source.block(step.index))
         assert torch.equal(step.states[0], expected[step.index]), step.index
     assert step.index == len(expected) - 1
 
 
+def test_head_and_end_of_the_decoder_are_those_of_the_whole_model(stored: tuple[PreTrainedModel, Source]) -> None:
+    """Bit for bit, with what a family does to its logits."""
+    model, source = stored
+    blocks = written(model, IDS, len(IDS))
+    hidden = Replay(source).finish(IDS, blocks[-1])
+    assert torch.equal(hidden, _decoder(model)(IDS, use_cache=False).last_hidden_state)
+    one = _decoder(model)(IDS[:1], use_cache=False).last_hidden_state[0]
+    logits = model(IDS[:1], use_cache=False).logits[0]
+    assert torch.equal(Head(model)(one), logits)
+    assert torch.equal(Head(source.without_blocks(), source.layout)(one), logits)
+
+
+def test_a_checkpoint_holds_the_tensors_that_transformers_loads(stored: tuple[PreTrainedModel, Source]) -> None:
+    """Under the names in memory, whatever names and pieces the files have."""
+    model, source = stored
+    state = model.state_dict()
+    for index in range(len(source)):
+        for name, tensor in source.block(index).state_dict().items():
+            assert torch.equal(tensor, state[source.path_of(index, name)]), name
+    for name, tensor in source.without_matrices().state_dict().items():
+        assert tensor.is_meta or torch.equal(tensor, state[name]), name
+
+
+def test_rows_one_by_one_are_called_as_a_batch_of_them(stored: tuple[PreTrainedModel, Source]) -> None:
+    """A method draws rows: their output is that of a walk over these rows alone."""
+    _, source = stored
+    rows = torch.tensor([7, 0, 7])
+    for step, alone in zip(walk(source, IDS), walk(source, IDS[rows]), strict=True):
+        block = source.block(step.index)
+        found = step.run(block, rows)
+        alone.advance(block)
+        assert torch.allclose(found, alone.states[0], atol=1e-6)
+        step.advance(block)
+
+
 LAYERS = ["sliding_attention", "full_attention"]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in FAMILIES.names()),
+    *((name, {}) for name in FAMILIES),
     ("mistral", {"sliding_window": 4}),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "layer_types": LAYERS}),
     ("smollm3", {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]}),
@@ -182,30 +121,20 @@ class TestFromDisk:
             step.advance(source.block(step.index))
             assert torch.equal(step.states[0], expected[step.index]), step.index
 
-    def test_any_rows_are_called_as_a_batch_of_them(self, source: Source) -> None:
-        """A method draws rows: their output is that of a walk over these rows alone."""
-        for rows in (torch.tensor([7, 0, 7]), torch.tensor([3]), slice(2, 6)):
-            few = walk(source, IDS[rows])
-            for step, alone in zip(walk(source, IDS), few, strict=True):
-                block = source.block(step.index)
-                found = step.run(block, rows)
-                alone.advance(block)
-                assert torch.equal(found, alone.states[0])
-                step.advance(block)
-                step.states[0][rows] = alone.states[0]  # a product rounds by the size of its batch
-
     def test_calls_follow_from_the_shape_of_a_batch(self, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
         """So a step replays the forward once for each batch size, and embeddings are read once."""
         calls, read = list[int](), list[int]()
-        call, embeddings = Replay.call, Source._embeddings
+        call, look_up = Replay.call, Source._rows
         monkeypatch.setattr(Replay, "call", lambda self, i, *a: (calls.append(i), call(self, i, *a))[1])
-        monkeypatch.setattr(Source, "_embeddings", lambda self, ids: (read.append(len(ids)), embeddings(self, ids))[1])
+        monkeypatch.setattr(
+            Source, "_rows", lambda self, name, ids: (read.append(len(ids)), look_up(self, name, ids))[1]
+        )
         for step in walk(source, IDS, batch_size=4):
             block = source.block(step.index)
             for _ in range(3):
                 step.run(block, torch.tensor([1, 2]))
             step.advance(block)
-        assert read == [4, 4, 3]
+        assert len(read) == 3
         assert calls == [0, 0, 0, *(i for i in range(len(source)) for _ in (2, 4, 3))]
 
     def test_streams_go_their_own_ways(self, source: Source) -> None:
@@ -216,12 +145,6 @@ class TestFromDisk:
         step.advance(source.block(0), stream=0)
         assert torch.equal(step.states[1], before)
         assert not torch.equal(step.states[0], before)
-
-
-def run_through(source: Source) -> Iterator[Step]:
-    for step in walk(source, IDS):
-        step.advance(source.block(step.index))
-        yield step
 
 
 class Reordered(nn.ModuleList):
@@ -236,22 +159,18 @@ class Reordered(nn.ModuleList):
 
 
 @pytest.mark.parametrize("order", [[0, 1, 1], [1, 0], [0, 1, 0, 1], [0]])
-def test_blocks_that_do_not_run_once_each_in_order_are_refused(order: list[int]) -> None:
-    source = InMemory(tiny_model("llama"))
-    source.model.model.layers = Reordered(source.model.model.layers, order)
-    source.skeleton = lambda: source.model  # type: ignore[method-assign]
+def test_blocks_that_do_not_run_once_each_in_order_are_refused(order: list[int], tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    source = Source(tmp_path)
+    skeleton = source.skeleton()
+    skeleton.model.layers = Reordered(skeleton.model.layers, order)
+    source.skeleton = lambda: skeleton  # type: ignore[method-assign]
     with pytest.raises(UPQError) as caught:
         walk(source, IDS)
     assert str(caught.value) == (
-        f"tiny: its 2 decoder blocks run in the order {order}; UPQ reads models whose blocks run once each, in order"
+        f"{tmp_path}: its 2 decoder blocks run in the order {order}; "
+        "UPQ reads models whose blocks run once each, in order"
     )
-
-
-def test_values_that_blocks_hand_on_are_kept_for_whole_batches() -> None:
-    source = InMemory(random_model("gemma4_text"))
-    *_, step = run_through(source)
-    with pytest.raises(UPQError, match=r"^block 3 reads what other blocks hand on"):
-        step.run(source.block(3), torch.tensor([0, 5]))
 
 
 def test_the_skeleton_is_as_before_after_a_call(tmp_path: Path) -> None:

@@ -14,11 +14,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from upq.artifact.manifest import Manifest, SourceModel
-from upq.artifact.transformers import block_linears, write_artifact
+from upq.artifact.transformers import write_artifact
 from upq.core.scheme import QuantScheme
 from upq.grids import GRIDS, search_scale
 from upq.model.loading import load_model, load_tokenizer
+from upq.nn.blocks import model_weights
 
+# One block for all: Llama's, with biases, norms on heads or positions left out.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -115,7 +118,7 @@ def artifact_of(out: Path, source: Path, *, scheme: QuantScheme | None = None, e
 def _artifact(out: Path, model: Any, tokenizer: Any, scheme: QuantScheme | None, embeddings_bits: Any) -> Path:
     scheme = scheme or QuantScheme(bits=2)
     grid, qtensors = GRIDS.get(scheme.grid), {}
-    for path in block_linears(model):
+    for path in model_weights(model):
         weight = model.get_submodule(path).weight.float()
         qtensors[path] = grid.freeze(weight, search_scale(weight, scheme), scheme)
     out.mkdir(parents=True)

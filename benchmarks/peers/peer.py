@@ -112,7 +112,7 @@ def run(
 def export(job: Job, made: nn.Module, groups: Callable[[Job, Tensor], Tensor]) -> dict[str, Any]:
     """Write dense/ and say which linears hold a 2-bit weight and in how many bits they are stored."""
     model = load_original(job)
-    linears = block_linears(model)
+    linears = model_weights(model)
     dtype = next(p.dtype for p in made.parameters() if p.is_floating_point())
     quantised, kept = [], []
     for path, linear in linears.items():
@@ -153,7 +153,7 @@ def has_few_levels(weight_OI: Tensor, group_size: int) -> bool:
     return all(row.unique().numel() <= 2**BITS * groups for row in weight_OI)
 
 
-def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+def model_weights(model: PreTrainedModel) -> dict[str, nn.Linear]:
     head = model.get_output_embeddings()
     return {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
 

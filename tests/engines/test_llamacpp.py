@@ -24,10 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import upq  # noqa: E402
 from ggml import rounded_inputs  # noqa: E402
-from tiny import artifact_of, tiny_artifact  # noqa: E402
+from tiny import (  # noqa: E402
+    FAMILIES,
+    artifact_of,
+    tiny_artifact,
+)
 from upq.core.scheme import QuantScheme  # noqa: E402
 from upq.exports import export  # noqa: E402
-from upq.model.families import FAMILIES  # noqa: E402
 from upq.model.loading import load_tokenizer  # noqa: E402
 from upq.run.recipe import Recipe  # noqa: E402
 from upq.run.run import quantize  # noqa: E402
@@ -209,7 +212,7 @@ def assert_exact(folder: Path, family: str, **config: Any) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES.names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_runs(tmp_path: Path, family: str, tied: bool) -> None:
     assert_exact(tmp_path, family, tie_word_embeddings=tied)
 

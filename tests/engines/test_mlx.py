@@ -15,11 +15,14 @@ mlx_lm: Any = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: mak
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import upq  # noqa: E402
-from tiny import artifact_of, tiny_artifact  # noqa: E402
+from tiny import (  # noqa: E402
+    FAMILIES,
+    artifact_of,
+    tiny_artifact,
+)
 from upq.core.errors import UPQError  # noqa: E402
 from upq.core.scheme import QuantScheme  # noqa: E402
 from upq.exports import export  # noqa: E402
-from upq.model.families import FAMILIES  # noqa: E402
 from upq.world.reference import REFERENCE  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("reference")
@@ -42,7 +45,7 @@ def on_the_cpu() -> None:
     mx.set_default_device(mx.cpu)
 
 
-@pytest.mark.parametrize("family", FAMILIES.names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_packed_model(family: str, tmp_path: Path) -> None:
     artifact = tiny_artifact(tmp_path / "artifact", family, tie_word_embeddings=False, **SHAPE)
     assert export(artifact, "mlx", tmp_path / "out").exact

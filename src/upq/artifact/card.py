@@ -51,6 +51,7 @@ def model_card(manifest: Manifest) -> str:
         _front_matter(manifest),
         f"# {source} in {min(counts)} bits" if counts else f"# {source}",
         about,
+        f"{manifest.coverage}." if manifest.coverage else "",
         _LOAD,
         "## Figures\n\n" + _figures(manifest),
         _tasks(manifest),

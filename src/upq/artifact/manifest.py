@@ -38,6 +38,7 @@ class Layer(Strict):
     weights: int  # number of weights
     bits_per_weight: float  # stored, scales included
     error: float | None = None  # of the weights as the INT2 stage left them: ‖Ŵ - W‖ / ‖W‖
+    unreached: list[int] = Field(default_factory=list)  # experts that no calibration token reached
 
 
 class FileEntry(Strict):
@@ -53,6 +54,7 @@ class Manifest(Strict):
     model: SourceModel
     versions: dict[str, str] = Field(default_factory=dict)
     data: list[dict[str, Any]] = Field(default_factory=list)
+    coverage: str = ""  # how much became codes, and why the rest did not
     layers: list[Layer] = Field(default_factory=list)
     # By model: "source" and "artifact"; keys as in `upq eval --json`: ppl, kld, top1, bits_per_weight, bytes, compute,
     # dtype, tasks.

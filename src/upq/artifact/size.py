@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 from upq.core.errors import UPQError
 from upq.files.tensors import INDEX, WEIGHTS, shard_names
-from upq.model.loading import family
+from upq.model.matrices import Matrix
+from upq.nn.blocks import model_weights
+from upq.nn.experts import PackedExperts, TrainedExperts
 from upq.nn.packed import PackedLinear
 from upq.nn.trained import TrainedLinear
 
@@ -26,10 +28,7 @@ class ModelSize:
 
 def model_size(model: PreTrainedModel) -> ModelSize:
     """Counts stored bits: dtype of a dense linear, codes and scales of a packed or a fake-quantised one."""
-    spec = family(model.config)
-    blocks = model.get_submodule(spec.blocks)
-    assert isinstance(blocks, nn.ModuleList)
-    sizes = [_linear_bits(block.get_submodule(name)) for block in blocks for name in spec.linears]
+    sizes = [_bits(weight, model.dtype) for weight in model_weights(model).values()]
     weights = sum(size[0] for size in sizes)
     bits = sum(size[1] for size in sizes)
     return ModelSize(bits_per_weight=bits / weights, weights=weights)
@@ -59,16 +58,16 @@ def weights_bytes(model: str | Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _linear_bits(linear: nn.Module) -> tuple[int, float]:
-    """Weights of a linear and the bits they are stored in."""
-    if isinstance(linear, TrainedLinear):
+def _bits(weight: nn.Module | Matrix, dtype: torch.dtype) -> tuple[int, float]:
+    """How many weights, and the bits they are stored in; dense ones in the model's type."""
+    if isinstance(weight, Matrix):
+        return weight.rows * weight.inputs, weight.rows * weight.inputs * dtype.itemsize * 8.0
+    if isinstance(weight, TrainedExperts):
+        weight = weight.layer
+    if isinstance(weight, TrainedLinear):
         with torch.no_grad():
-            return _linear_bits(PackedLinear.from_qtensor(linear.freeze()))  # as it will be stored
-    if isinstance(linear, PackedLinear):
-        # codes, scales and, where groups have their own, zero points: the state is the file layout
-        stored = [buffer for name, buffer in linear.named_buffers() if name.startswith("weight_")]
-        bits = sum(buffer.numel() * buffer.element_size() * 8 for buffer in stored)
-        return linear.in_features * linear.out_features, bits
-    weight = linear.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.numel(), weight.numel() * weight.element_size() * 8
+            weight = PackedLinear.from_qtensor(weight.freeze())  # as it will be stored
+    assert isinstance(weight, PackedLinear | PackedExperts)
+    # codes, scales and, where groups have their own, zero points: the state is the file layout
+    stored = [buffer for name, buffer in weight.named_buffers() if name.startswith("weight_")]
+    return weight.rows * weight.columns, sum(buffer.numel() * buffer.element_size() * 8.0 for buffer in stored)

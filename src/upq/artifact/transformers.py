@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -33,7 +33,12 @@ from upq.core.scheme import QTensor, QuantScheme
 from upq.files.atomic import write_errors, written
 from upq.files.tensors import tensor_shapes
 from upq.grids import GRIDS, search_scale
-from upq.model.loading import check_sizes, decoder_blocks, family, library_errors, load_config, load_model
+from upq.model.layout import layout_of
+from upq.model.library import library_errors
+from upq.model.loading import auto_class, check_sizes, load_config, load_model
+from upq.model.matrices import Matrix, place
+from upq.nn.blocks import model_weights, of_experts
+from upq.nn.experts import PackedExperts
 from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead, dense_like, pack_like
 from upq.text.tokenizer import write_tokenizer
 
@@ -133,10 +138,10 @@ class UpqConfig(QuantizationConfigMixin):
 
     def schemes(self, model: PreTrainedModel) -> dict[str, QuantScheme]:
         """Every module of `model` that is packed, by path."""
-        linears = block_linears(model)
-        if strangers := self.overrides.keys() - set(linears):
-            raise UPQError(f"quantization_config: override {min(strangers)!r} is no linear of a decoder block")
-        found = {path: self.overrides.get(path, self.linears) for path in linears}
+        weights = model_weights(model)
+        if strangers := self.overrides.keys() - weights.keys():
+            raise UPQError(f"quantization_config: override {min(strangers)!r} is no weight matrix of a decoder block")
+        found = {path: self.overrides.get(path, self.linears) for path in weights}
         if self.embeddings is not None:
             found |= dict.fromkeys(embedding_tables(model), self.embeddings)
         packed = {path: scheme for path, scheme in found.items() if scheme is not None}
@@ -164,7 +169,9 @@ class UpqHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
-            raise UPQError(f"a UPQ artefact loads with AutoModelForCausalLM (or upq.load), not {type(model).__name__}")
+            raise UPQError(
+                f"a UPQ artefact loads with the class of its language model (or upq.load), not {type(model).__name__}"
+            )
         _swap(model, self.quantization_config)
         guard = _guard(model, self.quantization_config)
         ignored = model._keys_to_ignore_on_load_unexpected or set()
@@ -183,6 +190,12 @@ class UpqHfQuantizer(HfQuantizer):
         for path, layer in list(model.named_modules()):
             if isinstance(layer, PackedLinear | PackedEmbedding):
                 model.set_submodule(path, dense_like(layer, dtype))
+            elif isinstance(layer, PackedExperts):
+                parent, _, leaf = path.rpartition(".")
+                experts = model.get_submodule(parent)
+                del experts._modules[leaf]
+                weight = layer.matrix.shaped(layer.dequantize(dtype)).contiguous()
+                experts.register_parameter(leaf, nn.Parameter(weight))
             elif isinstance(layer, TiedHead):
                 model.set_submodule(path, nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta"))
         vars(model).pop("_tied_weights_keys", None)
@@ -206,22 +219,31 @@ class UpqHfQuantizer(HfQuantizer):
 
 def _swap(model: PreTrainedModel, config: UpqConfig, given: Callable[[str], QTensor] | None = None) -> None:
     """Put packed modules, empty or holding what is `given` for their path, in the place of dense ones."""
-    spec = family(model.config)
-    tied = f"{spec.head}.weight" in model.all_tied_weights_keys
+    layout, weights = layout_of(model), model_weights(model)
+    tied = f"{layout.head}.weight" in model.all_tied_weights_keys
     for path, scheme in config.schemes(model).items():
-        dense = model.get_submodule(path)
-        model.set_submodule(path, pack_like(dense, scheme, given(path) if given else None).train(dense.training))
+        q, matrix = given(path) if given else None, weights.get(path)
+        if isinstance(matrix, Matrix) and matrix.experts:
+            whole = dataclasses.replace(matrix, name=path)
+            layer = PackedExperts(matrix, scheme) if q is None else PackedExperts.from_qtensor(q, matrix)
+            place(model, whole, layer.train(model.training))
+        else:
+            dense = model.get_submodule(path)
+            model.set_submodule(path, pack_like(dense, scheme, q).train(dense.training))
     if config.embeddings is not None and tied:
-        embedding = model.get_submodule(spec.embedding)
+        embedding = model.get_submodule(layout.embedding)
         assert isinstance(embedding, PackedEmbedding)
-        model.set_submodule(spec.head, TiedHead(embedding).train(embedding.training))
+        model.set_submodule(layout.head, TiedHead(embedding).train(embedding.training))
         # TiedHead ties by itself; transformers would look for parameters called `weight`.
         model._tied_weights_keys = cast(Any, None)
         model.all_tied_weights_keys = {}
 
 
 def _guard(model: PreTrainedModel, config: UpqConfig) -> str:
-    return f"{next(iter(config.schemes(model)))}.weight"
+    """The name of a linear's dense weight: transformers takes those of experts for an older layout's."""
+    packed, weights = config.schemes(model), model_weights(model)
+    linears = (path for path in packed if not of_experts(weights.get(path)))
+    return f"{next(linears, next(iter(packed)))}.weight"
 
 
 def _check_files(model: PreTrainedModel, files: list[Path], guard: str) -> None:
@@ -251,9 +273,8 @@ def empty_model(path: Path, files: list[Path]) -> tuple[PreTrainedModel, UpqConf
     quantization: UpqConfig = UpqConfig.from_dict(raw)
     del config.quantization_config
     check_sizes(path, config, files)
-    auto: Any = AutoModelForCausalLM  # untyped
     with library_errors(f"{path}: config.json describes no model"), torch.device("meta"):
-        model: PreTrainedModel = auto.from_config(config)
+        model: PreTrainedModel = auto_class(config).from_config(config)
         _swap(model, quantization)
     _check_files(model, files, _guard(model, quantization))
     return model, quantization
@@ -273,18 +294,19 @@ def write_artifact(
     embeddings_bits: Literal[4, 8] | None = None,
     extra_tensors: Mapping[str, Tensor] | None = None,
     errors: Mapping[str, float] | None = None,
+    unreached: Mapping[str, list[int]] | None = None,
 ) -> Manifest:
     """Pack `model` in place (see `pack_model`) and write it with its tokenizer as the new directory `out`, whole.
 
     `source`: the directory that model and tokenizer come from, whose small files are handed on (`write_companions`).
-    Returns `manifest` with `layers` (`errors` by module path among them) and `files` filled in, as it stands in
-    `out/upq.json`.
+    Returns `manifest` as it stands in `out/upq.json`, with `layers` and `files` filled in. A layer has its part of
+    `errors` and of `unreached`, both by path.
     """
     if out.is_dir() and any(out.iterdir()):
         raise UPQError(f"{out}: exists already; name a new directory, or delete it first")
     config = pack_model(model, qtensors, embeddings_bits=embeddings_bits, extra_tensors=extra_tensors)
     layers = [
-        _layer(model.get_submodule(path), path, scheme, (errors or {}).get(path))
+        _layer(model.get_submodule(path), path, scheme, (errors or {}).get(path), (unreached or {}).get(path, []))
         for path, scheme in config.schemes(model).items()
     ]
     # The flag of a source may deny a head of its own, and what is packed could then not be loaded.
@@ -320,7 +342,7 @@ def pack_model(
 ) -> UpqConfig:
     """Turn a dense model into the packed one, in place: as if it had been loaded from the artefact.
 
-    `qtensors`: module path to value; linears of the blocks that are not among them stay dense.
+    `qtensors`: path to value; weights of the blocks that are not among them stay dense.
     `extra_tensors`: parameter name to value, for what was trained beside the codes (norms).
     """
     for name, value in (extra_tensors or {}).items():
@@ -328,12 +350,12 @@ def pack_model(
         if parameter is None or parameter.shape != value.shape:
             raise UPQError(f"extra tensor {name} {tuple(value.shape)} is no parameter of {type(model).__name__}")
         parameter.data.copy_(value)
-    linears = block_linears(model)
-    if strangers := qtensors.keys() - set(linears):
-        raise UPQError(f"{min(strangers)} is no linear of a decoder block of {type(model).__name__}")
+    weights = model_weights(model)
+    if strangers := qtensors.keys() - weights.keys():
+        raise UPQError(f"{min(strangers)} is no weight matrix of a decoder block of {type(model).__name__}")
     if not qtensors:
-        raise UPQError("no quantised linear to write")
-    schemes = {path: qtensors[path].scheme if path in qtensors else None for path in linears}
+        raise UPQError("no quantised weight to write")
+    schemes = {path: qtensors[path].scheme if path in qtensors else None for path in weights}
     common = Counter(scheme for scheme in schemes.values() if scheme is not None).most_common(1)[0][0]
     config = UpqConfig(
         linears=common,
@@ -364,27 +386,22 @@ def quantize_rows(w_VI: Tensor, scheme: QuantScheme) -> QTensor:
     )
 
 
-def block_linears(model: PreTrainedModel) -> list[str]:
-    """Paths of the linears in all decoder blocks, in order of execution."""
-    spec = family(model.config)
-    return [f"{spec.blocks}.{i}.{name}" for i in range(len(decoder_blocks(model))) for name in spec.linears]
-
-
 def embedding_tables(model: PreTrainedModel) -> list[str]:
     """Paths of the embedding and, where it has a weight of its own, the head."""
-    spec = family(model.config)
-    own_head = not isinstance(model.get_submodule(spec.head), TiedHead)
-    tied = not own_head or f"{spec.head}.weight" in model.all_tied_weights_keys
-    return [spec.embedding] if tied else [spec.embedding, spec.head]
+    layout = layout_of(model)
+    own_head = not isinstance(model.get_submodule(layout.head), TiedHead)
+    tied = not own_head or f"{layout.head}.weight" in model.all_tied_weights_keys
+    return [layout.embedding] if tied else [layout.embedding, layout.head]
 
 
 def _weight(model: PreTrainedModel, path: str) -> Tensor:
     return cast(Tensor, model.get_submodule(path).weight)
 
 
-def _layer(module: nn.Module, path: str, scheme: QuantScheme, error: float | None) -> Layer:
+def _layer(module: nn.Module, path: str, scheme: QuantScheme, error: float | None, unreached: list[int]) -> Layer:
     state = [t for name, t in module.state_dict().items() if name != "bias"]
-    rows, columns = cast(PackedLinear | PackedEmbedding, module).shape
+    packed = cast(PackedLinear | PackedExperts | PackedEmbedding, module)
+    rows, columns = packed.rows, packed.columns
     return Layer(
         name=path,
         bits=scheme.bits,
@@ -393,4 +410,5 @@ def _layer(module: nn.Module, path: str, scheme: QuantScheme, error: float | Non
         weights=rows * columns,
         bits_per_weight=8 * sum(t.nbytes for t in state) / (rows * columns),
         error=error,
+        unreached=unreached,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -15,7 +16,8 @@ from upq.core.registry import Registry
 from upq.core.scheme import QuantScheme
 from upq.grids import GRIDS, Params, search_scale
 from upq.model.activations import Activations, batches
-from upq.model.families import ModelSpec
+from upq.model.matrices import Matrix
+from upq.model.products import seen
 from upq.model.sizes import Bytes, Sizes
 from upq.model.walker import Step
 from upq.nn.fake_quant import Solution
@@ -38,7 +40,6 @@ class BlockTask:
 
     step: Step
     block: nn.Module
-    spec: ModelSpec
     seed: int
     processes: Processes = ALONE
 
@@ -60,9 +61,35 @@ class BlockTask:
         """How many calibration rows there are, over all processes."""
         return int(self.processes.total(len(self.inputs_NTH)))
 
+    @property
+    def matrices(self) -> dict[str, Matrix]:
+        """By name, the weights that become codes."""
+        return {matrix.name: matrix for matrix in self.step.matrices}
+
     def weights(self) -> dict[str, Tensor]:
-        """Linear name to weight (O, I), in the order of the family's groups."""
-        return {name: linear(self.block, name).weight.detach() for name in self.spec.linears}
+        """Weights (E·O, I) by name."""
+        return {matrix.name: matrix.read(self.block) for matrix in self.step.matrices}
+
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the weights in the order in which a forward pass of the block multiplies with them.
+
+        Those of a group read the same tensor. One that the pass does not reach is a group at the end.
+        """
+        keys, held = dict[str, tuple[object, ...]](), list[Tensor]()
+
+        def see(matrix: Matrix, _expert: int, x: Tensor) -> None:
+            place = (x.untyped_storage().data_ptr(), x.storage_offset(), x.numel())
+            keys.setdefault(matrix.name, (matrix.name,) if matrix.experts else place)
+            held.append(x)  # or its memory would be another's
+
+        if len(self.inputs_NTH):
+            with torch.no_grad(), seen(self.block, self.step.matrices, see):
+                self.step.run(self.block, slice(0, 1), stream=QUANTISED)
+        by_key = dict[tuple[object, ...], list[str]]()
+        for name in (*keys, *(name for name in self.matrices if name not in keys)):
+            by_key.setdefault(keys.get(name, (name,)), []).append(name)
+        found = self.processes.text_of_first(json.dumps(list(by_key.values())))  # some may have no rows
+        return tuple(tuple(group) for group in json.loads(found))
 
     def loss(
         self,
@@ -116,24 +143,35 @@ class BlockTask:
 
     @torch.no_grad()
     def second_moments(self, names: tuple[str, ...], *, full: bool, batch_size: int = 8) -> dict[str, Tensor]:
-        """E[x xᵀ] (I, I), or its diagonal E[x²] (I,), of what each linear in `names` reads on the quantised prefix.
+        """E[x xᵀ] (I, I), or its diagonal E[x²] (I,), of what each weight in `names` reads on the quantised prefix.
 
-        Over all calibration rows.
+        Over all calibration rows. Of experts (E, I, I) or (E, I), over the tokens that reached each: zeros where none
+        did.
         """
-        moments: dict[str, Tensor] = {}
-        with _recorded_inputs(self.block, names) as inputs:
+        wanted = [self.matrices[name] for name in names]
+        moments = {m.name: self._no_moments(m, full=full) for m in wanted}
+
+        def see(matrix: Matrix, expert: int, x: Tensor) -> None:
+            x_TI = x.reshape(-1, x.shape[-1]).float()
+            moments[matrix.name][expert] += x_TI.T @ x_TI if full else x_TI.square().sum(0)
+
+        with seen(self.block, wanted, see):
             for rows in batches(len(self.inputs_NTH), batch_size):
                 self.step.run(self.block, rows, stream=QUANTISED)
-                for name, x in inputs.items():
-                    x_TI = x.reshape(-1, x.shape[-1]).float()
-                    moment = x_TI.T @ x_TI if full else x_TI.square().sum(0)
-                    moments[name] = moments[name] + moment if name in moments else moment
-        for name in names if not moments else ():  # this process has no rows
-            weight_OI = linear(self.block, name).weight
-            moments[name] = weight_OI.new_zeros(weight_OI.shape[1:] * (2 if full else 1))
-        self.processes.sum(*(moments[name] for name in names))
+        self.processes.sum(*moments.values())
         tokens = self.rows() * self.inputs_NTH.shape[1]
-        return {name: moments[name] / tokens for name in names}
+        return {m.name: (moments[m.name] if m.experts else moments[m.name][0]) / tokens for m in wanted}
+
+    def _no_moments(self, matrix: Matrix, *, full: bool) -> Tensor:
+        shape = (max(1, matrix.experts), *([matrix.inputs] * (2 if full else 1)))
+        return torch.zeros(shape, device=self.block.get_parameter(matrix.parameter).device)
+
+    def unreached(self) -> dict[str, tuple[int, ...]]:
+        """By name of a tensor of experts, those that no calibration token reached."""
+        names = tuple(matrix.name for matrix in self.step.matrices if matrix.experts)
+        moments = self.second_moments(names, full=False) if names else {}
+        found = {name: (~moment_EI.any(-1)).nonzero()[:, 0].tolist() for name, moment_EI in moments.items()}
+        return {name: tuple(experts) for name, experts in found.items() if experts}
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,41 +250,29 @@ class Method(Protocol):
 METHODS: Registry[type[Method]] = Registry("upq.blockwise", "block-wise method")
 
 
-def linear(block: nn.Module, name: str) -> nn.Linear:
-    """The linear at path `name` of a block."""
-    module = block.get_submodule(name)
-    assert isinstance(module, nn.Linear)
-    return module
-
-
 def start_scales(task: BlockTask, scheme: QuantScheme, start: ScaleStart) -> dict[str, Params]:
-    """Grid parameters for each linear: its range, the search of least weight error, or weighed by E[x²]."""
+    """Grid parameters for each weight: its range, the search of least weight error, or weighed by E[x²].
+
+    Weights of experts that no token reached are not weighed.
+    """
     weights, grid = task.weights(), GRIDS.get(scheme.grid)
     if start == "max":
         return {name: grid.init(w_OI, scheme) for name, w_OI in weights.items()}
     moments: dict[str, Tensor] = {}
     if start == "hessian":
-        moments = task.second_moments(task.spec.linears, full=False)
-    return {name: search_scale(w_OI, scheme, moments.get(name)) for name, w_OI in weights.items()}
-
-
-class _recorded_inputs:
-    """Context manager: a dict that holds the last input of each named submodule."""
-
-    def __init__(self, block: nn.Module, names: tuple[str, ...]) -> None:
-        self._block, self._names = block, names
-        self._inputs: dict[str, Tensor] = {}
-
-    def __enter__(self) -> dict[str, Tensor]:
-        def record(name: str) -> Any:
-            return lambda _module, args: self._inputs.__setitem__(name, args[0])
-
-        self._handles = [self._block.get_submodule(n).register_forward_pre_hook(record(n)) for n in self._names]
-        return self._inputs
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        moments = task.second_moments(tuple(weights), full=False)
+    found = dict[str, Params]()
+    for name, w_OI in weights.items():
+        moment, experts = moments.get(name), task.matrices[name].experts
+        if moment is None:
+            found[name] = search_scale(w_OI, scheme)
+            continue
+        parts = [
+            search_scale(w_OI, scheme, moment_I if moment_I.any() else None)
+            for w_OI, moment_I in zip(w_OI.chunk(max(1, experts)), moment if experts else moment[None], strict=True)
+        ]
+        found[name] = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    return found
 
 
 def shuffled_batches(rows: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:

@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from upq.core.errors import UPQError
+from upq.model.matrices import Matrix
 from upq.model.walker import hidden_states
 
 
 @contextmanager
-def watched(block: nn.Module, linears: tuple[str, ...], where: str, remedy: str) -> Iterator[None]:
-    """Within, the first linear of `block` that writes NaN or infinity is an UPQError, or else the block itself."""
+def watched(block: nn.Module, matrices: tuple[Matrix, ...], where: str, remedy: str) -> Iterator[None]:
+    """Within, the first module that multiplies and writes NaN or infinity is an UPQError, or else the block itself."""
 
     def check(name: str) -> Any:
         def hook(_module: nn.Module, _args: Any, out: Tensor | tuple[Any, ...]) -> None:
@@ -23,7 +24,8 @@ def watched(block: nn.Module, linears: tuple[str, ...], where: str, remedy: str)
 
         return hook
 
-    watch = {name: block.get_submodule(name) for name in linears} | {"the block, but none of its linears,": block}
+    watch = {path: block.get_submodule(path) for path in dict.fromkeys(matrix.module for matrix in matrices)}
+    watch["the block, but none of its products,"] = block
     handles = [module.register_forward_hook(check(name)) for name, module in watch.items()]
     try:
         yield

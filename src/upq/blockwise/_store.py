@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from upq.nn.fixed_codes import Coded, Start
 
 _PARAM = "param:"  # and the grid's name of it
 
-Report = dict[str, dict[str, float]]  # linear name to its figures
+# By name of a weight: its figures, and of experts those that no calibration token reached.
+Report = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from upq.blockwise._base import ORIGINAL, QUANTISED, BlockTask, Method, linear
+from upq.blockwise._base import ORIGINAL, QUANTISED, BlockTask, Method
 from upq.blockwise._finite import watched
 from upq.blockwise._store import BlockStore, Report
 from upq.core.errors import UPQError
@@ -19,6 +19,7 @@ from upq.core.processes import ALONE, Processes
 from upq.core.progress import Progress
 from upq.grids import SMALLEST_SCALE
 from upq.model.activations import Activations, Allocate, allocator, batches
+from upq.model.matrices import Matrix
 from upq.model.source import Source
 from upq.model.walker import Step
 from upq.model.walker import walk as run_blocks
@@ -53,7 +54,7 @@ def walk(
     """
     done = processes.of_first(store.done(len(source)))
     streams = 2 if method.needs_inputs and done < len(source) else 0
-    bf16 = computes_in_bf16(precision, source.device, source.config.hidden_size)
+    bf16 = computes_in_bf16(precision, source.device, source.text.hidden_size)
     with activations or allocator(None) as allocate:
         with processes.shared_errors():
             share_NT = processes.share(calibration_NT)
@@ -79,32 +80,42 @@ class _Stage:
     def block(self, step: Step, *, solved: bool) -> None:
         """Solve one block, or take it `solved` from the store, and go through it. Nothing of the block stays."""
         source, store, processes, index = self.source, self.store, self.processes, step.index
-        linears, at = source.spec.linears, f"{store.folder.name}: block {index}"
+        at = f"{store.folder.name}: block {index}"
         trim()  # after a block of a 1B is rounded, 400 MB stay in the heap
         with processes.shared_errors():
             block = source.block(index)
             trim()  # and after one is read, 200
             if step.states:
-                with watched(block, linears, f"{at}, of the original model", "is it whole?"):
+                with watched(block, step.matrices, f"{at}, of the original model", "is it whole?"):
                     step.advance(block, stream=ORIGINAL)
         if self.given is not None:
-            _put(block, linears, self.given, index, processes)
+            _put(block, step.matrices, self.given, index, processes)
         if not solved:
-            task = BlockTask(step, block, source.spec, self.seed * 1_000_003 + index, processes)
+            task = BlockTask(step, block, self.seed * 1_000_003 + index, processes)
             report = _solve(task, self.method, store, source, at)
-            figures = {"error": report[linears[0]]["block"]} if step.states else {}
-            self.progress.advance(1, **figures)
+            self._note_unreached(index, report)
+            errors = [found["block"] for found in report.values() if "block" in found]
+            self.progress.advance(1, **({"error": errors[0]} if errors else {}))
         if step.states:
-            _put(block, linears, store, index, processes)
+            _put(block, step.matrices, store, index, processes)
             remedy = f"delete {store.path(index)}"
-            with processes.shared_errors(), watched(block, linears, f"{at}, stored", remedy):
+            with processes.shared_errors(), watched(block, step.matrices, f"{at}, stored", remedy):
                 step.advance(block, stream=QUANTISED)
+
+    def _note_unreached(self, index: int, report: Report) -> None:
+        for name, figures in report.items():
+            if experts := figures.get("unreached"):
+                named = ", ".join(map(str, experts))
+                self.progress.note(
+                    f"block {index}, {name}: no calibration token reached expert{'s' * (len(experts) > 1)} {named}; "
+                    "their scales come from the weights alone"
+                )
 
 
 def _solve(task: BlockTask, method: Method, store: BlockStore, source: Source, at: str) -> Report:
     """Solve one block and write it. What that took is free again on return, before the next block is read.
 
-    The report has for each linear the relative error of its weight against the original's and, where it is known, of
+    The report has for each weight the relative error of its weight against the original's and, where it is known, of
     the block's output.
     """
     solutions = method.solve(task, store.scheme)
@@ -112,15 +123,20 @@ def _solve(task: BlockTask, method: Method, store: BlockStore, source: Source, a
     weights = {name: s.qtensor().dequantize() for name, s in solutions.items()}
     with task.processes.shared_errors():
         # The original is read once more: kept, it would be a copy of the block for as long as the block is solved.
-        report = {name: {"weight": _relative(w_OI, source.weight(task.index, name))} for name, w_OI in weights.items()}
+        report: Report = {
+            name: {"weight": _relative(w_OI, source.weight(task.index, task.matrices[name]))}
+            for name, w_OI in weights.items()
+        }
         error = size = 0.0
         if task.step.states:
-            with watched(task.block, task.spec.linears, f"{at}, quantised", remedy):
+            with watched(task.block, task.step.matrices, f"{at}, quantised", remedy):
                 error, size = task.error_here(weights), _squares(task.targets_NTH)
         for name, found in report.items():
             if not math.isfinite(found["weight"]):
                 raise UPQError(f"{at}, quantised: {name} holds NaN or infinity; {remedy}")
     if task.step.states:
+        for name, experts in task.unreached().items():
+            report[name]["unreached"] = list(experts)
         of_zeros = torch.finfo(torch.float32).tiny  # hidden states that are all zero
         block = (task.processes.total(error) / max(task.processes.total(size), of_zeros)) ** 0.5
         for found in report.values():
@@ -144,10 +160,11 @@ def _squares(hidden_NTH: Activations, batch_size: int = 8) -> float:
 
 
 @torch.no_grad()
-def _put(block: nn.Module, linears: tuple[str, ...], store: BlockStore, index: int, processes: Processes) -> None:
+def _put(block: nn.Module, matrices: tuple[Matrix, ...], store: BlockStore, index: int, processes: Processes) -> None:
     """The weights of a stored block, as the first process reads them: they are the same bits in all."""
     with processes.shared_errors():
         if processes.first:
-            for name, weight in store.weights(index).items():
-                linear(block, name).weight.copy_(weight)
-    processes.copy(*(linear(block, name).weight for name in linears))
+            weights = store.weights(index)
+            for matrix in matrices:
+                matrix.write(block, weights[matrix.name])
+    processes.copy(*(block.get_parameter(matrix.parameter) for matrix in matrices))

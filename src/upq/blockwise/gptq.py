@@ -13,7 +13,6 @@ from upq.blockwise._base import (
     Method,
     ScaleStart,
     Work,
-    linear,
     pass_work,
     start_scales,
     start_work,
@@ -55,21 +54,34 @@ class Gptq(Method):
         scales = start_scales(task, scheme, self.config.scale)
         solutions: dict[str, Solution] = {}
         original = task.weights()
-        for group in task.spec.groups:
+        for group in task.groups():
             # The groups before this one are already rounded in the block, so their error is part of the input.
-            moments = task.second_moments(group[:1], full=True)
+            moments = task.second_moments(group[:1], full=True)[group[0]]
             for name in group:
-                w_OI = original[name]
+                matrix = task.matrices[name]
+                of_experts = zip(
+                    original[name].chunk(max(1, matrix.experts)),
+                    moments if matrix.experts else moments[None],
+                    _rows(scales[name], max(1, matrix.experts)),
+                    strict=True,
+                )
                 try:
-                    rounded_OI = gptq(w_OI, moments[group[0]], scales[name], scheme, damp=self.config.damp)
+                    parts = [gptq(w, h, params, scheme, damp=self.config.damp) for w, h, params in of_experts]
                 except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                     where = f"block {task.index}, {name}"
                     raise UPQError(
                         f"gptq: {where}: the Hessian is singular; raise damp above {self.config.damp}"
                     ) from None
+                rounded_OI = torch.cat(parts)
                 solutions[name] = Solution(rounded_OI, scales[name], scheme)
-                linear(task.block, name).weight.data.copy_(rounded_OI)
+                matrix.write(task.block, rounded_OI)
         return solutions
+
+
+def _rows(params: Params, parts: int) -> list[Params]:
+    """Grid parameters of each part of the rows."""
+    split = {key: value.chunk(parts) for key, value in params.items()}
+    return [{key: value[part] for key, value in split.items()} for part in range(parts)]
 
 
 def gptq(w_OI: Tensor, h_II: Tensor, params: Params, scheme: QuantScheme, *, damp: float = 0.01) -> Tensor:
@@ -80,7 +92,7 @@ def gptq(w_OI: Tensor, h_II: Tensor, params: Params, scheme: QuantScheme, *, dam
     grid, dtype = GRIDS.get(scheme.grid), h_II.dtype
     mean = h_II.diagonal().mean()
     unit_II = torch.eye(len(h_II), dtype=dtype, device=h_II.device)
-    # Behind a norm of zeros nothing is read, and every rounding is as good.
+    # Behind a norm of zeros, or in an expert that no token reached, nothing is read: every rounding is as good.
     h_II = h_II + damp * mean * unit_II if mean != 0 else unit_II
     inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(h_II))
     u_II = torch.linalg.cholesky(inverse_II, upper=True)

@@ -74,7 +74,7 @@ def bench(
                     )
                 )
         with status.status("measuring"):
-            speeds, read = bench.measure(engines, workload, model.config.vocab_size)
+            speeds, read = bench.measure(engines, workload, model.config.get_text_config(decoder=True).vocab_size)
     figures: dict[str, Any] = {
         "compute": compute,
         "instruction_set": cpu.instruction_set(),

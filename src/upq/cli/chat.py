@@ -91,7 +91,7 @@ def answer(
     from transformers import TextStreamer
 
     from upq.data.conversations import refusals
-    from upq.model.loading import embedding_rows
+    from upq.model.loading import context_of, embedding_rows
     from upq.text.generation import end_tokens, generating, own_distribution
     from upq.text.tokenizer import check_tokens
 
@@ -103,9 +103,9 @@ def answer(
     if not length:
         raise UPQError("the chat template makes no token of this conversation; write something")
     check_tokens(tokenizer, encoded["input_ids"][0].tolist(), embedding_rows(model.config), "chat")
-    room = model.config.max_position_embeddings - length
+    limit = context_of(model.config)
+    room = options["max_new_tokens"] if limit is None else limit - length
     if room < 1:
-        limit = model.config.max_position_embeddings
         raise UPQError(f"the conversation is {length} tokens, the model's context {limit}; /reset forgets it")
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     ends = end_tokens(model.generation_config, tokenizer)

@@ -33,6 +33,9 @@ def plan(
     gpu_memory: Annotated[float | None, typer.Option(min=0.1, help="Of one GPU, in GB.")] = None,
     gpu_tflops: Annotated[float | None, typer.Option(min=0.1, help="Of one GPU in bf16, for the time.")] = None,
     gpu_bandwidth: Annotated[float | None, typer.Option(min=0.1, help="Of one GPU in GB/s, for the time.")] = None,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Agree that under 90 % of the decoder's weights become codes.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan to this file as well.")] = None,
 ) -> None:
     """Show what each stage needs, and the settings that make it fit. Exit code 1 where nothing makes it fit."""
@@ -53,6 +56,7 @@ def plan(
         gpu_memory=gpu_memory,
         gpu_tflops=gpu_tflops,
         gpu_bandwidth=gpu_bandwidth,
+        allow_partial=allow_partial,
     )
     shown = console()
     shown.print(table_of(made))
@@ -91,7 +95,7 @@ def notes(made: Plan, model: str, recipe: str, overrides: list[str]) -> Iterator
 
     gpus = made.machine.gpus
     limit = size(made.machine.memory) + (" of a GPU" if gpus else "")
-    yield styled(f"{made.weights / 1e9:.3g} billion weights; {made.coded / 1e9:.3g} billion of them become codes")
+    yield styled(f"{made.weights / 1e9:.3g} billion weights: {made.coverage}")
     if gpus and made.machine.speed is None:
         yield styled("for the time of GPUs give --gpu-tflops and --gpu-bandwidth, as they are reached")
     settings = " ".join(f"--set {setting}" for setting in made.settings)

@@ -34,6 +34,9 @@ def quantize(
     work: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep stages in DIR, where other runs of this model find them.")
     ] = None,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Agree that under 90 % of the decoder's weights become codes.")
+    ] = False,
 ) -> None:
     """Quantise MODEL: block by block, then by distillation from the original, packed into --out."""
     from upq.run.api import quantize
@@ -46,10 +49,20 @@ def quantize(
     chosen = Recipe.load(recipe, set_ or [])
     with Stop().listening() as stop:
         manifest = quantize(
-            model, out, chosen, data=data, device=device, keep_work=keep_work, redo=redo, work=work, stop=stop
+            model,
+            out,
+            chosen,
+            data=data,
+            device=device,
+            keep_work=keep_work,
+            redo=redo,
+            work=work,
+            allow_partial=allow_partial,
+            stop=stop,
         )
     shown = console()
     shown.print(result_table(manifest))
+    shown.print(styled(manifest.coverage))
     for line in bad_rows(manifest):
         shown.print(styled(line), soft_wrap=True)
     shown.print(styled((str(out), "bold"), f" is ready: upq chat {shlex.quote(str(out))}"), soft_wrap=True)

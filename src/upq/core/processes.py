@@ -76,6 +76,10 @@ class Processes:
         self.copy(sent)
         return int(sent)
 
+    def text_of_first(self, text: str) -> str:
+        """The first process's text."""
+        return text if self.world == 1 else self._broadcast_text(text, 0)
+
     @contextmanager
     def shared_errors(self) -> Iterator[None]:
         """If any rank raises UPQError in this block, every rank raises it at the end: the error of the lowest rank.

@@ -11,7 +11,7 @@ from transformers.activations import SiLUActivation
 
 from upq.kernels import Weight, compute
 from upq.kernels.decoder import Block, Linear, Norm, Parts
-from upq.model.loading import family
+from upq.model.layout import layout_of
 from upq.model.windows import window
 from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead
 
@@ -24,6 +24,8 @@ _LINEARS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+# transformers' `model_type`: their block is Llama's, with no more than what is looked at here.
+LLAMA_BLOCKS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 # Rotary positions whose frequencies do not change with the length of the text.
 _ROTARY = ("default", "linear", "llama3", "yarn")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,11 +38,11 @@ class Unsuitable(Exception):
 def parts(model: PreTrainedModel) -> Parts:
     """The parts as they are now. Raises Unsuitable."""
     config = model.config
-    spec = family(config)
-    if not spec.compiled_decoding:
+    if config.model_type not in LLAMA_BLOCKS:
         raise Unsuitable(f"the family {config.model_type} is not compiled")
     _check_state(model)
-    decoder: Any = model.get_submodule(spec.decoder)
+    layout = layout_of(model)
+    decoder: Any = model.get_submodule(layout.decoder)
     _check_children(decoder, {"embed_tokens", "layers", "norm", "rotary_emb"})
     layers = decoder.layers[: config.num_hidden_layers]
     if not any(type(layer.get_submodule(path)) is PackedLinear for layer in layers for path in _LINEARS.values()):
@@ -51,10 +53,10 @@ def parts(model: PreTrainedModel) -> Parts:
     if 2 * len(rotary.inv_freq) != attention.head_dim:
         raise Unsuitable("rotary positions on a part of the head")
     return Parts(
-        embedding=_embedding(model.get_submodule(spec.embedding)),
+        embedding=_embedding(model.get_submodule(layout.embedding)),
         blocks=tuple(_block(layer, config) for layer in layers),
-        norm=_norm(model.get_submodule(spec.final_norm)),
-        head=_linear(model.get_submodule(spec.head)),
+        norm=_norm(decoder.norm),
+        head=_linear(model.get_submodule(layout.head)),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=attention.head_dim,

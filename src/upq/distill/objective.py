@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from transformers import PreTrainedModel
 
 from upq.distill.teacher import StreamedTeacher
 from upq.losses import Loss, TopK
-from upq.model.loading import family
+from upq.model.head import Head
+from upq.model.layout import block_list, layout_of
+from upq.model.walker import hidden_states
 
 Targets = Callable[[slice], Tensor | TopK | None]  # tokens to what the loss reads of the teacher
 
@@ -29,7 +32,7 @@ class _ChunkedLoss(torch.autograd.Function):
         student_TH: Tensor,
         target_T: Tensor,
         mask_T: Tensor,
-        student_head: nn.Module,
+        student_head: Head,
         teacher: Targets,
         loss: Loss,
         chunk: int,
@@ -77,8 +80,9 @@ class Objective(nn.Module):
         self.loss = loss
         self.chunk = chunk
         self.hidden = hidden
-        spec = family(student.config)
-        self._decoder, self._head = spec.decoder, spec.head
+        self._layout = layout_of(student)
+        self._head = Head(student, self._layout)
+        self._own = Head(teacher, self._layout) if isinstance(teacher, PreTrainedModel) else None
 
     @property
     def teacher(self) -> PreTrainedModel | StreamedTeacher | None:
@@ -95,20 +99,19 @@ class Objective(nn.Module):
         if teacher is not None:
             with torch.no_grad():
                 teachers = self._states(teacher, tokens_BT)
-        head = self.student.get_submodule(self._head)
 
         def targets(at: slice) -> Tensor | TopK | None:
             if cached is not None:
                 return cached[at]
             if teacher is None or not self.loss.uses_teacher:
                 return None
-            own = teacher.head if isinstance(teacher, StreamedTeacher) else teacher.get_submodule(self._head)
-            logits_TV: Tensor = own(teachers[-1][at])
-            return logits_TV
+            own = teacher.head if isinstance(teacher, StreamedTeacher) else self._own
+            assert own is not None
+            return own(teachers[-1][at])
 
         students = self._states(self.student, tokens_BT)
         total: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-            students[-1], target_T, mask_T, head, targets, self.loss, self.chunk
+            students[-1], target_T, mask_T, self._head, targets, self.loss, self.chunk
         )
         if self.hidden:
             errors = [_relative_error(s, t)[mask_T].sum() for s, t in zip(students, teachers, strict=True)]
@@ -123,10 +126,22 @@ class Objective(nn.Module):
         if isinstance(model, StreamedTeacher):
             states = model.states(tokens_BT, every_block=bool(self.hidden))
         else:
-            decoder = model.get_submodule(self._decoder)
-            out = decoder(input_ids=tokens_BT, use_cache=False, output_hidden_states=bool(self.hidden))
-            states = out.hidden_states[1:] if self.hidden else [out.last_hidden_state]
+            decoder, written = model.get_submodule(self._layout.decoder), list[Tensor]()
+            with _recorded(block_list(model, self._layout) if self.hidden else [], written):
+                out = decoder(input_ids=tokens_BT, use_cache=False)
+            states = [*written[:-1], out.last_hidden_state]
         return [state_BTH[:, :-1].reshape(-1, state_BTH.shape[-1]) for state_BTH in states]
+
+
+@contextmanager
+def _recorded(blocks: Iterable[nn.Module], written: list[Tensor]) -> Iterator[None]:
+    """Within, what each block writes goes into `written`."""
+    handles = [block.register_forward_hook(lambda _m, _a, out: written.append(hidden_states(out))) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _relative_error(student_TH: Tensor, teacher_TH: Tensor) -> Tensor:

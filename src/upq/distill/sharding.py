@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from upq.distill.objective import Objective
 from upq.distill.student import Starts, load_student
-from upq.model.loading import decoder_blocks
+from upq.model.layout import block_list
 from upq.model.sharding import make_mesh, shard_frozen
 from upq.model.source import Source
 
@@ -31,7 +31,7 @@ def load_sharded(
 
     student, teacher = load_student(source, solutions, train_norms=train_norms, after=cut)
     for index, original in enumerate(originals):
-        decoder_blocks(teacher)[index] = original
+        block_list(teacher)[index] = original
     return student, teacher
 
 
@@ -44,11 +44,11 @@ def shard(objective: Objective, device_type: str) -> None:
     process's memory and stays as it is, and so do blocks that are cut already.
     """
     mesh = make_mesh(device_type)
-    for block in decoder_blocks(objective.student):
+    for block in block_list(objective.student):
         if not isinstance(block, FSDPModule):
             fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh)
     if isinstance(objective.teacher, PreTrainedModel):
-        for block in decoder_blocks(objective.teacher):
+        for block in block_list(objective.teacher):
             if not isinstance(block, FSDPModule):
                 shard_frozen(block, mesh)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from upq.model.loading import decoder_blocks, family
+from upq.model.layout import block_list, layout_of, shared_weights
+from upq.model.matrices import matrices, place
 from upq.model.source import Source
+from upq.nn.experts import TrainedExperts
 from upq.nn.fixed_codes import Start
 from upq.nn.trained import TrainedLinear
 
@@ -25,7 +27,11 @@ def make_student(teacher: PreTrainedModel, solutions: Starts, *, train_norms: bo
     Everything else is shared with the teacher, memory included, unless it is trained (`train_norms`).
     """
     student = _skeleton_like(teacher)
-    _put(student, solutions, teacher.device)
+    prefix = layout_of(teacher).blocks
+    for index, block in enumerate(block_list(student)):
+        start = f"{prefix}.{index}."
+        of_block = {path.removeprefix(start): each for path, each in solutions.items() if path.startswith(start)}
+        _put(block, of_block, teacher.device)
     if train_norms:
         _own(norms(student))
     student.eval()  # type: ignore[no-untyped-call]  # no dropout: the teacher's distribution is the target
@@ -68,11 +74,16 @@ def make_student_block(block: nn.Module, solutions: Starts, *, train_norms: bool
     return twin.eval()
 
 
-def _put(module: nn.Module, solutions: Starts, device: torch.device) -> None:
-    for path, solution in solutions.items():
-        linear = module.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        module.set_submodule(path, solution.layer(linear.bias, device))
+def _put(block: nn.Module, solutions: Starts, device: torch.device) -> None:
+    for matrix in matrices(block):
+        if (solution := solutions.get(matrix.name)) is None:
+            continue
+        if matrix.experts:
+            place(block, matrix, TrainedExperts(solution.layer(None, device), matrix))
+        else:
+            bias = block.get_submodule(matrix.name).bias
+            assert isinstance(bias, Tensor | None)
+            place(block, matrix, solution.layer(bias, device))
 
 
 def _own(norms: dict[str, nn.Module]) -> None:
@@ -91,16 +102,20 @@ def start_norms(student: PreTrainedModel, weights: Mapping[str, Tensor]) -> None
 
 def checkpoint_blocks(student: PreTrainedModel) -> None:
     """From here on each decoder block keeps its inputs for the backward pass, and runs again in it."""
-    for block in decoder_blocks(student):
+    for block in block_list(student):
         # transformers' own switch asks for training mode, which would bring dropout back. `forward` and not the call:
         # hooks, those that record hidden states and those of FSDP, stay outside and run once.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def norms(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The normalisation layers (one-dimensional weight) of the decoder, by path."""
-    decoder = family(model.config).decoder
-    return {name: norm for name, norm in _norms(model).items() if name.startswith(decoder)}
+    """The normalisation layers (one-dimensional weight) of the decoder, by path; none that blocks share."""
+    decoder, shared = layout_of(model).decoder, shared_weights(model)
+    return {
+        name: norm
+        for name, norm in _norms(model).items()
+        if name.startswith(f"{decoder}.") and f"{name}.weight" not in shared
+    }
 
 
 def _norms(module: nn.Module) -> dict[str, nn.Module]:
@@ -108,8 +123,8 @@ def _norms(module: nn.Module) -> dict[str, nn.Module]:
         name: part
         for name, part in module.named_modules()
         if "norm" in name.rpartition(".")[2]
-        and isinstance(getattr(part, "weight", None), Tensor)
-        and part.weight.dim() == 1
+        and isinstance(weight := part._parameters.get("weight"), Tensor)
+        and weight.dim() == 1
     }
 
 
@@ -120,7 +135,14 @@ def norm_weight(norm: nn.Module) -> Tensor:
 
 
 def trained_linears(model: nn.Module) -> dict[str, TrainedLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, TrainedLinear)}
+    """By the name of the weight: what is inside of experts stands under the experts' name."""
+    found = dict[str, TrainedLinear]()
+    for name, module in model.named_modules():
+        if isinstance(module, TrainedExperts):
+            found[name] = module.layer
+        elif isinstance(module, TrainedLinear) and name.rpartition(".")[0] not in found:
+            found[name] = module
+    return found
 
 
 def trained_blocks(student: PreTrainedModel) -> Iterator[tuple[int, dict[str, Start]]]:
@@ -128,7 +150,7 @@ def trained_blocks(student: PreTrainedModel) -> Iterator[tuple[int, dict[str, St
 
     Where each process has shards, every process has to go through all blocks.
     """
-    for index, block in enumerate(decoder_blocks(student)):
+    for index, block in enumerate(block_list(student)):
         yield index, {name: layer.solution() for name, layer in trained_linears(block).items()}
 
 

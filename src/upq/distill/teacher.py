@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from upq.core.errors import UPQError
@@ -20,6 +20,7 @@ from upq.core.progress import Progress
 from upq.distill.config import Distill
 from upq.files.tensors import load_rows, save_tensors
 from upq.losses import LOSSES, Divergence, TopK, log_softmax
+from upq.model.head import Head
 from upq.model.source import Source
 from upq.model.walker import Replay, walk
 
@@ -103,9 +104,9 @@ def write_cache(
     The teacher's blocks are read once a shard. Batches do not cross shards, so a shard's bytes do not depend on where
     an earlier run stopped.
     """
-    source, vocabulary = teacher.source, teacher.source.config.vocab_size
+    source, vocabulary = teacher.source, teacher.source.text.vocab_size
     k, index_dtype = min(config.teacher_top_k, vocabulary), _index_dtype(vocabulary)
-    bf16 = computes_in_bf16(config.precision, source.device, source.config.hidden_size)
+    bf16 = computes_in_bf16(config.precision, source.device, source.text.hidden_size)
     for shard in cache.missing():
         rows_NT, parts = tokens_NT[torch.tensor(cache.of_shard(shard))].long(), []
         with torch.autocast(source.device.type, torch.bfloat16, enabled=bf16):
@@ -118,7 +119,7 @@ def write_cache(
         save_tensors(cache.path(shard), {"index": index_NTK.to(index_dtype), "logp": logp_NTK.half(), "rest": rest_NT})
 
 
-def likeliest(states_BTH: Tensor, head: nn.Module, k: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def likeliest(states_BTH: Tensor, head: Head, k: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     """Indices and log-probabilities (B, T-1, K), and the rest's (B, T-1): the last position predicts nothing."""
     states_TH = states_BTH[:, :-1].flatten(0, 1)
     parts = [TopK.of(log_softmax(head(chunk_TH)), k) for chunk_TH in torch.split(states_TH, chunk)]
@@ -141,13 +142,12 @@ class StreamedTeacher:
     """
 
     source: Source
-    final_norm: nn.Module
-    head: nn.Module
+    head: Head
 
     @classmethod
-    def of(cls, source: Source, original: PreTrainedModel) -> StreamedTeacher:
-        """`original` is the model of `source` without the weights of its blocks."""
-        return cls(source, original.get_submodule(source.spec.final_norm), original.get_submodule(source.spec.head))
+    def of(cls, source: Source, original: PreTrainedModel | None = None) -> StreamedTeacher:
+        """`original` is the model of `source` without the weights of its blocks, where it is in memory already."""
+        return cls(source, Head(original or source.without_blocks(), source.layout))
 
     @torch.no_grad()
     def states(self, tokens_BT: Tensor, *, every_block: bool, batch_size: int | None = None) -> list[Tensor]:
@@ -161,7 +161,7 @@ class StreamedTeacher:
             (hidden_BTH,) = (states[:] for states in step.states)
             if every_block:
                 written.append(hidden_BTH.clone())
-        return [*written[:-1], self.final_norm(hidden_BTH)]
+        return [*written[:-1], self._replay.finish(tokens_BT, hidden_BTH)]
 
     @cached_property
     def _replay(self) -> Replay:

@@ -33,7 +33,8 @@ from upq.distill.student import checkpoint_blocks, norm_weight, norms, trained_l
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher
 from upq.files.tensors import keys_required, load_metadata, load_tensors, save_tensors
 from upq.losses import LOSSES, Loss
-from upq.model.loading import family
+from upq.model.head import Head
+from upq.model.layout import layout_of
 from upq.nn.fake_quant import FakeQuantLinear, rms
 from upq.nn.trained import full_tensor
 
@@ -123,7 +124,8 @@ class Training:
         self, student: PreTrainedModel, teacher: Teacher, data: Batches, config: Distill, *, sharded: bool = False
     ) -> None:
         self.config, self._data = config, data
-        self._bf16 = computes_in_bf16(config.precision, student.device, student.config.hidden_size)
+        width = student.config.get_text_config(decoder=True).hidden_size
+        self._bf16 = computes_in_bf16(config.precision, student.device, width)
         # The types are torch's own autocast's: accelerate keeps one choice a process, and a second training may differ.
         self.accelerator = Accelerator(
             mixed_precision="no",
@@ -214,8 +216,8 @@ def confidence(teacher: PreTrainedModel | StreamedTeacher, data: Batches, *, row
     if isinstance(teacher, StreamedTeacher):
         (states_BTH,), head = teacher.states(tokens_BT, every_block=False), teacher.head
     else:
-        spec = family(teacher.config)
-        decoder, head = teacher.get_submodule(spec.decoder), teacher.get_submodule(spec.head)
+        layout = layout_of(teacher)
+        decoder, head = teacher.get_submodule(layout.decoder), Head(teacher, layout)
         states_BTH = decoder(input_ids=tokens_BT.to(teacher.device), use_cache=False).last_hidden_state
     found = []
     for states_TH, next_T, mask_T in zip(states_BTH, tokens_BT, mask_BT, strict=True):  # a row's logits at a time

@@ -18,9 +18,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from upq.core.errors import UPQError
 from upq.core.progress import Progress, Silent
 from upq.model.activations import Activations, Allocate, batches, in_memory
-from upq.model.loading import family
+from upq.model.head import Head
+from upq.model.layout import layout_of
+from upq.model.loading import context_of, text_config
 from upq.model.source import Source
-from upq.model.walker import walk
+from upq.model.walker import Replay, walk
 
 _MEASURES = ("nll", "kld", "top1", "teacher_nll")  # summed over the tokens of a row
 _BATCH = 4  # rows
@@ -53,7 +55,7 @@ class Streamed:
 
     config: PretrainedConfig
     states_NTH: Activations  # after the final norm
-    head: nn.Module
+    head: Head
     device: torch.device
     dtype: torch.dtype
 
@@ -72,13 +74,14 @@ def streamed(
     Law (tests/test_evals_text.py): what `evaluate_text` makes of it in the same batches are the figures of the whole
     model, bit for bit.
     """
-    for step in walk(source, tokens_NT, batch_size=batch_size, allocate=allocate):
+    replay = Replay(source)
+    for step in walk(source, tokens_NT, batch_size=batch_size, allocate=allocate, replay=replay):
         step.advance((block or source.block)(step.index))
     (states_NTH,) = step.states
-    norm, head = source.norm_and_head()
     for rows in batches(len(states_NTH), batch_size):
-        states_NTH[rows] = norm(states_NTH[rows].to(source.dtype)).float()
-    return Streamed(source.config, states_NTH, head, source.device, source.dtype)
+        states_NTH[rows] = replay.finish(tokens_NT[rows], states_NTH[rows].to(source.dtype)).float()
+    head = Head(source.without_blocks(), source.layout)
+    return Streamed(source.text, states_NTH, head, source.device, source.dtype)
 
 
 @torch.inference_mode()
@@ -101,10 +104,10 @@ def evaluate_text(
     _check(model, tokens_NT, mask_NT)
     if teacher is not None:
         _check(teacher, tokens_NT, mask_NT)
-        if teacher.config.vocab_size != model.config.vocab_size:
+        if text_config(teacher.config).vocab_size != text_config(model.config).vocab_size:
             raise UPQError(
-                f"the teacher's vocabulary has {teacher.config.vocab_size} tokens, the model's "
-                f"{model.config.vocab_size}; compare with the model it was made from"
+                f"the teacher's vocabulary has {text_config(teacher.config).vocab_size} tokens, the model's "
+                f"{text_config(model.config).vocab_size}; compare with the model it was made from"
             )
     progress = progress or Silent()
     counts_NT = torch.ones(rows, length - 1, dtype=torch.bool) if mask_NT is None else mask_NT[:, 1:].bool().cpu()
@@ -160,13 +163,13 @@ def _hidden(
     if isinstance(model, Streamed):
         hidden_BTH = model.states_NTH[first_row : first_row + len(tokens_BT)].to(model.dtype)
     else:
-        decoder = model.get_submodule(family(model.config).decoder)
+        decoder = model.get_submodule(layout_of(model).decoder)
         hidden_BTH = decoder(input_ids=tokens_BT.to(model.device), use_cache=False).last_hidden_state
     return hidden_BTH[row_P.to(hidden_BTH.device), position_P.to(hidden_BTH.device)]
 
 
 def _log_probabilities(model: PreTrainedModel | Streamed, hidden_CH: Tensor, row_C: Tensor, whose: str) -> Tensor:
-    head = model.head if isinstance(model, Streamed) else model.get_submodule(family(model.config).head)
+    head = model.head if isinstance(model, Streamed) else Head(model)
     logp_CV: Tensor = head(hidden_CH).float().log_softmax(1)
     good_C = ~logp_CV.isnan().any(1)
     if not good_C.all():
@@ -222,12 +225,9 @@ def _check(model: PreTrainedModel | Streamed, tokens_NT: Tensor, mask_NT: Tensor
             f"nothing to score in {rows} rows of {length} tokens: give more text or a shorter sequence length"
         )
     assert not isinstance(model, Streamed) or len(model.states_NTH) == rows, "computed on other rows"
-    config = model.config
-    if length > config.max_position_embeddings:
-        raise UPQError(
-            f"rows of {length} tokens, but the model's context is {config.max_position_embeddings}: "
-            "use a shorter sequence length"
-        )
+    config = text_config(model.config)
+    if (limit := context_of(config)) is not None and length > limit:
+        raise UPQError(f"rows of {length} tokens, but the model's context is {limit}: use a shorter sequence length")
     smallest, largest = (int(token) for token in tokens_NT.aminmax())
     if smallest < 0 or largest >= config.vocab_size:
         outside = smallest if smallest < 0 else largest

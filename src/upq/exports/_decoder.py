@@ -122,10 +122,14 @@ def code_bits(scheme: QuantScheme) -> int:
     return next(bits for bits in (2, 4, 8) if bits >= scheme.bits)
 
 
+# transformers' `model_type` of families whose block is Llama's: biases, norms on heads and the like aside.
+LLAMA_BLOCKS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+
+
 def check(source: Source) -> None:
     """Refuse what the graph does not compute."""
     config = source.config
-    if not source.spec.compiled_decoding:
+    if config.model_type not in LLAMA_BLOCKS:
         raise UPQError(f"{source.path}: the graph has Llama's block only, and {config.model_type} has another")
     if config.hidden_act != "silu":
         raise UPQError(f"{source.path}: the graph has silu, the model {config.hidden_act}")
@@ -149,17 +153,17 @@ class _Decoder(Generic[V]):
         self.masks: dict[int | None, V] = {}
 
     def run(self) -> Outputs[V]:
-        spec, present = self.source.spec, []
-        x = self.g.embed(self.inputs.ids_NT, f"{spec.embedding}.weight")
+        layout, present = self.source.layout, []
+        x = self.g.embed(self.inputs.ids_NT, f"{layout.embedding}.weight")
         for i in range(self.shape.blocks):
-            path = f"{spec.blocks}.{i}"
+            path = f"{layout.blocks}.{i}"
             read = self._norm(x, f"{path}.input_layernorm")
             mixed, cache = self._attention(read, f"{path}.self_attn", i)
             x = self.g.add(x, mixed)
             present.append(cache)
             x = self.g.add(x, self._mlp(self._norm(x, f"{path}.post_attention_layernorm"), f"{path}.mlp"))
-        head = spec.embedding if self.source.tied else spec.head
-        return Outputs(self.g.linear(self._norm(x, spec.final_norm), f"{head}.weight"), present)
+        head = layout.embedding if self.source.tied else layout.head
+        return Outputs(self.g.linear(self._norm(x, f"{layout.decoder}.norm"), f"{head}.weight"), present)
 
     def _norm(self, x: V, path: str) -> V:
         g = self.g

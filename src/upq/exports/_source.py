@@ -8,18 +8,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from upq import kernels
 from upq.artifact.manifest import Manifest, read_manifest, verify
-from upq.artifact.transformers import block_linears, empty_model
+from upq.artifact.transformers import empty_model
 from upq.core.bounded import read_json
 from upq.core.errors import UPQError
 from upq.core.scheme import QTensor, QuantScheme
 from upq.files.tensors import load_rows, tensor_shapes
 from upq.grids import GRIDS
-from upq.model.families import ModelSpec
-from upq.model.loading import family, load_tokenizer
+from upq.model.layout import Layout, layout_of
+from upq.model.loading import load_tokenizer
+from upq.nn.blocks import model_weights, of_experts
+from upq.nn.experts import PackedExperts
 from upq.nn.packed import PackedEmbedding, PackedLinear
 
 # Linears whose biases vLLM's and SGLang's classes read, by family. Other biases they pass over.
@@ -88,7 +90,7 @@ class Source:
     path: Path
     manifest: Manifest
     config: PretrainedConfig  # without quantization_config
-    spec: ModelSpec
+    layout: Layout
     dtype: torch.dtype
     weights: dict[str, Weight]  # by name, in the order of the model; of tied ones the embedding alone
     linears: frozenset[str]  # names of the weights that multiply in the decoder blocks
@@ -99,11 +101,12 @@ class Source:
         verify(path, manifest)
         shards = [path / name for name in manifest.files if name.endswith(".safetensors")]
         model, quantization = empty_model(path, shards)
+        _check_forms(path, model)
         schemes = quantization.schemes(model)
         files = {name: shard for shard in shards for name in tensor_shapes(shard)}
         dtype = model.config.dtype
         if not isinstance(dtype, torch.dtype):  # not said
-            dtype = _dtype(files, family(model.config))
+            dtype = _dtype(files)
         weights = {}
         for name, tensor in model.state_dict().items():
             module, _, kind = name.rpartition(".")
@@ -112,17 +115,19 @@ class Source:
             shape, scheme = tuple(tensor.shape), None
             if kind == "weight_packed":
                 packed = model.get_submodule(module)
-                assert isinstance(packed, PackedLinear | PackedEmbedding)
-                name, shape, scheme = f"{module}.weight", packed.shape, schemes[module]
+                assert isinstance(packed, PackedLinear | PackedExperts | PackedEmbedding)
+                name, shape, scheme = f"{module}.weight", (packed.rows, packed.columns), schemes[module]
             weights[name] = Weight(name=name, shape=shape, dtype=dtype, scheme=scheme, files=files)
         return cls(
             path=path,
             manifest=manifest,
             config=model.config,
-            spec=family(model.config),
+            layout=layout_of(model),
             dtype=dtype,
             weights=weights,
-            linears=frozenset(f"{linear}.weight" for linear in block_linears(model)),
+            linears=frozenset(
+                f"{path}.weight" for path, weight in model_weights(model).items() if not of_experts(weight)
+            ),
         )
 
     @property
@@ -132,7 +137,7 @@ class Source:
 
     @property
     def tied(self) -> bool:
-        return f"{self.spec.head}.weight" not in self.weights
+        return f"{self.layout.head}.weight" not in self.weights
 
     def biases_beyond(self, places: Mapping[str, tuple[str, ...]]) -> list[str]:
         """Biases without a place in an engine: `places` has the linears with one, for families where not all have."""
@@ -179,6 +184,19 @@ class Source:
         ]
 
 
-def _dtype(files: Mapping[str, Path], spec: ModelSpec) -> torch.dtype:
-    name = f"{spec.final_norm}.weight"
+def _check_forms(path: Path, model: PreTrainedModel) -> None:
+    """Exports write linears (O, I). Raises UPQError for weights that a dense checkpoint holds in another form."""
+    for name, weight in model_weights(model).items():
+        transposed = isinstance(weight, PackedLinear) and weight.transposed
+        if transposed or of_experts(weight):
+            what = "transposed linears" if transposed else "experts"
+            raise UPQError(
+                f"{path}: {model.config.model_type} has {what} ({name}), and no export holds them yet; run it with "
+                "transformers"
+            )
+
+
+def _dtype(files: Mapping[str, Path]) -> torch.dtype:
+    """Of the norms and all else that is not packed."""
+    name = next(name for name in files if not name.endswith(("_packed", "_scale", "_zero")) and "norm" in name)
     return load_rows(files[name], name, 0, 1).dtype

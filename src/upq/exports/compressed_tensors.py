@@ -155,7 +155,7 @@ def _config(source: Source, plan: Plan) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "ignore": sorted([source.spec.head, *dense]),
+        "ignore": sorted([source.layout.head, *dense]),
         "config_groups": described,
     }
 

@@ -124,7 +124,7 @@ class Gguf(Exporter):
     def _vocabulary(self, source: Source) -> Any:
         from upq.exports._vocabulary import vocabulary
 
-        rows = source.weights[f"{source.spec.embedding}.weight"].shape[0]
+        rows = source.weights[f"{source.layout.embedding}.weight"].shape[0]
         return vocabulary(source.tokenizer(), rows, source.ends())
 
 

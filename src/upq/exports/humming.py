@@ -133,7 +133,7 @@ def _config(source: Source) -> dict[str, Any]:
         "group_size": 0 if scheme.group_size == PER_CHANNEL else scheme.group_size,
         "has_zero_point": zeros,
         "is_fp_zero_point": zeros,
-        "ignore": sorted([source.spec.head, *dense, *source.fused(dense)]),
+        "ignore": sorted([source.layout.head, *dense, *source.fused(dense)]),
     }
 
 

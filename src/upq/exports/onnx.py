@@ -221,7 +221,7 @@ class _OnnxGraph:
             info("position_ids", TensorProto.INT64, ("N", "T")),
             *(info(name, TensorProto.FLOAT, cache) for pair in past for name in pair),
         ]
-        vocabulary = self.source.weights[f"{self.source.spec.embedding}.weight"].shape[0]
+        vocabulary = self.source.weights[f"{self.source.layout.embedding}.weight"].shape[0]
         made = [self._named(outputs.logits_NTV, info("logits", TensorProto.FLOAT, ("N", "T", vocabulary)))]
         for i, pair in enumerate(outputs.present):
             for value, kind in zip(pair, ("key", "value"), strict=True):

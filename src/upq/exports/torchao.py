@@ -90,7 +90,7 @@ class TorchAo(SafetensorsExporter):
             activation_quantization=self._activations,
         )
         dense = [name.removesuffix(".weight") for name in source.linears if not source.packs(source.weights[name])]
-        config = TorchAoConfig(quant_type=intx, modules_to_not_convert=sorted([source.spec.head, *dense]))
+        config = TorchAoConfig(quant_type=intx, modules_to_not_convert=sorted([source.layout.head, *dense]))
         described: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]
         return {"quantization_config": described}
 

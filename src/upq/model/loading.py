@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -21,21 +23,24 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers import __version__ as _VERSION
 from transformers.utils.hub import cached_file, cached_files
 
 from upq.core.bounded import parse_json, read_bytes, read_json
 from upq.core.errors import UPQError
 from upq.files.tensors import INDEX, WEIGHTS, shard_names, tensor_files, tensor_shapes, tensor_types
-from upq.model.families._base import FAMILIES, ModelSpec
+from upq.model.checkpoint import Checkpoint
+from upq.model.layout import layout_of
+from upq.model.library import library_errors
 from upq.text.tokenizer import as_stored, class_tokens, of_same_kind, tokenizer_files
 
+_AUTOS: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 _CONFIG = "is config.json of this model?"
 _TOKENS = "is it a tokenizer's file?"
 # Of these transformers makes lists before there are tensors to compare with.
 _COUNTS = {"num_hidden_layers": 10_000, "num_labels": 10_000}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
-_REASON = 300  # characters of what a library says
 _TOKENIZER_BYTES, _TOKENIZER_VALUES = 64 << 20, 4 << 20  # a vocabulary of 262,000 has 33 MB and 2 million values
 
 
@@ -87,12 +92,11 @@ def load_model(model: str | Path, *, dtype: torch.dtype | str = "auto", device: 
     Sizes and shapes are compared with the headers of the files before memory is taken for any of them.
     """
     config = load_config(model)
-    family(config)
     path = _downloaded(model)
     _check_weights(path, config)
     _check_settings(path)
     with _one_thread() if torch.device(device).type == "cpu" else nullcontext():  # a GPU's memory is another
-        loaded: PreTrainedModel = _read(AutoModelForCausalLM, path, config=config, dtype=dtype, use_safetensors=True)
+        loaded: PreTrainedModel = _read(auto_class(config), path, config=config, dtype=dtype, use_safetensors=True)
     loaded.eval()  # type: ignore[no-untyped-call]
     loaded.to(device)  # type: ignore[arg-type]
     return loaded
@@ -141,12 +145,31 @@ def check_sizes(path: Path, config: PretrainedConfig, files: Iterable[Path]) -> 
     """
     weights = set(files)
     total, tensors = sum(file.stat().st_size for file in weights), sum(len(tensor_shapes(file)) for file in weights)
+    text = text_config(config)
     for key in (*_SIZES, "num_hidden_layers"):
-        size, limit, of = getattr(config, key, None), total, "bytes"
+        size, limit, of = getattr(text, key, None), total, "bytes"
         if key == "num_hidden_layers":
             limit, of = tensors, "tensors"
-        if size is not None and (type(size) is not int or not 1 <= size <= limit):
+        sizes = size if isinstance(size, list | tuple) else [size]  # of some families one for each block
+        if size is not None and not all(type(each) is int and 1 <= each <= limit for each in sizes):
             raise UPQError(f"{path}: config.json says {key}={size!r}, its weights are {limit:,} {of}; {_CONFIG}")
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """transformers' Auto class for the model that the configuration names: a language model, or one with towers.
+
+    Raises UPQError for a model that is no causal language model.
+    """
+    named = set(config.architectures or ())
+    autos = [auto for auto in _AUTOS if type(config) in auto._model_mapping]
+    for auto in autos:
+        found = auto._model_mapping[type(config)]
+        if named & {cls.__name__ for cls in (found if isinstance(found, tuple | list) else (found,))}:
+            return auto
+    if not autos:
+        what = ", ".join(sorted(named)) or config.model_type
+        raise UPQError(f"{config.name_or_path or what}: {what} is no causal language model of transformers")
+    return autos[0]
 
 
 def check_types(path: Path, config: PretrainedConfig, files: Iterable[Path]) -> None:
@@ -161,29 +184,21 @@ def check_types(path: Path, config: PretrainedConfig, files: Iterable[Path]) -> 
                 raise UPQError(f"{path}: {what}; give the model in BF16, FP16 or FP32")
 
 
-def stored_name(name: str, stored: Container[str], tied: Mapping[str, str]) -> str:
-    """The name under which a checkpoint has a tensor: its own, or else that of one that is tied to it, either way."""
-    others = [tied.get(name), *(other for other, to in tied.items() if to == name)]
-    return next((other for other in (name, *others) if other is not None and other in stored), name)
-
-
-def family(config: PretrainedConfig) -> ModelSpec:
-    """Where the parts of this model are; a family that is not known is an error that lists those that are."""
-    if config.model_type not in FAMILIES.names():
-        _unknown(config.model_type)
-    return FAMILIES.get(config.model_type)
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of the language model: of a model for images too, a part of its own."""
+    text: PretrainedConfig = config.get_text_config(decoder=True)
+    return text
 
 
 def embedding_rows(config: PretrainedConfig) -> int:
-    rows: int = config.get_text_config().vocab_size
+    rows: int = text_config(config).vocab_size
     return rows
 
 
-def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's own list: what is put into it is in the model."""
-    blocks = model.get_submodule(family(model.config).blocks)
-    assert isinstance(blocks, nn.ModuleList)
-    return blocks
+def context_of(config: PretrainedConfig) -> int | None:
+    """Tokens of the longest text; None: the model has no positions, and no end."""
+    found: int | None = getattr(text_config(config), "max_position_embeddings", None)
+    return found
 
 
 def check_finite(model: PreTrainedModel, name: str | Path) -> None:
@@ -191,11 +206,6 @@ def check_finite(model: PreTrainedModel, name: str | Path) -> None:
     for path, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UPQError(f"{name}: tensor {path} holds NaN or infinity; the checkpoint is damaged")
-
-
-def _unknown(name: object) -> NoReturn:
-    known = ", ".join(FAMILIES.names())
-    raise UPQError(f"model family {name!r} is not supported (known: {known}); see docs/adding.md")
 
 
 def _check_directory(model: str | Path) -> None:
@@ -213,8 +223,12 @@ def _check_raw(raw: Any, file: Path) -> None:
     """What has to hold before transformers makes a configuration of it."""
     if not isinstance(raw, dict):
         raise UPQError(f"{file}: expected an object, got {type(raw).__name__}; {_CONFIG}")
-    if raw.get("model_type") not in FAMILIES.names():
-        _unknown(raw.get("model_type"))
+    kind = raw.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        own = "; its own code (auto_map) is not run" if "auto_map" in raw else ""
+        raise UPQError(
+            f"{file}: transformers {_VERSION} knows no model_type {kind!r}{own}; is there a newer transformers?"
+        )
     if raw.get("transformers_weights") not in (None, WEIGHTS, INDEX):  # it would be read in place of what is checked
         raise UPQError(f"{file}: transformers_weights must be {WEIGHTS}; rename the file and remove the key")
     for key, value in raw.items():
@@ -232,16 +246,10 @@ def _check_weights(path: Path, config: PretrainedConfig) -> None:
     if getattr(config, "quantization_config", None) is not None:  # UPQ's own are compared by upq.artifact.transformers
         return
     check_types(path, config, files.values())
-    shapes = {name: shape for file in set(files.values()) for name, shape in tensor_shapes(file).items()}
-    auto: Any = AutoModelForCausalLM  # untyped
     with library_errors(f"{path}: config.json describes no model"), torch.device("meta"):
-        skeleton: PreTrainedModel = auto.from_config(config)
-    for name, tensor in skeleton.state_dict().items():
-        if stored_name(name, shapes, skeleton.all_tied_weights_keys) not in shapes:
-            raise UPQError(f"{path}: tensor {name} is missing from the checkpoint; is the download complete?")
-        if name in shapes and shapes[name] != tuple(tensor.shape):
-            what = f"has shape {shapes[name]}, but the config says {tuple(tensor.shape)}"
-            raise UPQError(f"{path}: tensor {name} {what}; is config.json of this model?")
+        skeleton: PreTrainedModel = auto_class(config).from_config(config)
+    layout_of(skeleton)
+    Checkpoint(path, files, skeleton).check()
 
 
 def _downloaded(model: str | Path) -> Path:
@@ -258,25 +266,6 @@ def _downloaded(model: str | Path) -> Path:
     if weights is None:
         raise UPQError(f"{model}: has no {WEIGHTS}; other kinds of weights, pickles above all, are not read")
     return Path(weights).parent
-
-
-@contextmanager
-def library_errors(doing: str, remedy: str = "") -> Iterator[None]:
-    """Whatever a library raises on a file that a stranger wrote is one line."""
-    try:
-        yield
-    except UPQError:
-        raise
-    except BaseException as error:
-        # A panic of the Rust libraries is no Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        kind, text = type(error).__name__, str(error).strip()
-        if isinstance(error, OSError | ValueError | ImportError):  # written for people, and at length
-            reason = next(iter(text.splitlines()), kind)
-        else:
-            reason = f"{kind}: {' '.join(text.split())[:_REASON]}"
-        raise UPQError(f"{doing}: {reason}{remedy}") from error
 
 
 def _read(auto: Any, model: str | Path, **options: Any) -> Any:

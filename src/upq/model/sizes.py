@@ -7,20 +7,23 @@ Shape suffixes: B = rows, T = tokens of a row, H = hidden size, O = out, I = in.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from upq.core.scheme import QuantScheme
-from upq.model.loading import decoder_blocks, family
+from upq.model.layout import block_list
+from upq.model.matrices import Matrix
+from upq.model.source import Source
+from upq.model.tables import Table, put_table
+from upq.model.walker import hidden_first, only_block
 
 SMALL = 32 * 2**20  # glibc maps larger tensors by themselves and unmaps them at once (M_MMAP_THRESHOLD_MAX)
 FP32 = 4  # bytes
@@ -73,14 +76,20 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What closed forms read of a model. Weights are counted, not their bytes."""
+    """What closed forms read of a model. Weights are counted, not their bytes.
+
+    Where blocks differ, what is said of a block is said of the largest.
+    """
 
     blocks: int
     hidden: int
     vocabulary: int
-    shapes: tuple[tuple[int, int], ...]  # (O, I) of a block's linears
-    inputs: tuple[int, ...]  # I of each group of linears that read one input
+    shapes: tuple[tuple[int, int], ...]  # (E·O, I) of a block's weights that become codes
+    widths: tuple[int, ...]  # what a token has of each one's output: O, or that of the experts that it reaches
+    inputs: tuple[int, ...]  # I of each group of weights that read one input
     block: int  # weights of a block
+    coded: int  # weights that become codes, of all blocks
+    all: int  # weights of the model
     rest: int  # weights outside the blocks: embedding, final norm, head
     tied: bool  # the head is the embedding
     dtype: torch.dtype  # of the checkpoint
@@ -92,25 +101,17 @@ class Sizes:
         return sum(o * i for o, i in self.shapes)
 
     @property
-    def coded(self) -> int:
-        return self.linears * self.blocks
-
-    @property
-    def all(self) -> int:
-        return self.block * self.blocks + self.rest
-
-    @property
     def head(self) -> int:
         return self.vocabulary * self.hidden
 
     @property
     def widest(self) -> int:
-        """The most outputs of a linear: the width of the MLP."""
-        return max(o for o, _ in self.shapes)
+        """The most outputs of a product: the width of the MLP."""
+        return max(self.widths)
 
     @property
     def largest(self) -> int:
-        """Weights of the largest linear."""
+        """Weights of the largest matrix."""
         return max(o * i for o, i in self.shapes)
 
     def probe(self, *, bf16: bool) -> Probe:
@@ -143,63 +144,116 @@ class Sizes:
 
 def sizes_of(config: PretrainedConfig) -> Sizes:
     """From the configuration. One block is run, on zeros: pages of zeros that are only read take no memory."""
-    one, model = _of_depth(config, 1), _empty(config, 1)
-    spec, block = family(config), decoder_blocks(model)[0]
-    shapes = {name: _linear(block, name).weight.shape for name in spec.linears}
-    in_block, in_all = (sum(p.numel() for p in module.parameters()) for module in (block, model))
-    tied = f"{spec.head}.weight" in model.all_tied_weights_keys
-    head = config.vocab_size * config.hidden_size if tied else 0  # the embedding, counted twice without memory
+    source = Source.without_files(config)
+    model = source.empty()
+    counts = [sum(p.numel() for p in block.parameters()) for block in block_list(model, source.layout)]
+    at = counts.index(max(counts))
+    matrices, reached = source.matrices(at), _reached(source.text)
+    in_all = sum(p.numel() for p in model.parameters())
+    tied = f"{source.layout.head}.weight" in model.all_tied_weights_keys
+    # The embedding, counted twice without memory.
+    head = source.text.vocab_size * source.text.hidden_size if tied else 0
     own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    (fp32, groups), (bf16, _) = (_probe(source, at, bf16=precision) for precision in (False, True))
     return Sizes(
-        blocks=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        vocabulary=config.vocab_size,
-        shapes=tuple((o, i) for o, i in shapes.values()),
-        inputs=tuple(shapes[group[0]][1] for group in spec.groups),
-        block=in_block,
-        rest=in_all - in_block - head,
+        blocks=len(source),
+        hidden=source.text.hidden_size,
+        vocabulary=source.text.vocab_size,
+        shapes=tuple(matrix.shape for matrix in matrices),
+        widths=tuple(m.outputs * (min(reached, m.experts) if m.experts else 1) for m in matrices),
+        inputs=groups,
+        block=counts[at],
+        coded=sum(m.rows * m.inputs for index in range(len(source)) for m in source.matrices(index)),
+        all=in_all - head,
+        rest=in_all - head - sum(counts),
         tied=tied,
         dtype=own,
-        fp32=probe(one, bf16=False),
-        bf16=probe(one, bf16=True),
+        fp32=fp32,
+        bf16=bf16,
     )
 
 
-def probe(config: PretrainedConfig, *, bf16: bool) -> Probe:
-    """One block of the training's student, run on short rows of real tensors, all but its linears' products.
+def _reached(text: PretrainedConfig) -> int:
+    """How many experts a token reaches: transformers has a few names for it."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+    return next((found for name in names if isinstance(found := getattr(text, name, None), int)), 1)
+
+
+def _probe(source: Source, at: int, *, bf16: bool) -> tuple[Probe, tuple[int, ...]]:
+    """Block `at` of the training's student, run on short rows of real tensors, all but the products with its weights.
 
     A product of a 70B's block would take a minute and 3 GB. What it keeps is known: its input, as it came
-    (upq.nn.trained), and its flops are those of its shape.
+    (upq.nn.trained), and its flops are those of its shape. Also gives I of each group of weights that read one input.
     """
-    model = _empty(config, 1, vocabulary=8)
-    spec, block = family(config), decoder_blocks(model)[0]
-    products = 0
-    for name in spec.linears:
-        linear = _linear(block, name)
-        block.set_submodule(name, _Unmultiplied(linear, torch.bfloat16 if bf16 else torch.float32))
-        products += 2 * linear.weight.numel()
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None and parameter.is_meta:
-                module._parameters[name] = nn.Parameter(torch.zeros(parameter.shape))
-    (short, kept, flops, cache), (long, more, flops_more, _) = (_run(model, block, tokens, bf16) for tokens in _TOKENS)
+    model, reached = source.empty(), _reached(source.text)
+    block, dtype = block_list(model, source.layout)[at], torch.bfloat16 if bf16 else torch.float32
+    products, inputs = 0, dict[int, int]()
+    for matrix in source.matrices(at):
+        times = min(reached, matrix.experts) if matrix.experts else 1
+        products += 2 * matrix.outputs * matrix.inputs * times
+        if not matrix.experts:
+            block.set_submodule(matrix.name, _Unmultiplied(matrix, dtype, inputs))
+    of_experts = dict[str, list[Matrix]]()
+    for matrix in source.matrices(at):
+        if matrix.experts:
+            of_experts.setdefault(matrix.module, []).append(matrix)
+    for path, tensors_of in of_experts.items():
+        experts = block.get_submodule(path)
+        # Of each token and expert: what the first weight reads and writes, and what the second reads.
+        widths = reached * sum(m.outputs + m.inputs for m in tensors_of)
+        experts.forward = partial(_unmultiplied_experts, width=widths, dtype=dtype)
+        experts._parameters.clear()
+    _make_real(model, source, block)
+    (short, kept, flops, cache), (long, more, flops_more, _) = (
+        _run(model, source, at, tokens, bf16) for tokens in _TOKENS
+    )
     kept_square, flops_square = (
         (b / long - a / short) / (long - short) for a, b in ((kept, more), (flops, flops_more))
     )
     linear_flops = flops / short - flops_square * short + products
-    return Probe(kept / short - kept_square * short, kept_square, linear_flops, flops_square, cache)
+    found = Probe(kept / short - kept_square * short, kept_square, linear_flops, flops_square, cache)
+    groups = (*inputs.values(), *(m.inputs for m in source.matrices(at) if m.experts))
+    return found, groups
+
+
+def _no_rows(_ids: Tensor) -> Tensor:
+    raise AssertionError("a table of zeros is not read")
+
+
+def _make_real(model: PreTrainedModel, source: Source, block: nn.Module) -> None:
+    """Zeros for every weight that a forward pass of the decoder reads, but for those of other blocks and of tables."""
+    decoder = model.get_submodule(source.layout.decoder)
+    others = {id(m) for each in block_list(model, source.layout) if each is not block for m in each.modules()}
+    for module in decoder.modules():
+        if id(module) in others:
+            continue
+        if isinstance(module, nn.Embedding):
+            table = Table(tuple(module.weight.shape), torch.float32, torch.device("cpu"), _no_rows)
+            table.mode = "zeros"
+            put_table(module, table)
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                module._parameters[name] = nn.Parameter(torch.zeros(parameter.shape))
 
 
 class _Unmultiplied(nn.Module):
     """Keeps for the backward pass what a TrainedLinear keeps, and gives zeros of its output's shape and type."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, matrix: Matrix, dtype: torch.dtype, inputs: dict[int, int]) -> None:
+        """`inputs` gets I by the memory of the tensor that is read."""
         super().__init__()
-        self._outputs, self._dtype = linear.out_features, dtype
+        self._matrix, self._dtype, self._inputs = matrix, dtype, inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Keep.apply(x, self._outputs, self._dtype)  # type: ignore[no-untyped-call]
+        self._inputs.setdefault(x.data_ptr(), self._matrix.inputs)
+        y: Tensor = _Keep.apply(x, self._matrix.outputs, self._dtype)  # type: ignore[no-untyped-call]
         return y
+
+
+def _unmultiplied_experts(x: Tensor, *_: Any, width: int, dtype: torch.dtype, **__: Any) -> Tensor:
+    """Zeros, as an experts module gives them, with `width` elements a token kept for its backward pass."""
+    kept: Tensor = _Keep.apply(x, width, dtype)  # type: ignore[no-untyped-call]
+    return x + _Keep.apply(kept, 1, dtype).to(x.dtype) * 0  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _Keep(torch.autograd.Function):
@@ -209,9 +263,9 @@ class _Keep(torch.autograd.Function):
         return x.new_zeros(*x.shape[:-1], outputs, dtype=dtype)
 
 
-def _run(model: PreTrainedModel, block: nn.Module, tokens: int, bf16: bool) -> tuple[int, float, float, int]:
+def _run(model: PreTrainedModel, source: Source, at: int, tokens: int, bf16: bool) -> tuple[int, float, float, int]:
     """Tokens, bytes kept for backward, flops, elements of the key-value cache for a token."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters() if not p.is_meta}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -223,27 +277,34 @@ def _run(model: PreTrainedModel, block: nn.Module, tokens: int, bf16: bool) -> t
         saved_tensors_hooks(pack, lambda tensor: tensor),
         FlopCounterMode(display=False, custom_mapping=_ATTENTION),
     )
-    x_BTH = torch.zeros(1, tokens, model.config.hidden_size, requires_grad=True)
 
-    def enter(*_: Any) -> None:
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        hidden_BTH, args, kwargs = hidden_first(args, kwargs)
         hooks.__enter__()
         counter.__enter__()  # type: ignore[no-untyped-call]
+        return (hidden_BTH.detach().requires_grad_(), *args), kwargs
 
     def leave(*_: Any) -> None:
         counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         hooks.__exit__()
 
-    handles = [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        model.get_submodule(family(model.config).decoder)(inputs_embeds=x_BTH, use_cache=False)
+    decoder: Any = model.get_submodule(source.layout.decoder)
+    block = block_list(model, source.layout)[at]
+    ids_1T = torch.zeros(1, tokens, dtype=torch.long)
+    handles = [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
+    with only_block(model, source.layout, at), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        decoder(input_ids=ids_1T, use_cache=False)
     for handle in handles:
         handle.remove()
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model.get_submodule(family(model.config).decoder)(inputs_embeds=x_BTH, past_key_values=cache, use_cache=True)
-    layer: Any = cache.layers[0]  # its class has keys and values where the block has attention
+    elements = 0
+    if "past_key_values" in signature(decoder.forward).parameters:
+        cache = DynamicCache(config=source.text)
+        with torch.no_grad(), only_block(model, source.layout, at):
+            decoder(input_ids=ids_1T, past_key_values=cache, use_cache=True)
+        layer: Any = cache.layers[at]  # its class has keys and values where the block has attention
+        parts = (getattr(layer, name, None) for name in ("keys", "values"))
+        elements = sum(part.numel() for part in parts if isinstance(part, Tensor)) // tokens
     kept_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    elements = (layer.keys.numel() + layer.values.numel()) // tokens
     return tokens, kept_bytes, float(counter.get_total_flops()), elements
 
 
@@ -253,29 +314,3 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
 
 # The CPU's attention is not in torch's registry.
 _ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-
-
-def _linear(block: nn.Module, name: str) -> nn.Linear:
-    linear = block.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return linear
-
-
-def _of_depth(config: PretrainedConfig, blocks: int) -> PretrainedConfig:
-    shallow = copy.deepcopy(config)
-    shallow.num_hidden_layers = blocks
-    if getattr(shallow, "layer_types", None):
-        shallow.layer_types = shallow.layer_types[:blocks]
-    return shallow
-
-
-def _empty(config: PretrainedConfig, blocks: int, *, vocabulary: int | None = None) -> PreTrainedModel:
-    """The model without memory for its weights; with another `vocabulary` no token of it is special."""
-    config = _of_depth(config, blocks)
-    if vocabulary is not None:
-        config.vocab_size, config.pad_token_id = vocabulary, None
-    auto: Any = AutoModelForCausalLM  # untyped
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
-    model.eval()  # type: ignore[no-untyped-call]
-    return model

@@ -17,15 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map
+from transformers import PreTrainedModel
 
 from upq.core.errors import UPQError
 from upq.model.activations import Activations, Allocate, batches, in_memory
-from upq.model.layout import block_list
+from upq.model.layout import Layout, block_list
+from upq.model.matrices import Matrix
 from upq.model.source import Source
+from upq.model.tables import Mode, looking_up, tables
 
 Rows = slice | Tensor  # a stretch of rows, or their indices (B,)
 _Forward = Callable[..., Any]
+_MOST_ELEMENTS = 4  # of what a block returns: hidden states, attention weights, a cache
 
 
 @dataclass(frozen=True)
@@ -49,41 +53,52 @@ class Replay:
         self._source = source
         self.dtype = source.dtype
         model = source.skeleton()
-        self._decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
-        self._blocks = list(block_list(model))
-        self._tuples = False
-        # Two tokens whose embeddings are NaN: an argument that is made of embeddings holds NaN.
-        nan_BTH = torch.full((1, 2, source.config.hidden_size), torch.nan, device=source.device, dtype=source.dtype)
-        inputs = source.inputs(torch.zeros(1, 2, dtype=torch.long), nan_BTH)
-        with torch.no_grad():
-            self._tuples = self._returns_tuples(inputs)
-            calls = self._calls(inputs)
-        self.width = calls[0].hidden_BTH.shape[2:]  # of a hidden state
+        self._decoder = model.get_submodule(source.layout.decoder)
+        self._blocks = list(block_list(model, source.layout))
+        self._tables = tables(self._decoder)
+        self._elements = 0
+        ids_BT = torch.zeros(1, 2, dtype=torch.long)
+        with torch.no_grad(), looking_up(self._tables, "nan"):  # what is made of embeddings holds NaN
+            self._elements = _elements(lambda: self._forward(ids_BT), self._blocks)
+            calls, others = self._calls(ids_BT), self._calls(ids_BT + 1)
+        shape = calls[0].hidden_BTH.shape
+        if shape[:2] != ids_BT.shape:
+            raise UPQError(
+                f"{source.path}: its decoder blocks take hidden states of shape {tuple(shape)} for one row of two "
+                "tokens; UPQ reads models whose blocks take (rows, tokens, …)"
+            )
+        self.width = shape[2:]  # of a hidden state
         # Whether all arguments but the hidden states follow from the shape of a batch. A replay per batch is then one
         # per batch size.
         handed_on = all(call.hidden_BTH is calls[0].hidden_BTH for call in calls)
-        self.by_shape = set(inputs) == {"inputs_embeds"} and handed_on and not any(map(_depends_on_values, calls))
+        fixed = not any(_depends_on_values(call, other) for call, other in zip(calls, others, strict=True))
+        self.by_shape = bool(self._tables) and handed_on and fixed
 
     @torch.no_grad()
     def call(self, index: int, ids_BT: Tensor, hidden_BTH: Tensor | None = None) -> Call:
         """How block `index` is called for tokens (B, T); `hidden_BTH` is what the block before it wrote."""
-        stand_in_BTH = hidden_BTH if self.by_shape else None  # saves the embeddings a read for each block
-        return self._calls(self._source.inputs(ids_BT, stand_in_BTH), index, hidden_BTH)[index]
+        # Where only the shape counts, each block is saved a read of the embeddings.
+        mode: Mode = "zeros" if self.by_shape and hidden_BTH is not None else "rows"
+        with looking_up(self._tables, mode):
+            call = self._calls(ids_BT, index, hidden_BTH)[index]
+        return Call(hidden_BTH, call.args, call.kwargs) if mode == "zeros" and hidden_BTH is not None else call
 
-    def _calls(self, inputs: dict[str, Tensor], index: int = 0, hidden_BTH: Tensor | None = None) -> list[Call]:
+    @torch.no_grad()
+    def finish(self, ids_BT: Tensor, hidden_BTH: Tensor) -> Tensor:
+        """What the decoder makes of the last block's output (B, T, H): its final norm, and whatever else it does."""
+        with looking_up(self._tables, "zeros" if self.by_shape else "rows"):
+            last = len(self._blocks)
+            with _forwards(self._blocks, self._stand_in([], [], last, hidden_BTH)):
+                out: Tensor = self._forward(ids_BT).last_hidden_state
+        return out
+
+    def _forward(self, ids_BT: Tensor) -> Any:
+        return self._decoder(input_ids=ids_BT.to(self._source.device), use_cache=False)
+
+    def _calls(self, ids_BT: Tensor, index: int = 0, hidden_BTH: Tensor | None = None) -> list[Call]:
         order, calls = list[int](), list[Call]()
-
-        def stand_in(at: int) -> _Forward:
-            def forward(x_BTH: Tensor, *args: Any, **kwargs: Any) -> Any:
-                order.append(at)
-                calls.append(Call(x_BTH, args, kwargs))
-                out_BTH = hidden_BTH if at == index - 1 and hidden_BTH is not None else x_BTH
-                return (out_BTH,) if self._tuples else out_BTH
-
-            return forward
-
-        with _forwards(self._blocks, stand_in):
-            self._decoder(**inputs, use_cache=False)
+        with _forwards(self._blocks, self._stand_in(order, calls, index, hidden_BTH)):
+            self._forward(ids_BT)
         if order != list(range(len(self._blocks))):
             raise UPQError(
                 f"{self._source.path}: its {len(self._blocks)} decoder blocks run in the order {order}; UPQ reads "
@@ -91,22 +106,22 @@ class Replay:
             )
         return calls
 
-    def _returns_tuples(self, inputs: dict[str, Tensor]) -> bool:
-        """Whether the decoder takes element 0 of what a block returns: of a tensor, that has a dimension less."""
-        first, found = list[Tensor](), False
+    def _stand_in(
+        self, order: list[int], calls: list[Call], index: int, hidden_BTH: Tensor | None
+    ) -> Callable[[int], _Forward]:
+        """The block before `index` hands on the hidden states that are known; all others what they get."""
 
-        def stand_in(_at: int) -> _Forward:
-            def forward(x_BTH: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-                nonlocal found
-                found = found or (bool(first) and x_BTH.dim() < first[0].dim())
-                first.append(x_BTH)
-                return (first[0],) if found else first[0]
+        def stand_in(at: int) -> _Forward:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                x_BTH, args, kwargs = hidden_first(args, kwargs)
+                order.append(at)
+                calls.append(Call(x_BTH, args, kwargs))
+                out_BTH = hidden_BTH if at == index - 1 and hidden_BTH is not None else x_BTH
+                return _as(out_BTH, self._elements)
 
             return forward
 
-        with _forwards(self._blocks, stand_in):
-            self._decoder(**inputs, use_cache=False)
-        return found
+        return stand_in
 
 
 @dataclass(frozen=True)
@@ -119,6 +134,7 @@ class Step:
     index: int
     states: tuple[Activations, ...]
     tokens_NT: Tensor
+    matrices: tuple[Matrix, ...]  # the block's weights that become codes
     replay: Replay | None = None  # None without streams
     batch_size: int = 8
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -128,9 +144,9 @@ class Step:
     _known: dict[int, Call] = field(default_factory=dict)
 
     def run(self, block: nn.Module, rows: Rows, *, weights: dict[str, Tensor] | None = None, stream: int = 0) -> Tensor:
-        """The block's output (B, T, H) for some rows of a stream, with `weights` in place of its linears' own.
+        """The block's output (B, T, H) for some rows of a stream, with `weights` in place of its own.
 
-        Differentiable with respect to `weights`.
+        Differentiable with respect to `weights` (E·O, I), by their names.
         """
         return self._run(block, self._call(rows, stream), weights)
 
@@ -149,7 +165,7 @@ class Step:
         with self.autocast():
             if weights is None:
                 return hidden_states(block(*args, **call.kwargs))
-            named = {f"{name}.weight": weight for name, weight in weights.items()}
+            named = {m.parameter: m.shaped(weights[m.name]) for m in self.matrices if m.name in weights}
             return hidden_states(functional_call(block, named, args, call.kwargs))
 
     def _call(self, rows: Rows, stream: int) -> Call:
@@ -165,12 +181,7 @@ class Step:
         call = replay.call(self.index, self.tokens_NT[rows], hidden_BTH)
         carried = self.carried[stream] if self.index else {}
         if carried:
-            if not isinstance(rows, slice) or (rows.start, rows.stop) not in carried:
-                raise UPQError(
-                    f"block {self.index} reads what other blocks hand on beside the hidden states, and that is kept "
-                    "for whole batches; a method that draws rows one by one cannot solve such a model"
-                )
-            for name, handed_on in carried[rows.start, rows.stop].items():
+            for name, handed_on in _rows_of(carried, rows).items():
                 call.kwargs[name].update(handed_on)
         return call
 
@@ -205,7 +216,10 @@ def walk(
     def autocast() -> AbstractContextManager[object]:
         return torch.autocast(source.device.type, torch.bfloat16) if bf16 else nullcontext()
 
-    return (Step(i, states, tokens_NT, replay, batch_size, autocast, carried) for i in range(len(source)))
+    return (
+        Step(i, states, tokens_NT, source.matrices(i), replay, batch_size, autocast, carried)
+        for i in range(len(source))
+    )
 
 
 def hidden_states(output: Any) -> Tensor:
@@ -226,15 +240,97 @@ def _forwards(blocks: Sequence[nn.Module], stand_in: Callable[[int], _Forward]) 
             block.__dict__.pop("forward", None)
 
 
-def _depends_on_values(call: Call) -> bool:
-    """Whether other arguments than the hidden states follow from more than the shape of a batch: NaN shows it."""
-    kwargs = call.kwargs
-    if any(isinstance(each, MutableMapping) for each in kwargs.values()):  # blocks write into it
+def hidden_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The hidden states of a block's call, which some models name, and its other arguments."""
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs["hidden_states"], (), {name: each for name, each in kwargs.items() if name != "hidden_states"}
+
+
+@contextmanager
+def only_block(model: PreTrainedModel, layout: Layout, at: int) -> Iterator[None]:
+    """Within, the decoder's forward runs block `at` alone: the others hand on what they get."""
+    blocks, decoder = list(block_list(model, layout)), model.get_submodule(layout.decoder)
+    ids_BT = torch.zeros(1, 2, dtype=torch.long)
+    with torch.no_grad():
+        elements = _elements(lambda: decoder(input_ids=ids_BT, use_cache=False), blocks)
+
+    def stand_in(_at: int) -> _Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            x_BTH, _, _ = hidden_first(args, kwargs)
+            return _as(x_BTH, elements)
+
+        return forward
+
+    with _forwards([block for index, block in enumerate(blocks) if index != at], stand_in):
+        yield
+
+
+def _elements(run: Callable[[], object], blocks: Sequence[nn.Module]) -> int:
+    """How many elements the decoder wants of what a block returns; 0: a tensor, and no tuple that begins with it.
+
+    `run` is a forward pass of the decoder.
+    """
+    for elements in range(_MOST_ELEMENTS):
+        first, fewer = list[Tensor](), False
+
+        def stand_in(_at: int, elements: int = elements, first: list[Tensor] = first) -> _Forward:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                nonlocal fewer
+                x_BTH, _, _ = hidden_first(args, kwargs)
+                fewer = fewer or (bool(first) and x_BTH.dim() < first[0].dim())  # element 0 of a tensor
+                first.append(x_BTH)
+                return _as(first[0], elements)
+
+            return forward
+
+        try:
+            with _forwards(blocks, stand_in):
+                run()
+        except (ValueError, TypeError, IndexError, AttributeError):
+            if elements == _MOST_ELEMENTS - 1:
+                raise
+            continue
+        if not fewer:
+            return elements
+    raise AssertionError("a tuple is not taken for a tensor")
+
+
+def _as(hidden_BTH: Tensor, elements: int) -> Any:
+    return (hidden_BTH, *[None] * (elements - 1)) if elements else hidden_BTH
+
+
+def _depends_on_values(call: Call, other: Call) -> bool:
+    """Whether other arguments than the hidden states follow from more than the shape of a batch.
+
+    NaN shows what is made of embeddings. `other` is the call for other tokens of the same shape.
+    """
+    if any(isinstance(each, MutableMapping) for each in call.kwargs.values()):  # blocks write into it
         return True
-    for each in tree_iter((call.args, kwargs)):
+    for each, again in zip(tree_iter((call.args, call.kwargs)), tree_iter((other.args, other.kwargs)), strict=True):
         if isinstance(each, Tensor):
-            if each.is_floating_point() and bool(each.isnan().any()):
+            if not torch.equal(each, again):  # of NaN too
                 return True
         elif not isinstance(each, int | float | str | torch.dtype | type(None)):
             return True
     return False
+
+
+def _rows_of(carried: dict[tuple[int, int], dict[str, Any]], rows: Rows) -> dict[str, Any]:
+    """Of what blocks have handed on by batch, that of some rows."""
+    if isinstance(rows, slice) and (rows.start, rows.stop) in carried:
+        return carried[rows.start, rows.stop]
+    indices = range(rows.start, rows.stop) if isinstance(rows, slice) else rows.tolist()
+    parts = []
+    for row in indices:
+        start, stop = next(batch for batch in carried if batch[0] <= row < batch[1])
+        at, size = row - start, stop - start
+        parts.append(
+            tree_map(
+                lambda each, at=at, size=size: (
+                    each[at : at + 1] if isinstance(each, Tensor) and each.dim() and len(each) == size else each
+                ),
+                {name: dict(each) for name, each in carried[start, stop].items()},
+            )
+        )
+    return tree_map(lambda *each: torch.cat(each) if isinstance(each[0], Tensor) else each[0], *parts)  # type: ignore[no-any-return]

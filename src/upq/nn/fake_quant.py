@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from upq.core.scheme import QTensor, QuantScheme
 from upq.grids import GRIDS, Params
-from upq.nn.trained import TrainedLinear, full_tensor, owned
+from upq.nn.trained import ALL, TrainedLinear, full_tensor, owned
 
 _LATENT = "weight"
 
@@ -66,6 +66,6 @@ class FakeQuantLinear(TrainedLinear):
     def _learned(self) -> dict[str, Tensor]:
         return {_LATENT: self.weight, **self.grid_params}
 
-    def _weight(self, learned: dict[str, Tensor]) -> Tensor:
+    def _weight(self, learned: dict[str, Tensor], rows: slice = ALL) -> Tensor:
         params = {name: value for name, value in learned.items() if name != _LATENT}
         return GRIDS.get(self.scheme.grid).fake(learned[_LATENT], params, self.scheme)

@@ -14,7 +14,7 @@ from upq.core.scheme import QTensor, QuantScheme
 from upq.grids import GRIDS, Params
 from upq.kernels.reference import pack, unpack
 from upq.nn.fake_quant import Solution
-from upq.nn.trained import TrainedLinear, full_tensor
+from upq.nn.trained import ALL, TrainedLinear, full_tensor
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class FixedCodesLinear(TrainedLinear):
     def _learned(self) -> dict[str, Tensor]:
         return dict(self.grid_params)
 
-    def _weight(self, learned: dict[str, Tensor]) -> Tensor:
+    def _weight(self, learned: dict[str, Tensor], rows: slice = ALL) -> Tensor:
         scale_OG, zero_OG = GRIDS.get(self.scheme.grid).scale_and_zero(learned, self.scheme)
-        codes_OI = unpack(self.packed, self.scheme.bits, self.in_features)
+        codes_OI = unpack(self.packed[rows], self.scheme.bits, self.in_features)
         # In place as far as autograd allows: the largest matrix of an 8B is 235 MB in float32.
         centred_OGS = codes_OI.view(*scale_OG.shape, -1).float().sub_(zero_OG[..., None])
         scale_OG1 = scale_OG[..., None]

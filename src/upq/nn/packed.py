@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from upq import kernels
 from upq.core.errors import UPQError
@@ -19,7 +20,7 @@ from upq.grids import GRIDS
 from upq.kernels.reference import row_bytes
 
 
-class _Packed(nn.Module):
+class Packed(nn.Module):
     """Buffers `weight_packed` (O, B) uint8 and `weight_scale` (O, G); `weight_zero` (O, G) where groups have their own.
 
     This is the layout of an artefact on disk (tests/test_packed.py holds its golden bytes). A row of `weight_packed` is
@@ -35,7 +36,7 @@ class _Packed(nn.Module):
     def __init__(self, rows: int, columns: int, scheme: QuantScheme) -> None:
         super().__init__()
         self._weight: kernels.Weight | None = None
-        self.shape = (rows, columns)
+        self.rows, self.columns = rows, columns
         self.scheme = scheme
         self.constant_zero = GRIDS.get(scheme.grid).zero(scheme)
         scales = (rows, scheme.groups(columns))
@@ -75,7 +76,7 @@ class _Packed(nn.Module):
         assert scale_OG is not None
         zero = self.zero
         if self._weight is None or not self._weight.is_of(packed_OB, scale_OG, zero):
-            bits, columns = self.scheme.bits, self.shape[1]
+            bits, columns = self.scheme.bits, self.columns
             self._weight = kernels.Weight(packed_OB, scale_OG, zero, bits=bits, in_features=columns)
         return self._weight
 
@@ -83,7 +84,7 @@ class _Packed(nn.Module):
         """The value this layer holds, as it was given."""
         zero = self.zero
         zero_OG = zero.float() if isinstance(zero, Tensor) else torch.full_like(self.weight_scale.float(), zero)
-        codes_OI = kernels.unpack(self.weight_packed, self.scheme.bits, self.shape[1])
+        codes_OI = kernels.unpack(self.weight_packed, self.scheme.bits, self.columns)
         return QTensor(codes_OI, self.weight_scale, zero_OG, self.scheme)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -93,7 +94,7 @@ class _Packed(nn.Module):
             self.weight_scale,
             self.zero,
             bits=self.scheme.bits,
-            in_features=self.shape[1],
+            in_features=self.columns,
             dtype=dtype,
         )
 
@@ -116,15 +117,16 @@ class _Packed(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.shape[0]}, {self.shape[1]}, {self.scheme}"
+        return f"{self.rows}, {self.columns}, {self.scheme}"
 
 
-class PackedLinear(_Packed):
+class PackedLinear(Packed):
     """`y = x · Ŵᵀ + b` from codes; takes the place of nn.Linear."""
 
     def __init__(self, in_features: int, out_features: int, scheme: QuantScheme, *, bias: bool = False) -> None:
         super().__init__(out_features, in_features, scheme)
         self.in_features, self.out_features = in_features, out_features
+        self.transposed = False  # it took the place of a Conv1D, whose weight is (I, O)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     @classmethod
@@ -133,6 +135,11 @@ class PackedLinear(_Packed):
             layer = cls(q.codes_OI.shape[1], q.codes_OI.shape[0], q.scheme)
         layer.bias = None if bias_O is None else nn.Parameter(bias_O.detach())
         return layer._fill(q)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (O, I), made anew: some mixers ask a linear for the type or device of its weight."""
+        return torch.empty(self.rows, self.columns, device="meta") if self.weight_packed.is_meta else self.dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.kernel_weight(), self.bias)
@@ -154,7 +161,7 @@ class Codes(Mapping[str, QTensor]):
         return len(self._packed)
 
 
-class PackedEmbedding(_Packed):
+class PackedEmbedding(Packed):
     """Rows by id from a packed table; takes the place of nn.Embedding. Its output has the dtype of the model."""
 
     like: Tensor
@@ -205,23 +212,35 @@ class TiedHead(nn.Module):
 
 
 def pack_like(layer: nn.Module, scheme: QuantScheme, q: QTensor | None = None) -> PackedLinear | PackedEmbedding:
-    """The packed counterpart of an nn.Linear or nn.Embedding: holding `q`, or empty and waiting for a file."""
+    """The packed counterpart of a linear or nn.Embedding: holding `q`, or empty and waiting for a file."""
     if isinstance(layer, nn.Embedding):
         if q is not None:
             return PackedEmbedding.from_qtensor(q, layer.weight.dtype)
         return PackedEmbedding(layer.num_embeddings, layer.embedding_dim, scheme)
-    assert isinstance(layer, nn.Linear)
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    assert isinstance(bias, Tensor | None)
+    transposed = isinstance(layer, Conv1D)
+    columns, rows = weight.shape if transposed else reversed(weight.shape)
     if q is not None:
-        return PackedLinear.from_qtensor(q, layer.bias)
-    return PackedLinear(layer.in_features, layer.out_features, scheme, bias=layer.bias is not None)
+        packed = PackedLinear.from_qtensor(q, bias)
+    else:
+        packed = PackedLinear(columns, rows, scheme, bias=bias is not None)
+    packed.transposed = transposed
+    return packed
 
 
-def dense_like(layer: Any, dtype: torch.dtype) -> nn.Linear | nn.Embedding:
+def dense_like(layer: Any, dtype: torch.dtype) -> nn.Linear | nn.Embedding | Conv1D:
     """The nn.Linear or nn.Embedding with the weight that a packed layer stands for."""
-    dense: nn.Linear | nn.Embedding
+    dense: nn.Linear | nn.Embedding | Conv1D
     weight = layer.dequantize(dtype)
     if isinstance(layer, PackedEmbedding):
         dense = nn.Embedding(layer.num_embeddings, layer.embedding_dim, device="meta")
+    elif layer.transposed:
+        with torch.device("meta"):
+            dense = Conv1D(layer.out_features, layer.in_features)  # type: ignore[no-untyped-call]
+        weight = weight.t().contiguous()
+        dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
     else:
         dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         if layer.bias is not None:

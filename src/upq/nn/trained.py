@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from upq.nn.fixed_codes import Start
 
 Weight = Callable[[dict[str, Tensor]], Tensor]  # what learns, by name, to the weight (O, I), float32, differentiable
+ALL = slice(None)
 
 
 class TrainedLinear(nn.Module):
@@ -38,6 +39,14 @@ class TrainedLinear(nn.Module):
     def shape(self) -> tuple[int, int]:
         """(O, I)."""
 
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.shape[1]
+
     @abstractmethod
     def solution(self) -> Start:
         """What it has become, to train on from or to pack. Where it is sharded, every process has to call this."""
@@ -52,8 +61,8 @@ class TrainedLinear(nn.Module):
         """What learns, by name."""
 
     @abstractmethod
-    def _weight(self, learned: dict[str, Tensor]) -> Tensor:
-        """Ŵ (O, I) of what learns, float32, differentiable."""
+    def _weight(self, learned: dict[str, Tensor], rows: slice = ALL) -> Tensor:
+        """Ŵ (O, I) of what learns, float32, differentiable. `learned` is that of these `rows`."""
 
     def fake(self) -> Tensor:
         """The quantised weight (O, I), float32, differentiable."""

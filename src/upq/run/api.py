@@ -57,6 +57,7 @@ def quantize(
     keep_work: bool = False,
     redo: bool = False,
     work: str | Path | None = None,
+    allow_partial: bool = False,
     progress: Progress | Literal["auto"] | None = "auto",
     stop: Stop | None = None,
     **settings: Any,
@@ -74,6 +75,7 @@ def quantize(
     keep_work: solved blocks and checkpoints stay on disk after the end.
     redo: do stages anew whose settings differ from those of the run in `out`. Without it, that is an error.
     work: directory in which several runs keep their stages and take one another's.
+    allow_partial: less than 90 % of the decoder's weights may become codes. Without it, that is an error.
     progress: "auto" shows bars on a terminal and lines elsewhere, None nothing; or an object like upq.core.Progress.
     stop: a listener for signals (upq.core.signals). Without one, Ctrl-C interrupts at once; the same call resumes.
     settings: keys of the recipe with dots and their values, as `--set` of the command line.
@@ -95,6 +97,7 @@ def quantize(
             keep_work=keep_work,
             redo=redo,
             work=None if work is None else local(work),
+            allow_partial=allow_partial,
             progress=shown,
             stop=stop,
         )
@@ -109,6 +112,7 @@ def plan(
     gpu_memory: float | None = None,
     gpu_tflops: float | None = None,
     gpu_bandwidth: float | None = None,
+    allow_partial: bool = False,
     progress: Literal["auto"] | None = "auto",
     **settings: Any,
 ) -> Plan:
@@ -123,6 +127,7 @@ def plan(
     memory: GB of the machine's memory; None: of this machine.
     gpus, gpu_memory: number of GPUs and GB of each; 0 GPUs plans for the processor.
     gpu_tflops, gpu_bandwidth: bf16 TFLOPS and GB/s that each GPU reaches; with both the plan has a time.
+    allow_partial: as for `quantize`.
     progress: "auto" shows on a terminal that it is at work, None nothing.
 
     Returns the Plan: bytes, disk and seconds by stage, whether it fits, and the settings that it added to fit.
@@ -147,7 +152,7 @@ def plan(
     model = local_or_hub(model)
     with quietly(), loading(progress, "the model's config and tokenizer, then planning"):
         config = load_config(model)
-        planning.check(config, chosen, str(model))
+        planning.check(config, chosen, str(model), allow_partial=allow_partial)
         folder = tokenizer_directory(model)
         if tokenizer_files(folder):  # a plan can be made of a config alone
             check_text(folder, config, load_tokenizer(model), chosen, str(model))
@@ -199,7 +204,7 @@ def evaluate(
         from upq.core.precision import dtype_name
         from upq.data import load_eval_text
         from upq.evals import evaluate_tasks
-        from upq.model.loading import embedding_rows, load_config, load_tokenizer
+        from upq.model.loading import context_of, embedding_rows, load_config, load_tokenizer
         from upq.run.quiet import quietly
         from upq.text.tokenizer import check_ids, check_tokens
 
@@ -212,7 +217,7 @@ def evaluate(
         config, tokenizer = load_config(model), load_tokenizer(model)
         check_ids(tokenizer, embedding_rows(config), str(model))
         if file is not None:
-            length = seq_len or min(2048, int(config.max_position_embeddings))
+            length = seq_len or min(2048, context_of(config) or 2048)
             tokens_NT = load_eval_text(
                 file, tokenizer, length, separator=cast("Literal['none', 'blank_line']", separator)
             )

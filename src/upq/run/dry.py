@@ -14,7 +14,8 @@ from upq.core.paths import local
 from upq.data.encoding import Encoder
 from upq.data.rows import FIRST, Document, Tally
 from upq.data.sources import read_documents, sources_of
-from upq.model.loading import embedding_rows, generation_config, library_errors
+from upq.model.library import library_errors
+from upq.model.loading import embedding_rows, generation_config
 from upq.run.recipe import Recipe
 from upq.text.generation import end_tokens
 from upq.text.tokenizer import check_ids, check_tokens

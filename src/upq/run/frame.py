@@ -33,6 +33,7 @@ from upq.exports import ensure_export
 from upq.files.tensors import load_tensors
 from upq.kernels import computing
 from upq.model.activations import Allocate, allocator
+from upq.model.coverage import coverage
 from upq.model.loading import embedding_rows, generation_config, load_config
 from upq.model.source import Source
 from upq.nn.packed import Codes
@@ -88,14 +89,16 @@ class Frame:
         store = state.solved
         assert store is not None
         self.progress.start("check")
+        source, reports = Source(self.model, dtype="auto"), dict(self._by_path(store.report))
         manifest = Manifest(
             recipe=self.recipe.model_dump(mode="json"),
             model=SourceModel(path=self.run.name, digest=self.run.model_digest),
             versions={p: version(p) for p in ("upq", "torch", "transformers")} | {"python": platform.python_version()},
             data=[*(asdict(use) for use in data.sources), {"digest": data.digest, "rows": len(data.tokens_NT)}],
             skipped_steps=list(state.skipped_steps),
+            coverage=coverage(source.empty()).text(self.recipe.bits),
         )
-        model = Source(self.model, dtype="auto").without_linears()
+        model = source.without_matrices()
         if not (self.model / "generation_config.json").is_file():  # which is copied; older models say it in config.json
             model.generation_config = generation_config(self.model)
         shutil.rmtree(self.staging, ignore_errors=True)  # of a run that was killed before its end
@@ -108,7 +111,8 @@ class Frame:
             source=self.model,
             embeddings_bits=self.recipe.embeddings.bits,
             extra_tensors={} if state.norms is None else load_tensors(state.norms)[0],
-            errors={path: figures["weight"] for path, figures in self._by_path(store.report)},
+            errors={path: figures["weight"] for path, figures in reports.items()},
+            unreached={path: figures["unreached"] for path, figures in reports.items() if "unreached" in figures},
         )
 
     def check(self, data: TokenSet, state: ModelState) -> Manifest:
@@ -160,7 +164,7 @@ class Frame:
             for q in qtensors.values():
                 weights = q.codes_OI.numel()
                 sizes.append((weights, weights * q.scheme.bits + 8 * q.scale_OG.nbytes))
-            return with_weights(model.block(index), qtensors)
+            return with_weights(model, index, qtensors)
 
         states = streamed(model, data.validation_tokens_NT, block=block, allocate=allocate)
         text = self._measured(states, original, data)
@@ -176,7 +180,7 @@ class Frame:
         """Module path and what `of_block` gives by the names of a block's linears, read one block at a time."""
         model = Source(self.model)
         for index in range(len(model)):
-            yield from ((f"{model.spec.blocks}.{index}.{name}", value) for name, value in of_block(index).items())
+            yield from ((model.path_of(index, name), value) for name, value in of_block(index).items())
 
 
 def export(exports: tuple[Plugin, ...], out: Path, progress: Progress) -> None:
@@ -195,10 +199,12 @@ def export(exports: tuple[Plugin, ...], out: Path, progress: Progress) -> None:
         raise UPQError(f"{out} is finished, but not its export {', '.join(failed)}; mend it and run the command again")
 
 
-def with_weights(block: nn.Module, qtensors: dict[str, QTensor]) -> nn.Module:
-    """The block itself, its linears holding what the codes say."""
-    for name, q in qtensors.items():
-        block.get_parameter(f"{name}.weight").data.copy_(q.dequantize())
+def with_weights(model: Source, index: int, qtensors: dict[str, QTensor]) -> nn.Module:
+    """Block `index`, its weights holding what the codes say."""
+    block = model.block(index)
+    for matrix in model.matrices(index):
+        if matrix.name in qtensors:
+            matrix.write(block, qtensors[matrix.name].dequantize())
     return block
 
 

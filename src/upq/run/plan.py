@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from upq.core.errors import UPQError
 from upq.core.memory import resident_bytes
 from upq.distill.optimizer import check as check_optimizer
+from upq.model.coverage import coverage
 from upq.model.sizes import Sizes, sizes_of
 from upq.model.source import Source
 from upq.run.recipe import Recipe
@@ -24,7 +25,6 @@ from upq.run.run import reading_of
 from upq.stages import Planned
 from upq.stages._need import check_need, data_need
 from upq.stages._sizes import Machine, Need, Speed
-from upq.stages.blockwise import Blockwise
 from upq.stages.distill import Distill
 
 __all__ = ["GPU_CONTEXT", "SCALES_ALONE", "Machine", "Plan", "Speed", "Stage", "check", "needs", "plan", "this_speed"]
@@ -39,9 +39,11 @@ _RESERVE = 0.1  # of the memory: as far as plans were off runs (docs/scale.md), 
 SCALES_ALONE = "distill.train_weights=false"
 
 
-def check(config: PretrainedConfig, recipe: Recipe, name: str) -> None:
+def check(config: PretrainedConfig, recipe: Recipe, name: str, *, allow_partial: bool = False) -> None:
     """Every error of model and recipe that shows without data. Raises UPQError."""
-    check_run(config, recipe, Source.without_files(config), name)
+    model = Source.without_files(config)
+    check_run(config, recipe, model, name)
+    coverage(model.empty()).check(name, allow_partial=allow_partial)
 
 
 def needs(sizes: Sizes, recipe: Recipe, machine: Machine) -> dict[str, Need]:
@@ -55,7 +57,7 @@ def needs(sizes: Sizes, recipe: Recipe, machine: Machine) -> dict[str, Need]:
         latents = any(later.demands(data).start == "latents" for _, later in stages[at + 1 :])
         planned = Planned(reading, recipe.memory, "latents" if latents else "codes", scheme)
         found |= stage.need(name, sizes, machine, planned)
-        if isinstance(stage, Blockwise):
+        if stage.solves:
             scheme, solved = stage.scheme(), solved + 1
     assert scheme is not None
     found["check"] = check_need(
@@ -94,6 +96,7 @@ class Plan:
     settings: tuple[str, ...]
     fits: bool
     stages: tuple[Stage, ...]
+    coverage: str  # what becomes codes, and why the rest does not
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +169,8 @@ def plan(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> Plan:
     )
     fits = all(stage.memory <= machine.memory for stage in stages)
     chosen = tuple(setting for saving in kept for setting in saving.settings)
-    return Plan(sizes.all, sizes.coded, machine, chosen, fits, stages)
+    said = coverage(Source.without_files(config).empty()).text(recipe.bits)
+    return Plan(sizes.all, sizes.coded, machine, chosen, fits, stages, said)
 
 
 def _held(need: Need, program: int, spare: float) -> int:

@@ -88,6 +88,11 @@ class Recipe(Header):
         """As YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
+    @property
+    def bits(self) -> int:
+        """Of the codes that a run leaves."""
+        return [scheme.bits for stage in self.stages.values() if (scheme := stage.scheme())][-1]
+
     def settings(self) -> dict[str, Any]:
         """What the artefact depends on, by dotted key: all but the free settings."""
         return flat(stages_at_top({**fixed(self), "stages": {n: s.settings() for n, s in self.stages.items()}}))

@@ -30,7 +30,8 @@ from upq.data.tokens import TokenSet
 from upq.exports import exporter
 from upq.files.digests import model_digests
 from upq.files.lock import lock
-from upq.model.loading import family, load_config, load_tokenizer
+from upq.model.coverage import coverage
+from upq.model.loading import context_of, load_config, load_tokenizer
 from upq.model.source import Source
 from upq.run.directory import LOCK, CpuType, Keep, Place, RunDirectory, sweep
 from upq.run.dry import check_text
@@ -51,6 +52,7 @@ def quantize(
     keep_work: bool = False,
     redo: bool = False,
     work: str | Path | None = None,
+    allow_partial: bool = False,
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> Manifest:
@@ -58,7 +60,9 @@ def quantize(
 
     Stages whose settings and predecessors are as before are kept. Where others would be thrown away, UPQError says
     which and what they cost; `redo` agrees. Runs that share `work` keep their stages there, each under its digest, and
-    take one another's. Under torchrun all processes take part in every stage; the rest is the first one's.
+    take one another's. `allow_partial`: less than 90 % of the decoder's weights may become codes.
+
+    Under torchrun all processes take part in every stage; the rest is the first one's.
 
     Raises UPQError, with nothing changed, where `out` holds something else: another model, recipe or data, or where
     another process is at work in it. `stop` ends a training after a step, its state saved, by raising Stopped.
@@ -77,8 +81,10 @@ def quantize(
     reading = reading_of(recipe)
     with ExitStack() as held:
         with state.main_process_first():  # the others then find the directory as it has left it
-            config, tokenizer = load_config(path), load_tokenizer(path)
-            check(config, recipe, Source(path), name)
+            config, tokenizer, source = load_config(path), load_tokenizer(path), Source(path)
+            check(config, recipe, source, name)
+            covered = coverage(source.empty())
+            covered.check(name, allow_partial=allow_partial)
             # Data sets of the hub cost seconds. Where rows come first, what is wrong with them shows at once anyway.
             hub = not next(iter(recipe.stages.values())).demands(recipe.data).rows
             check_text(path, config, tokenizer, recipe, name, hub=hub)
@@ -91,7 +97,8 @@ def quantize(
                         shutil.rmtree(directory.work, ignore_errors=True)
                     export(recipe.export, directory.out, progress)
                 return read_manifest(directory.out)
-        progress.plan(costs(recipe, reading, int(config.num_hidden_layers)))
+        progress.plan(costs(recipe, reading, len(source)))
+        progress.note(covered.text(recipe.bits))
         frame = Frame(directory, path, tokenizer, device, reading, progress)
         run = _Run(frame, state, processes, stop or Stop())
         solved = run.stages()
@@ -186,11 +193,10 @@ class _Run:
 
 def check(config: PretrainedConfig, recipe: Recipe, model: Source, name: str) -> None:
     """Every fault of model and recipe that shows without data, so that a typo shows before hours of work."""
-    family(config)
     if getattr(config, "quantization_config", None) is not None:
         raise UPQError(f"{name}: already quantised; give the original FP16, BF16 or FP32 model")
-    seq_len, limit = recipe.data.seq_len, getattr(config, "max_position_embeddings", recipe.data.seq_len)
-    if seq_len > limit:
+    seq_len, limit = recipe.data.seq_len, context_of(config)
+    if limit is not None and seq_len > limit:
         raise UPQError(f"data.seq_len={seq_len} is more than the model's {limit}; lower it")
     codes_alone = ""  # the stage that has left no weights to train
     for stage_name, stage in recipe.stages.items():

@@ -27,7 +27,7 @@ from upq.core.signals import Stop
 from upq.data.config import Data, TextSource
 from upq.data.tokens import TokenSet
 from upq.model.activations import Allocate, allocator
-from upq.model.loading import load_config
+from upq.model.loading import load_config, text_config
 from upq.model.source import Source
 from upq.stages._sizes import Machine, Need, Saving, Sizes
 
@@ -152,7 +152,7 @@ class Job:
 
     def settled(self, precision: Precision) -> Precision:
         """bf16 or fp32 for `auto`: a stage ends in the type that it began with, on whatever CPU."""
-        width, device = load_config(self.model).hidden_size, torch.device(self.device)
+        width, device = text_config(load_config(self.model)).hidden_size, torch.device(self.device)
         return "bf16" if computes_in_bf16(precision, device, width, self.cpu_dtype) else "fp32"
 
     def activations(self) -> AbstractContextManager[Allocate]:
@@ -188,6 +188,10 @@ class Stage(Strict):
     savings: ClassVar[tuple[Saving, ...]] = ()  # own settings that save memory
     solves: ClassVar[bool] = False  # it leaves blocks as codes
     trains: ClassVar[bool] = False  # it starts from solved blocks
+
+    def scheme(self) -> QuantScheme | None:
+        """Of the codes that it leaves; None for a stage that solves no blocks."""
+        return None
 
     def check(self, name: str, model: Source, data: Data) -> None:
         """Raises UPQError for every fault that shows without data. `name` is that of the stage in its recipe."""

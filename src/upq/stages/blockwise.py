@@ -43,8 +43,9 @@ class Blockwise(Stage):
 
     def check(self, name: str, model: Source, data: Data) -> None:
         self.solver()
-        for linear in model.spec.linears:
-            self.scheme().groups(model.in_features(linear))
+        for index in range(len(model)):
+            for matrix in model.matrices(index):
+                self.scheme().groups(matrix.inputs)
 
     def demands(self, data: Data) -> Demands:
         return Demands(rows=self.samples, start="codes")

@@ -21,7 +21,8 @@ from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher, write_c
 from upq.distill.trainer import distill, settled, skipped_steps, steps
 from upq.files.tensors import load_tensors, save_tensors
 from upq.losses import LOSSES
-from upq.model.loading import check_finite, family, load_model
+from upq.model.layout import block_list, layout_of
+from upq.model.loading import check_finite, load_model
 from upq.model.source import Source
 from upq.nn.trained import full_tensor
 from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, Start, register
@@ -149,11 +150,11 @@ class Distill(Settings, Stage):
         if cache.rows_done() == len(cache.rows):
             return
         model = job.source()
-        vocabulary = model.config.vocab_size
+        vocabulary = model.text.vocab_size
         size = cache.bytes(self.teacher_top_k, vocabulary, job.reading.seq_len)
         kept = f"the {min(self.teacher_top_k, vocabulary)} likeliest of {vocabulary} tokens"
         job.progress.note(f"teacher: {kept} at each position of {len(cache.rows)} rows, {size / 1e6:,.2f} MB on disk")
-        write_cache(cache, StreamedTeacher(model, *model.norm_and_head()), data.tokens_NT, self, progress=job.progress)
+        write_cache(cache, StreamedTeacher.of(model), data.tokens_NT, self, progress=job.progress)
 
     def _models(self, job: Job, solved: BlockStore) -> tuple[PreTrainedModel, PreTrainedModel | StreamedTeacher]:
         """Student and teacher before the training: whole, or with no more in memory than stays there."""
@@ -175,5 +176,5 @@ class Distill(Settings, Stage):
 
 def _by_path(model: PreTrainedModel, of_block: Callable[[int], Mapping[str, T]]) -> dict[str, T]:
     """By module path what `of_block` gives by the names of a block's linears."""
-    prefix, blocks = family(model.config).blocks, range(model.config.num_hidden_layers)
+    prefix, blocks = layout_of(model).blocks, range(len(block_list(model)))
     return {f"{prefix}.{i}.{name}": value for i in blocks for name, value in of_block(i).items()}

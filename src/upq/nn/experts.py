@@ -1,0 +1,90 @@
+"""The weights of experts on a grid: one tall matrix (E·O, I), of which an expert's rows multiply.
+
+They take the place of an expert module's parameter; the module's own forward loops over the experts.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from upq import kernels
+from upq.core.scheme import QTensor, QuantScheme
+from upq.model.experts import PerExpert
+from upq.model.matrices import Matrix
+from upq.nn.packed import Packed
+from upq.nn.trained import TrainedLinear, product
+
+
+class TrainedExperts(PerExpert, nn.Module):
+    """Weights that learn. `layer` is what a linear of E·O outputs would train from.
+
+    Law (tests/test_experts.py): output and gradients are those of the quantised tensor in the module's own forward.
+    """
+
+    def __init__(self, layer: TrainedLinear, matrix: Matrix) -> None:
+        super().__init__()
+        self.layer, self.experts, self.shape = layer, matrix.experts, matrix.parameter_shape
+        self._split: tuple[object, dict[str, tuple[Tensor, ...]]] | None = None
+
+    def product(self, expert: int, x: Tensor) -> Tensor:
+        outputs = self.layer.shape[0] // self.experts
+        rows = slice(expert * outputs, (expert + 1) * outputs)
+        learned = {name: parts[expert] for name, parts in self._parts().items()}
+        return product(x, None, partial(self.layer._weight, rows=rows), learned)
+
+    def _parts(self) -> dict[str, tuple[Tensor, ...]]:
+        """What learns, cut by expert. Once for all experts of a pass: a slice each would have a gradient as tall as
+        the whole matrix."""
+        learned = self.layer._learned()
+        key = (torch.is_grad_enabled(), *((t.data_ptr(), t._version) for t in learned.values()))
+        if self._split is None or self._split[0] != key:
+            self._split = key, {name: tensor.chunk(self.experts) for name, tensor in learned.items()}
+        return self._split[1]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_split": None}
+
+
+class PackedExperts(Packed, PerExpert):
+    """Weights that multiply from codes, an expert's rows at a time.
+
+    Law (tests/test_experts.py): through the reference kernels, the output equals that of the TrainedExperts the codes
+    came from, bit for bit.
+    """
+
+    def __init__(self, matrix: Matrix, scheme: QuantScheme) -> None:
+        super().__init__(matrix.rows, matrix.inputs, scheme)
+        self.matrix, self.shape = matrix, matrix.parameter_shape
+        self._made_of: tuple[object, ...] = ()
+        self._of_expert: dict[int, kernels.Weight] = {}
+
+    @classmethod
+    def from_qtensor(cls, q: QTensor, matrix: Matrix) -> PackedExperts:
+        with torch.device("meta"):
+            layer = cls(matrix, q.scheme)
+        return layer._fill(q)
+
+    def product(self, expert: int, x: Tensor) -> Tensor:
+        return kernels.linear(x, self._weight_of(expert))
+
+    def _weight_of(self, expert: int) -> kernels.Weight:
+        """Of one expert. Made when first asked for, and again when a buffer has changed."""
+        rows = slice(expert * self.matrix.outputs, (expert + 1) * self.matrix.outputs)
+        whole = (self.weight_packed, self.weight_scale, self.zero)
+        key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in whole if isinstance(t, Tensor))
+        if self._made_of != key:
+            self._made_of, self._of_expert = key, {}
+        if expert not in self._of_expert:
+            packed_OB, scale_OG, zero = (t[rows] if isinstance(t, Tensor) else t for t in whole)
+            assert isinstance(packed_OB, Tensor)
+            assert isinstance(scale_OG, Tensor)
+            self._of_expert[expert] = kernels.Weight(
+                packed_OB, scale_OG, zero, bits=self.scheme.bits, in_features=self.matrix.inputs
+            )
+        return self._of_expert[expert]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_weight": None, "_made_of": (), "_of_expert": {}}

@@ -1,0 +1,76 @@
+"""From end to end on tiny models of every family: quantised, trained, packed, loaded as a user would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import upq
+from tiny import CHAT, byte_tokenizer
+from upq import kernels
+from upq.artifact.manifest import read_manifest
+from upq.model.loading import auto_class, load_config
+from zoo import CORE, MODELS, WRAPPERS, random_model
+
+SETTINGS = {
+    "data.seq_len": 32,
+    "data.validation": 4,
+    "data.generated": None,
+    "int2.samples": 4,
+    "distill.tokens": 20 * 2 * 32,
+    "distill.batch_size": 2,
+    "distill.micro_batch_size": 2,
+}
+METHODS = {
+    "rtn": {"int2.method": {"name": "rtn"}},
+    "block_ap": {"int2.method": {"name": "block_ap", "iterations": 3, "batch_size": 2}},
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The cat sat on the mat and looked at the dog. " * 400)
+    return str(path)
+
+
+def saved(name: str, path: Path) -> Path:
+    random_model(name).save_pretrained(path)
+    byte_tokenizer(bos="<s>", eos="</s>", chat_template=CHAT).save_pretrained(path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", [*MODELS, *WRAPPERS])
+def test_a_model_of_any_family(name: str, method: str, text: str, tmp_path: Path) -> None:
+    if method == "rtn" and name not in CORE:
+        pytest.skip("the second method is tried on a family of each kind")
+    check(name, {**SETTINGS, **METHODS[method]}, text, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_5_text", "gemma3"])
+def test_experts_hybrids_and_towers(name: str, text: str, tmp_path: Path) -> None:
+    """One of each kind in every test run, with a shorter training."""
+    check(name, {**SETTINGS, **METHODS["rtn"], "distill.tokens": 2 * 2 * 32}, text, tmp_path)
+
+
+def check(name: str, settings: dict[str, Any], text: str, tmp_path: Path) -> None:
+    """The artefact loads by plain `from_pretrained`, in the source's own class, and computes what its codes say."""
+    source, out = saved(name, tmp_path / "source"), tmp_path / "out"
+    manifest = upq.quantize(source, out, data=text, progress=None, allow_partial=True, **settings)
+    assert manifest.coverage.endswith(read_manifest(out).coverage[-20:])
+    model = auto_class(load_config(out)).from_pretrained(out)
+    assert type(model) is type(random_model(name))
+    ids = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), kernels.computing("reference"):
+        packed, dense = model(input_ids=ids).logits, upq.load(out, dequantize=True)(input_ids=ids).logits
+    assert torch.equal(packed, dense)
+    with torch.no_grad():
+        compiled = model(input_ids=ids).logits
+    assert torch.allclose(compiled, packed, atol=0.1)
+    assert not torch.equal(compiled, packed)  # the kernels of the processor were at work
+    assert model.generate(input_ids=ids[:1], max_new_tokens=3, do_sample=False).shape[1] > 9
