@@ -6,7 +6,6 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -272,9 +271,9 @@ def test_an_unknown_format_lists_the_known_ones() -> None:
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
 def test_a_graph_of_another_block_is_refused(make: Make, name: str) -> None:
     source = Source.open(make())
-    other = replace(source, spec=replace(source.spec, compiled_decoding=False))
-    with pytest.raises(UPQError, match="the graph has Llama's block only, and llama has another"):
-        EXPORTS.get(name)(EXPORTS.get(name).Config()).plan(other)
+    source.config.model_type = "gemma3_text"
+    with pytest.raises(UPQError, match="the graph has Llama's block only, and gemma3_text has another"):
+        EXPORTS.get(name)(EXPORTS.get(name).Config()).plan(source)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
