@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 ENGINES := .venv-engines
 
-.PHONY: demo test test-slow soak test-engines check bench sanitize cross fuzz clean
+.PHONY: demo test test-slow zoo soak test-engines check bench sanitize cross fuzz clean
 
 demo: $(VENV)/.installed
 	$(BIN)/upq demo
@@ -14,11 +14,15 @@ demo: $(VENV)/.installed
 PYTEST := -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
 
 test: $(VENV)/.installed
-	$(BIN)/python $(PYTEST) -m "not gpu and not soak and not slow"
+	$(BIN)/python $(PYTEST) -m "not gpu and not soak and not slow and not zoo"
 
 # What CI runs in addition.
 test-slow: $(VENV)/.installed
-	$(BIN)/python $(PYTEST) -m "slow and not gpu and not soak"
+	$(BIN)/python $(PYTEST) -m "slow and not gpu and not soak and not zoo"
+
+# Whole runs of tiny models of every family: a quarter of an hour.
+zoo: $(VENV)/.installed
+	$(BIN)/python $(PYTEST) -m "zoo and not gpu" tests/test_models.py tests/test_walker.py
 
 # Killed at random moments, over and over.
 soak: $(VENV)/.installed

@@ -13,7 +13,7 @@ from tiny import CHAT, byte_tokenizer
 from upq import kernels
 from upq.artifact.manifest import read_manifest
 from upq.model.loading import auto_class, load_config
-from zoo import CORE, MODELS, WRAPPERS, random_model
+from zoo import MODELS, WRAPPERS, by_speed, random_model
 
 SETTINGS = {
     "data.seq_len": 32,
@@ -44,12 +44,15 @@ def saved(name: str, path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", by_speed([*MODELS, *WRAPPERS]))
+def test_a_model_of_any_family(name: str, text: str, tmp_path: Path) -> None:
+    check(name, {**SETTINGS, **METHODS["block_ap"]}, text, tmp_path)
+
+
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", [*MODELS, *WRAPPERS])
-def test_a_model_of_any_family(name: str, method: str, text: str, tmp_path: Path) -> None:
-    if method == "rtn" and name not in CORE:
-        pytest.skip("the second method is tried on a family of each kind")
-    check(name, {**SETTINGS, **METHODS[method]}, text, tmp_path)
+def test_a_model_of_any_family_rounded_to_the_nearest(name: str, text: str, tmp_path: Path) -> None:
+    check(name, {**SETTINGS, **METHODS["rtn"]}, text, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_5_text", "gemma3"])

@@ -143,7 +143,7 @@ MODELS = (
     *("mamba", "mamba2", "falcon_mamba", "falcon_h1", "zamba2", "nemotron_h", "recurrent_gemma", "mimo_v2_flash"),
 )
 
-# Of each kind one: what every test run sees. The rest is CI's.
+# Of each kind one: what CI sees. The rest is `make zoo`.
 CORE = {
     *("llama", "gemma3_text", "gemma4_text", "phi3", "olmo2", "granite", "gpt2"),
     *("qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v3"),
@@ -152,8 +152,8 @@ CORE = {
 
 
 def by_speed(names: Iterable[str]) -> list[Any]:
-    """As parameters of a test: those that are not in the core are slow."""
-    return [name if name in CORE else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    """As parameters of a test: those that are not in the core are the zoo's."""
+    return [name if name in CORE else pytest.param(name, marks=pytest.mark.zoo) for name in names]
 
 
 def tiny_config(name: str, **overrides: Any) -> PreTrainedConfig:
