@@ -83,13 +83,13 @@ def solve(
 
 
 class Poisoned(Source):
-    """One hidden state of the last process is no number."""
+    """One embedding of the last process is no number."""
 
-    def inputs(self, ids_BT: Tensor, hidden_BTH: Tensor | None = None) -> dict[str, Tensor]:
-        inputs = super().inputs(ids_BT, hidden_BTH)
-        if hidden_BTH is None and torch.distributed.get_rank() == 1:
-            inputs["inputs_embeds"][0, 3] = torch.nan
-        return inputs
+    def _rows(self, name: str, rows: Tensor) -> Tensor:
+        found = super()._rows(name, rows)
+        if torch.distributed.get_rank() == 1:
+            found[0] = torch.nan
+        return found
 
 
 class Full(BlockStore):

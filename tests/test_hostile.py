@@ -388,7 +388,7 @@ def test_code_beside_a_model_is_not_run(valid: list[Path], tmp_path: Path) -> No
         else:
             Artifact.open(model)
         changed(model, "config.json", lambda raw: raw.update(model_type="evil"))
-        refusal(lambda model=model: upq.load(model), "family 'evil' is not supported")
+        refusal(lambda model=model: upq.load(model), "knows no model_type 'evil'; its own code \(auto_map\) is not run")
     assert not marker.exists()
 
 

@@ -15,6 +15,7 @@ from tiny import byte_tokenizer, tiny_model
 from upq.core.errors import UPQError
 from upq.model.loading import load_model, load_tokenizer
 from upq.model.source import Source
+from upq.model.walker import Replay
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 123456789\n"
 
@@ -136,4 +137,4 @@ def test_a_tied_model_may_have_its_one_copy_under_either_name(kept: str, tmp_pat
         assert torch.equal(model.model.embed_tokens.weight, weight)
         assert model.lm_head.weight is model.model.embed_tokens.weight
     ids = torch.tensor([[1, 5, 200]])
-    assert torch.equal(Source(tmp_path).inputs(ids)["inputs_embeds"], weight[ids])
+    assert torch.equal(Replay(Source(tmp_path)).call(0, ids).hidden_BTH, weight[ids])

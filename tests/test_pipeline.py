@@ -355,7 +355,7 @@ def test_a_cached_teacher_killed_and_resumed_is_never_killed(model, text, tmp_pa
     quantize(model, recipe, tmp_path / "whole", progress=seen)
     assert seen.units["distill.teacher"] == seen.planned["distill.teacher"] == 32
     # 8 tokens of 2 + 2 bytes and the rest in 4, at 31 positions of 32 rows
-    assert seen.text == ["teacher: the 8 likeliest of 300 tokens at each position of 32 rows, 0.04 MB on disk"]
+    assert seen.text[1:] == ["teacher: the 8 likeliest of 300 tokens at each position of 32 rows, 0.04 MB on disk"]
 
     def stops(module, count):
         original, left = module.save_tensors, [count]

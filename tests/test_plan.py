@@ -461,10 +461,10 @@ def test_bad_input_is_one_line(
 
 
 def test_a_family_that_is_not_known_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt7"}')
     code, _, errors = run(monkeypatch, capsys, tmp_path)
     assert code == 2
-    assert "model family 'gpt2' is not supported" in errors
+    assert "knows no model_type 'gpt7'" in errors
 
 
 def test_a_stage_in_bf16_has_the_time_of_bf16() -> None:

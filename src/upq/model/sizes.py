@@ -187,7 +187,7 @@ def _probe(source: Source, at: int, *, bf16: bool) -> tuple[Probe, tuple[int, ..
     """
     model, reached = source.empty(), _reached(source.text)
     block, dtype = block_list(model, source.layout)[at], torch.bfloat16 if bf16 else torch.float32
-    products, inputs = 0, dict[int, int]()
+    products, inputs = 0, dict[str, tuple[int, int]]()
     for matrix in source.matrices(at):
         times = min(reached, matrix.experts) if matrix.experts else 1
         products += 2 * matrix.outputs * matrix.inputs * times
@@ -212,7 +212,7 @@ def _probe(source: Source, at: int, *, bf16: bool) -> tuple[Probe, tuple[int, ..
     )
     linear_flops = flops / short - flops_square * short + products
     found = Probe(kept / short - kept_square * short, kept_square, linear_flops, flops_square, cache)
-    groups = (*inputs.values(), *(m.inputs for m in source.matrices(at) if m.experts))
+    groups = (*dict(inputs.values()).values(), *(m.inputs for m in source.matrices(at) if m.experts))
     return found, groups
 
 
@@ -239,13 +239,13 @@ def _make_real(model: PreTrainedModel, source: Source, block: nn.Module) -> None
 class _Unmultiplied(nn.Module):
     """Keeps for the backward pass what a TrainedLinear keeps, and gives zeros of its output's shape and type."""
 
-    def __init__(self, matrix: Matrix, dtype: torch.dtype, inputs: dict[int, int]) -> None:
-        """`inputs` gets I by the memory of the tensor that is read."""
+    def __init__(self, matrix: Matrix, dtype: torch.dtype, inputs: dict[str, tuple[int, int]]) -> None:
+        """`inputs` gets by name the memory of the tensor that is read first, which the backward pass holds, and I."""
         super().__init__()
         self._matrix, self._dtype, self._inputs = matrix, dtype, inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        self._inputs.setdefault(x.data_ptr(), self._matrix.inputs)
+        self._inputs.setdefault(self._matrix.name, (x.data_ptr(), self._matrix.inputs))
         y: Tensor = _Keep.apply(x, self._matrix.outputs, self._dtype)  # type: ignore[no-untyped-call]
         return y
 
