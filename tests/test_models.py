@@ -80,6 +80,6 @@ def check(name: str, settings: dict[str, Any], text: str, tmp_path: Path) -> Non
     assert torch.equal(packed, dense)
     with torch.no_grad():
         compiled = model(input_ids=ids).logits
-    assert torch.allclose(compiled, packed, atol=0.1)
+    assert (compiled - packed).norm() < 0.3 * packed.norm()  # inputs in int8, of random models
     assert not torch.equal(compiled, packed)  # the kernels of the processor were at work
     assert model.generate(input_ids=ids[:1], max_new_tokens=3, do_sample=False).shape[1] > 9
