@@ -234,9 +234,11 @@ def _swap(model: PreTrainedModel, config: UpqConfig, given: Callable[[str], QTen
         embedding = model.get_submodule(layout.embedding)
         assert isinstance(embedding, PackedEmbedding)
         model.set_submodule(layout.head, TiedHead(embedding).train(embedding.training))
-        # TiedHead ties by itself; transformers would look for parameters called `weight`.
-        model._tied_weights_keys = cast(Any, None)
-        model.all_tied_weights_keys = {}
+        # TiedHead ties by itself; transformers would look for parameters called `weight`. What blocks share stays tied.
+        name, named = f"{layout.head}.weight", model._tied_weights_keys
+        others = {k: v for k, v in named.items() if k != name} if isinstance(named, dict) else {}
+        model._tied_weights_keys = cast(Any, others or None)
+        model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k != name}
 
 
 def _guard(model: PreTrainedModel, config: UpqConfig) -> str:

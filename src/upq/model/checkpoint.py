@@ -29,12 +29,13 @@ from upq.model.library import library_errors
 class _Part:
     """What the files hold of one or more tensors of the model."""
 
+    first: str  # the model's name under which a converter finds all of them
     converter: Any = None  # None: the file's tensor is the model's
     sources: list[tuple[str, str]] = field(default_factory=list)  # pattern of the converter, name in the files
 
 
 class Checkpoint:
-    """Law (tests/test_checkpoint.py): its tensors are those of the model that transformers loads, bit for bit."""
+    """Law (tests/test_walker.py): its tensors are those of the model that transformers loads, bit for bit."""
 
     def __init__(self, path: Path, files: Mapping[str, Path], model: PreTrainedModel) -> None:
         """`model` may be without memory. Nothing but the headers of the files is read."""
@@ -76,7 +77,7 @@ class Checkpoint:
             for pattern, source in part.sources:
                 converter.add_tensor(name, source, pattern, self._raw(source))
             with library_errors(f"{self.path}: cannot make {name} of {part.sources[0][1]}"):
-                tensor = _only(self._convert(converter, self._first(part))[name])
+                tensor = _only(self._convert(converter, part.first)[name])
             tensor = tensor if rows is None else tensor[rows]
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UPQError(f"{self.path}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
@@ -118,7 +119,7 @@ class Checkpoint:
             if renamed not in state and name in state:
                 renamed, pattern = rename_source_key(name, [], [], prefix, state)
             if renamed in state:
-                part = parts.setdefault(renamed, _Part())
+                part = parts.setdefault(renamed, _Part(renamed))
                 part.converter = None if pattern is None else of_pattern[pattern]
                 part.sources.append((pattern or name, name))
         return parts
@@ -141,9 +142,6 @@ class Checkpoint:
     def _convert(self, converter: Any, first: str) -> dict[str, Any]:
         made: dict[str, Any] = converter.convert(first, model=self._model, config=self._model.config)
         return made
-
-    def _first(self, part: _Part) -> str:
-        return next(name for name, other in self._parts.items() if other is part)
 
 
 def _only(made: Any) -> Tensor:

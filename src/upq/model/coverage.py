@@ -68,7 +68,11 @@ def coverage(model: PreTrainedModel) -> Coverage:
                 coded += matrix.rows * matrix.inputs
     kept, in_blocks, in_model = 0, 0, 0
     left, of_blocks = Counter[str](), Counter[str]()
+    tied, counted = model.all_tied_weights_keys, set[str]()
     for name, parameter in model.named_parameters():
+        if (once := tied.get(name, name)) in counted:  # without memory, what is tied is there twice
+            continue
+        counted.add(once)
         inside = name.startswith(f"{layout.blocks}.")
         in_model += parameter.numel()
         in_blocks += parameter.numel() if inside else 0

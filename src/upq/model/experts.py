@@ -9,12 +9,15 @@ Shape suffixes: E experts, n tokens of an expert, O out, I in.
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from upq.core.errors import UPQError
 
 Product = Callable[[int, Tensor], Tensor]  # expert, x (n, I) -> y (n, O)
 
@@ -24,20 +27,17 @@ class PerExpert:
 
     shape: torch.Size | tuple[int, ...]  # of the tensor
 
+    @abstractmethod
     def product(self, expert: int, x: Tensor) -> Tensor:
         """`x · Wᵀ` for one expert's W (O, I) and its tokens x (n, I)."""
-        raise NotImplementedError
 
     def __getitem__(self, expert: Any) -> _Expert:
         return _Expert(int(expert), self.product)
 
-    def size(self, dim: int) -> int:
-        return self.shape[dim]
-
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function not in (torch.bmm, Tensor.bmm) or kwargs or not isinstance(args[1], PerExpert):
-            raise NotImplementedError(f"{function} of packed experts")
+            raise _unknown(function)
         x_EnI, experts = args
         return torch.stack([experts.product(e, x_nI) for e, x_nI in enumerate(x_EnI)])
 
@@ -57,11 +57,19 @@ class _Expert:
         elif function in (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm) and not kwargs:
             (x, expert), bias = args, None
         else:
-            raise NotImplementedError(f"{function} of an expert's weight")
+            raise _unknown(function)
         if not isinstance(expert, _Expert):
-            raise NotImplementedError(f"{function} with an expert's weight on the left")
+            raise _unknown(function)
         y = expert._product(expert._expert, x)
         return y if bias is None else y + bias
+
+
+def _unknown(function: Any) -> UPQError:
+    name = getattr(function, "__name__", function)
+    return UPQError(
+        f"the model's experts are computed by {name}, and UPQ knows products with one expert at a time (linear, "
+        "matmul) or with all (bmm); this class cannot be quantised yet"
+    )
 
 
 def stand_in(experts: nn.Module, leaf: str, weight: Any) -> None:

@@ -17,7 +17,7 @@ from upq.model.layout import Layout, layout_of
 class Head:
     """What a causal LM makes of its decoder's output, by its own forward: the decoder is left out of it.
 
-    Law (tests/test_layout.py): of the decoder's last hidden states it gives the model's logits, bit for bit.
+    Law (tests/test_walker.py): of the decoder's last hidden states it gives the model's logits, bit for bit.
     """
 
     def __init__(self, model: PreTrainedModel, layout: Layout | None = None) -> None:

@@ -40,7 +40,7 @@ class Source:
         check_sizes(path, config, files.values())
         check_types(path, config, files.values())
         self._lay_out(path, config, device, torch.float32 if dtype == "auto" else dtype)
-        self._checkpoint = Checkpoint(path, files, self._empty)
+        self._checkpoint = Checkpoint(path, files, self.outline)
         if dtype == "auto":
             self.dtype = config.dtype if isinstance(config.dtype, torch.dtype) else self._checkpoint.dtype()
 
@@ -49,7 +49,7 @@ class Source:
         """The layout of a model whose checkpoint need not be there: none of its tensors can be read."""
         source = cls.__new__(cls)
         source._lay_out(Path(config.name_or_path or ""), config, "cpu", torch.float32)
-        source._checkpoint = Checkpoint(source.path, {}, source._empty)
+        source._checkpoint = Checkpoint(source.path, {}, source.outline)
         return source
 
     def _lay_out(self, path: Path, config: PretrainedConfig, device: str, dtype: torch.dtype) -> None:
@@ -58,10 +58,10 @@ class Source:
         self.device = torch.device(device)
         self.dtype = dtype
         self.config = config
-        self._empty: PreTrainedModel = self.empty()
-        self.layout: Layout = layout_of(self._empty)
-        self._blocks = list(block_list(self._empty, self.layout))
-        shared = shared_weights(self._empty)
+        self.outline: PreTrainedModel = self.empty()  # to be looked at, not to be changed
+        self.layout: Layout = layout_of(self.outline)
+        self._blocks = list(block_list(self.outline, self.layout))
+        shared = shared_weights(self.outline)
         self._matrices = [
             tuple(m for m in matrices(block) if self._at(index, m.parameter) not in shared)
             for index, block in enumerate(self._blocks)
@@ -158,7 +158,7 @@ class Source:
 
     def _is_table(self, module: nn.Module) -> bool:
         """The embedding, and every other that has as many rows: of a token's inputs to each block, for one."""
-        embedding = self._empty.get_submodule(self.layout.embedding)
+        embedding = self.outline.get_submodule(self.layout.embedding)
         assert isinstance(embedding, nn.Embedding)
         return isinstance(module, nn.Embedding) and module.num_embeddings >= embedding.num_embeddings
 
@@ -202,7 +202,7 @@ class Source:
     @cached_property
     def _kept(self) -> tuple[re.Pattern[str], ...]:
         """What names of tensors in float32 match, whatever the type of the model (`_keep_in_fp32_modules`)."""
-        plan = self._empty._get_dtype_plan(self.dtype)
+        plan = self.outline._get_dtype_plan(self.dtype)
         return (build_glob_alternation(list(plan))[0],) if plan else ()
 
 

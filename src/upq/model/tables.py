@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from upq.core.errors import UPQError
+
 Mode = Literal["rows", "nan", "zeros"]  # what a look-up gives: the rows, or a stand-in where only the shape counts
 
 
@@ -39,7 +41,8 @@ class Table:
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is not F.embedding:
-            raise NotImplementedError(f"{function} of a table of embeddings")
+            name = getattr(function, "__name__", function)
+            raise UPQError(f"the model reads its embedding by {name}, and UPQ knows look-ups alone")
         ids = args[0] if args else kwargs["input"]
         table = args[1] if len(args) > 1 else kwargs["weight"]
         return table.look_up(ids)

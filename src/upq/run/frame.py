@@ -96,7 +96,7 @@ class Frame:
             versions={p: version(p) for p in ("upq", "torch", "transformers")} | {"python": platform.python_version()},
             data=[*(asdict(use) for use in data.sources), {"digest": data.digest, "rows": len(data.tokens_NT)}],
             skipped_steps=list(state.skipped_steps),
-            coverage=coverage(source.empty()).text(self.recipe.bits),
+            coverage=coverage(source.outline).text(self.recipe.bits),
         )
         model = source.without_matrices()
         if not (self.model / "generation_config.json").is_file():  # which is copied; older models say it in config.json

@@ -43,7 +43,7 @@ def check(config: PretrainedConfig, recipe: Recipe, name: str, *, allow_partial:
     """Every error of model and recipe that shows without data. Raises UPQError."""
     model = Source.without_files(config)
     check_run(config, recipe, model, name)
-    coverage(model.empty()).check(name, allow_partial=allow_partial)
+    coverage(model.outline).check(name, allow_partial=allow_partial)
 
 
 def needs(sizes: Sizes, recipe: Recipe, machine: Machine) -> dict[str, Need]:
@@ -169,7 +169,7 @@ def plan(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> Plan:
     )
     fits = all(stage.memory <= machine.memory for stage in stages)
     chosen = tuple(setting for saving in kept for setting in saving.settings)
-    said = coverage(Source.without_files(config).empty()).text(recipe.bits)
+    said = coverage(Source.without_files(config).outline).text(recipe.bits)
     return Plan(sizes.all, sizes.coded, machine, chosen, fits, stages, said)
 
 

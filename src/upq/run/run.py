@@ -83,7 +83,7 @@ def quantize(
         with state.main_process_first():  # the others then find the directory as it has left it
             config, tokenizer, source = load_config(path), load_tokenizer(path), Source(path)
             check(config, recipe, source, name)
-            covered = coverage(source.empty())
+            covered = coverage(source.outline)
             covered.check(name, allow_partial=allow_partial)
             # Data sets of the hub cost seconds. Where rows come first, what is wrong with them shows at once anyway.
             hub = not next(iter(recipe.stages.values())).demands(recipe.data).rows
