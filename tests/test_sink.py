@@ -94,29 +94,36 @@ class TestTokens:
 
     def test_those_far_above_the_geometric_mean_are_massive(self) -> None:
         states_NTH = self.states()
-        tokens = tokens_of(states_NTH, ALONE)
+        tokens = tokens_of(states_NTH, 0.1 * states_NTH, ALONE)
         assert tokens.massive_NT.nonzero().tolist() == [[1, 3], [4, 0]]
         norms = states_NTH.norm(dim=-1)
         assert tokens.usual == pytest.approx(norms[norms > 0].log().mean().exp().item(), rel=1e-5)
 
     def test_both_kinds_count_the_same_but_never_more_than_a_row(self) -> None:
         states_NTH = self.states()
-        rare = tokens_of(states_NTH, ALONE)
+        rare = tokens_of(states_NTH, 0.1 * states_NTH, ALONE)
         assert rare.balance == 10  # 58 others for 2; a row has 10
         states_NTH[:, :4] *= 500
-        assert tokens_of(states_NTH, ALONE).balance == pytest.approx(37 / 23)  # that of zeros stays
+        assert tokens_of(states_NTH, 0.1 * states_NTH, ALONE).balance == pytest.approx(37 / 23)  # that of zeros stays
 
     def test_an_error_of_a_kind_is_worth_the_same_whatever_the_size(self) -> None:
         """Relative to each token's own size, the loss of outputs that are all a tenth too large is that of one."""
         states_NTH = self.states()
-        tokens = tokens_of(states_NTH, ALONE)
+        tokens = tokens_of(states_NTH, 0.1 * states_NTH, ALONE)
         error_NT = (0.1 * states_NTH).square().mean(-1) * tokens.relative_NT
         error_NT = error_NT[states_NTH.any(-1)]
         torch.testing.assert_close(error_NT, torch.full_like(error_NT, 0.01), rtol=2e-2, atol=0)
 
+    def test_a_state_that_is_taken_back_has_the_size_that_it_had(self) -> None:
+        before_NTH, after_NTH = self.states(), torch.ones(6, 10, 16)
+        tokens = tokens_of(after_NTH, before_NTH, ALONE)
+        assert tokens.massive_NT.nonzero().tolist() == [[1, 3], [4, 0]]
+        size = before_NTH[1, 3].square().mean()
+        torch.testing.assert_close(1 / tokens.relative_NT[1, 3], size, rtol=1e-3, atol=0)
+
     def test_states_without_outliers_have_none(self) -> None:
         states_NTH = torch.randn(6, 10, 16, generator=torch.Generator().manual_seed(0))
-        tokens = tokens_of(states_NTH, ALONE)
+        tokens = tokens_of(states_NTH, 0.1 * states_NTH, ALONE)
         assert not tokens.massive
         assert tokens.balance == 1
         assert torch.equal(tokens.weights_NT, tokens.relative_NT)

@@ -96,13 +96,13 @@ class BlockTask:
     @cached_property
     def tokens(self) -> Tokens:
         """What each token's error counts for. Every process must ask for it."""
-        return tokens_of(self.targets_NTH, self.processes)
+        return tokens_of(self.targets_NTH, self.inputs_NTH, self.processes)
 
     def loss(self, weights: dict[str, Tensor], rows: Tensor | slice, *, relative: bool = False) -> Tensor:
         """Mean squared difference of the block's output with `weights` from the original block's; differentiable.
 
-        Over `rows` of this process. `relative`: each token's over the mean square of its own target, which is how the
-        norms after it will see it; those with massive states count as much as all others.
+        Over `rows` of this process. `relative`: each token's over its own size (Tokens), which is how the norms after
+        it will see it; those with massive states count as much as all others.
         """
         out_BTH = self.step.run(self.block, rows, weights=weights, stream=QUANTISED)
         squares_BTH = (out_BTH - self.targets_NTH[rows]).square()
@@ -156,8 +156,7 @@ class BlockTask:
         """E[x xᵀ] (I, I), or its diagonal E[x²] (I,), of what each weight in `names` reads on the quantised prefix.
 
         Over all calibration rows. Of experts (E, I, I) or (E, I), over the tokens that reached each: zeros where none
-        did. `relative`: each token over the mean square of the block's target for it (Tokens.relative_NT), except in
-        experts.
+        did. `relative`: each token over its size (Tokens.relative_NT), except in experts.
         """
         relative_NT = self.tokens.relative_NT if relative else None
         weights_T1: Tensor | None = None

@@ -24,9 +24,13 @@ MASSIVE = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Of one block's targets, on this process's rows."""
+    """Of one block, on this process's rows. A token's size is the mean square of its target, or of its input if larger.
 
-    relative_NT: Tensor  # 1 over the mean square of a token's target: makes its squared error relative
+    Where a block takes a massive state back, the error is what is left of the input: over a target 500 times smaller,
+    as in SmolLM2-135M's last block, it would outweigh all other tokens.
+    """
+
+    relative_NT: Tensor  # 1 over a token's size: makes its squared error relative
     massive_NT: Tensor  # bool
     massive: int  # how many there are, over all processes
     count: int  # of all tokens
@@ -41,9 +45,12 @@ class Tokens:
 
 
 @torch.no_grad()
-def tokens_of(targets_NTH: Activations, processes: Processes, batch_size: int = 8) -> Tokens:
+def tokens_of(targets_NTH: Activations, inputs_NTH: Activations, processes: Processes, batch_size: int = 8) -> Tokens:
     """Over the rows of all processes, each of which must call this."""
-    parts = [targets_NTH[rows].square().mean(-1) for rows in batches(len(targets_NTH), batch_size)]
+    parts = [
+        torch.maximum(*(states[rows].flatten(2).square().mean(-1) for states in (targets_NTH, inputs_NTH)))
+        for rows in batches(len(targets_NTH), batch_size)
+    ]
     size_NT = torch.cat(parts) if parts else torch.zeros(0, targets_NTH.shape[1])
     count = int(processes.total(size_NT.numel()))
     mean = processes.total(size_NT.double().sum().item()) / count
