@@ -18,6 +18,7 @@ from upq.artifact.transformers import write_artifact
 from upq.core.scheme import QuantScheme
 from upq.grids import GRIDS, search_scale
 from upq.model.loading import load_model, load_tokenizer
+from upq.model.matrices import Matrix
 from upq.nn.blocks import model_weights
 
 # One block for all: Llama's, with biases, norms on heads or positions left out.
@@ -118,8 +119,10 @@ def artifact_of(out: Path, source: Path, *, scheme: QuantScheme | None = None, e
 def _artifact(out: Path, model: Any, tokenizer: Any, scheme: QuantScheme | None, embeddings_bits: Any) -> Path:
     scheme = scheme or QuantScheme(bits=2)
     grid, qtensors = GRIDS.get(scheme.grid), {}
-    for path in model_weights(model):
-        weight = model.get_submodule(path).weight.float()
+    for path, matrix in model_weights(model).items():
+        assert isinstance(matrix, Matrix)
+        parameter = path if matrix.experts else f"{path}.weight"
+        weight = matrix.flat(model.get_parameter(parameter).detach()).float()
         qtensors[path] = grid.freeze(weight, search_scale(weight, scheme), scheme)
     out.mkdir(parents=True)
     manifest = Manifest(model=SourceModel(path="org/tiny", digest="0"))
