@@ -11,6 +11,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from transformers.core_model_loading import PrefixChange, revert_weight_conversi
 from upq.exports._source import Source, Weight
 from upq.model.library import library_errors
 
-# Tensors of experts that transformers saves as they are, and engines read one by one: the linears that each holds, whose
-# rows alternate. Names as llm-compressor has them (modeling/moe/gpt_oss.py), whose checkpoints vLLM reads.
+# Tensors of experts that transformers saves as they are and engines read one by one: the linears that each holds,
+# whose rows alternate. Names as llm-compressor has them (modeling/moe/gpt_oss.py), whose checkpoints vLLM reads.
 _ALTERNATING = {"gpt_oss": {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}}
 _OF_EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(.+)")
 
@@ -127,7 +128,7 @@ def _by_block(source: Source) -> Iterable[dict[str, Weight]]:
 
 
 def _converted(weights: Mapping[str, Weight], model: PreTrainedModel) -> dict[str, list[Weight]]:
-    """What becomes of each. A tensor that a checkpoint makes of several keeps its parts, which transformers reads too."""
+    """What becomes of each. What a checkpoint would join stays as it is, which transformers reads too."""
     numbers, empty, starts, total = dict[str, Tensor](), dict[str, Tensor](), list[int](), 0
     for name, weight in weights.items():
         shape = weight.dense or weight.shape
@@ -191,4 +192,4 @@ def _runs(rows: Tensor) -> tuple[range, ...]:
     if (steps == steps[0]).all() and steps[0] > 0:
         return (range(int(rows[0]), int(rows[-1]) + 1, int(steps[0])),)
     ends = [0, *(steps != 1).nonzero().flatten().add(1).tolist(), rows.numel()]
-    return tuple(range(int(rows[a]), int(rows[b - 1]) + 1) for a, b in zip(ends, ends[1:], strict=False))
+    return tuple(range(int(rows[a]), int(rows[b - 1]) + 1) for a, b in pairwise(ends))

@@ -194,7 +194,9 @@ class LlamaCpp:
             self._check_windows(family.period or 1)
         for size in sorted({w for w in self.windows if w is not None and w < config.max_position_embeddings}):
             if not applied:
-                notes.append(f"llama.cpp does not apply the sliding window of {size}: longer texts are attended in full")
+                notes.append(
+                    f"llama.cpp does not apply the sliding window of {size}: longer texts are attended in full"
+                )
         return tuple(notes)
 
     def _check_rope(self) -> list[str]:
@@ -209,7 +211,8 @@ class LlamaCpp:
             return [f"llama.cpp takes the factors for long texts for short ones too once its context is over {length}"]
         if kind != "yarn":
             return []
-        _, factor = ROPE_INIT_FUNCTIONS["yarn"](self._rotating("full_attention"), torch.device("cpu"))
+        layers = "full_attention" if "full_attention" in self.config.rope_parameters else None
+        _, factor = ROPE_INIT_FUNCTIONS["yarn"](self.config, torch.device("cpu"), layer_type=layers)
         if not math.isclose(factor, 0.1 * math.log(max(1.0, rope["factor"])) + 1, rel_tol=1e-6):
             raise UPQError("gguf: llama.cpp fixes yarn's attention factor; this model sets its own")
         if rope.get("truncate", True):
@@ -224,18 +227,16 @@ class LlamaCpp:
             raise UPQError("gguf: llama.cpp has one size of windows, this model several")
         for block, size in enumerate(self.windows):
             if (size is None) != (block % period == period - 1):
-                raise UPQError(f"gguf: llama.cpp attends to all in every block {period} of {period}; this model does not")
+                raise UPQError(
+                    f"gguf: llama.cpp attends to all in every block {period} of {period}; this model does not"
+                )
         local = self.config.rope_parameters.get("sliding_attention")
         if local is not None:
             wanted = self.family.local_theta or self.rope["rope_theta"]
             if local.get("rope_type", "default") != "default" or local["rope_theta"] != wanted:
-                raise UPQError(f"gguf: llama.cpp has rotary positions of base {wanted} in windows; this model has others")
-
-    def _rotating(self, kind: str) -> PretrainedConfig:
-        """The configuration with the rotary positions of one kind of block."""
-        config = type(self.config).from_dict(self.config.to_dict())
-        config.rope_parameters = dict(config.rope_parameters.get(kind, config.rope_parameters))
-        return config
+                raise UPQError(
+                    f"gguf: llama.cpp has rotary positions of base {wanted} in windows; this model has others"
+                )
 
     def tensor_names(self, names: list[str]) -> dict[str, str]:
         """llama.cpp's name of each weight."""

@@ -245,9 +245,7 @@ class Source:
         ]
 
 
-def _packed(
-    layer: nn.Module, path: str, dtype: torch.dtype, scheme: QuantScheme, files: Mapping[str, Path]
-) -> Weight:
+def _packed(layer: nn.Module, path: str, dtype: torch.dtype, scheme: QuantScheme, files: Mapping[str, Path]) -> Weight:
     assert isinstance(layer, PackedLinear | PackedExperts | PackedEmbedding)
     name, dense, inputs = f"{path}.weight", None, -1
     if isinstance(layer, PackedExperts):
