@@ -107,16 +107,18 @@ def _build(
 ) -> None:
     model = tiny_model(family, **{"vocab_size": 300, "eos_token_id": 257, **overrides}).to(dtype)
     tokenizer = byte_tokenizer(bos="<s>", eos="</s>", chat_template=CHAT, adds_bos=True)
-    _artifact(out, model, tokenizer, scheme, embeddings_bits)
+    artifact_of_model(out, model, tokenizer, scheme=scheme, embeddings_bits=embeddings_bits)
 
 
 def artifact_of(out: Path, source: Path, *, scheme: QuantScheme | None = None, embeddings_bits: Any = None) -> Path:
     """An artefact of a model on disk, its weights rounded to the nearest level."""
     tokenizer = load_tokenizer(source) if (source / "tokenizer_config.json").is_file() else None
-    return _artifact(out, load_model(source), tokenizer, scheme, embeddings_bits)
+    return artifact_of_model(out, load_model(source), tokenizer, scheme=scheme, embeddings_bits=embeddings_bits)
 
 
-def _artifact(out: Path, model: Any, tokenizer: Any, scheme: QuantScheme | None, embeddings_bits: Any) -> Path:
+def artifact_of_model(
+    out: Path, model: Any, tokenizer: Any, *, scheme: QuantScheme | None = None, embeddings_bits: Any = None
+) -> Path:
     scheme = scheme or QuantScheme(bits=2)
     grid, qtensors = GRIDS.get(scheme.grid), {}
     for path, matrix in model_weights(model).items():

@@ -53,6 +53,12 @@ def expert_by_expert(source: Source) -> Source:
     return _replaced(source, parts)
 
 
+def foreign_to_transformers(source: Source) -> bool:
+    """Whether experts stand one by one that transformers looks for in one tensor."""
+    taken_apart = source.config.model_type in _ALTERNATING
+    return taken_apart and any(weight.expert for weight in source.weights.values())
+
+
 def stacked(source: Source) -> Source:
     """The linears of all experts of a block one below the other, as llama.cpp has them."""
     groups: dict[str, list[Weight]] = {}

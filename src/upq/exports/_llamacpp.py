@@ -186,17 +186,13 @@ class LlamaCpp:
                 raise UPQError(f"gguf: llama.cpp has {key} {value} in this family, the model {own}")
         if family.even_heads and self.head_dim * config.num_attention_heads != config.hidden_size:
             raise UPQError(f"gguf: llama.cpp has heads of hidden_size/heads here, the model of {self.head_dim}")
-        if family.own_head and config.tie_word_embeddings:
-            raise UPQError("gguf: llama.cpp wants a head beside the embedding in this family, the model's are one")
         notes += self._check_rope()
-        applied = family.period is not None
-        if applied and set(self.windows) != {None}:
-            self._check_windows(family.period or 1)
-        for size in sorted({w for w in self.windows if w is not None and w < config.max_position_embeddings}):
-            if not applied:
-                notes.append(
-                    f"llama.cpp does not apply the sliding window of {size}: longer texts are attended in full"
-                )
+        if family.period is None:
+            sizes = {size for size in self.windows if size is not None and size < config.max_position_embeddings}
+            lost = "llama.cpp does not apply the sliding window of {}: longer texts are attended in full"
+            notes += [lost.format(size) for size in sorted(sizes)]
+        elif set(self.windows) != {None}:
+            self._check_windows(family.period)
         return tuple(notes)
 
     def _check_rope(self) -> list[str]:
@@ -227,16 +223,12 @@ class LlamaCpp:
             raise UPQError("gguf: llama.cpp has one size of windows, this model several")
         for block, size in enumerate(self.windows):
             if (size is None) != (block % period == period - 1):
-                raise UPQError(
-                    f"gguf: llama.cpp attends to all in every block {period} of {period}; this model does not"
-                )
+                raise UPQError(f"gguf: llama.cpp has windows but in every block {period} here; block {block} differs")
         local = self.config.rope_parameters.get("sliding_attention")
         if local is not None:
             wanted = self.family.local_theta or self.rope["rope_theta"]
             if local.get("rope_type", "default") != "default" or local["rope_theta"] != wanted:
-                raise UPQError(
-                    f"gguf: llama.cpp has rotary positions of base {wanted} in windows; this model has others"
-                )
+                raise UPQError(f"gguf: llama.cpp has plain rotary positions of base {wanted} in windows here")
 
     def tensor_names(self, names: list[str]) -> dict[str, str]:
         """llama.cpp's name of each weight."""

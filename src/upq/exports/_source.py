@@ -81,7 +81,7 @@ class Weight:
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Ranges of rows that cover the weight, each at most 4 million weights (or one row)."""
-        rows = self.shape[0]
+        rows = self.shape[0] if self.shape else 1
         step = max(1, _CHUNK * rows // max(1, self.numel))
         return ((start, min(rows, start + step)) for start in range(0, rows, step))
 

@@ -221,9 +221,8 @@ def _sentencepiece(
             kind = _type(id, added)
         types.append(int(kind))
     # These llama.cpp looks for in the text as it stands.
-    own = [
-        t.replace(_SPACE, " ") if k == gguf.TokenType.USER_DEFINED else t for t, k in zip(tokens, types, strict=True)
-    ]
+    defined = gguf.TokenType.USER_DEFINED
+    own = [t.replace(_SPACE, " ") if kind == defined else t for t, kind in zip(tokens, types, strict=True)]
     return {
         "model": "llama",
         "tokens": own,

@@ -17,7 +17,7 @@ from upq.core.precision import dtype_name
 from upq.core.scheme import PER_CHANNEL
 from upq.exports import _integers
 from upq.exports._base import EXPORTS, Options, Placement, Plan
-from upq.exports._checkpoint import expert_by_expert
+from upq.exports._checkpoint import expert_by_expert, foreign_to_transformers
 from upq.exports._directory import SafetensorsExporter, Stored
 from upq.exports._source import Source, Weight
 from upq.exports.dense import DTYPES, holds, place
@@ -56,7 +56,10 @@ class CompressedTensors(SafetensorsExporter):
         note = f"it computes in {dtype_name(dtype)}"
         if dtype != source.dtype and dtype == torch.float32:
             note += ", for float16 does not hold everything (--set dtype=fp16 --allow-inexact would round it)"
-        return Plan(placements=placements, notes=(note, *source.vllm_notes()), dtype=dtype)
+        notes = [note]
+        if foreign_to_transformers(source):
+            notes.append("transformers does not read its experts and would start from random ones: run it with vLLM")
+        return Plan(placements=placements, notes=(*notes, *source.vllm_notes()), dtype=dtype)
 
     def config(self, source: Source, plan: Plan) -> dict[str, Any]:
         return {"dtype": plan.dtype_name, "quantization_config": _config(source, plan)}

@@ -57,8 +57,13 @@ class Gguf(Exporter):
         model = LlamaCpp(source.config)
         if lost := source.biases_beyond({source.config.model_type: model.family.biases}):
             raise UPQError(f"{source.path}: llama.cpp has no place for {lost[0]} in this family; export it as onnx")
+        if model.family.own_head and source.tied:
+            wanted = "llama.cpp wants a head beside the embedding in this family, and the model's are one"
+            raise UPQError(f"{source.path}: {wanted}; export it as dense")
         notes = list(model.check())
         model.tensor_names(list(source.weights))
+        if source.model.config is not source.config:
+            notes.append("the language model alone: towers for images and sound are not in the file")
         notes += self._vocabulary(source).notes
         placements = tuple(self._place(source, weight) for weight in source.weights.values())
         unpacked: dict[str, list[str]] = {}  # why: which
