@@ -25,6 +25,7 @@ from upq.core.errors import UPQError  # noqa: E402
 from upq.core.scheme import QuantScheme  # noqa: E402
 from upq.decoding import LLAMA_BLOCKS  # noqa: E402
 from upq.exports import EXPORTS, Source, Weight  # noqa: E402
+from upq.exports._checkpoint import as_checkpoint, expert_by_expert  # noqa: E402
 from upq.exports._decoder import LLAMA_BLOCKS as GRAPHS  # noqa: E402
 from upq.exports._llamacpp import FAMILIES  # noqa: E402
 from upq.model.coverage import coverage  # noqa: E402
@@ -59,13 +60,15 @@ are never among them. Towers for images and sound stay as they are.
 
 def held(model: PreTrainedModel) -> str:
     """The formats that hold the weights of the decoder's blocks, as groups where they are one."""
-    names, config = [], text_config(model.config)
-    for name in (*LINEARS, "gguf"):
-        form = EXPORTS.get(name)(EXPORTS.get(name).Config())
-        if name == "gguf" and config.model_type not in FAMILIES:
-            continue
-        if {weight.form for weight in form.view(_one_of_each(model)).weights.values()} <= form.forms:
+    plain = as_checkpoint(_one_of_each(model))
+    apart = expert_by_expert(plain)
+    names = []
+    for name in LINEARS:
+        weights = (apart if name == "compressed_tensors" else plain).weights.values()
+        if {weight.form for weight in weights} <= EXPORTS.get(name).forms:
             names.append(name)
+    if text_config(model.config).model_type in FAMILIES:
+        names.append("gguf")
     for group, formats in (("linears", LINEARS), ("experts", EXPERTS)):
         if set(formats) <= set(names):
             names = [group, *(name for name in names if name not in formats)]

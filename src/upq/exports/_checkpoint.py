@@ -8,7 +8,6 @@ asked with numbers of rows in the place of the rows.
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -148,8 +147,9 @@ def _converted(weights: Mapping[str, Weight], model: PreTrainedModel) -> dict[st
         total += count
     shapes = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, empty).items()}
     names, found, mixed = list(weights), dict[str, list[tuple[int, Weight]]](), set[str]()
+    first = torch.tensor(starts)
     for name, rows in revert_weight_conversion(model, numbers).items():
-        owners = {names[bisect_right(starts, int(n)) - 1] for n in (rows.min(), rows.max())}
+        owners = {names[int(n)] for n in torch.bucketize(rows, first, right=True).sub(1).unique()}
         part = None if len(owners) > 1 else _part(weights[min(owners)], name, rows, starts, names, shapes[name])
         if part is None:
             mixed |= owners
