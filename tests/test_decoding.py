@@ -27,7 +27,15 @@ from upq.decoding import Session
 from upq.kernels import cpu
 from upq.nn.blocks import model_weights
 
-COMPILED = list(FAMILIES)
+# What a family is made of beside its sizes.
+MADE: dict[str, dict[str, Any]] = {
+    **{name: {} for name in FAMILIES},
+    "granite": {
+        "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.2, "logits_scaling": 6.0,
+    },
+    "olmo2": {},
+    "phi3": {},
+}  # fmt: skip
 COMPUTES = ["w2a8", "w2a16"]
 SEQ2 = QuantScheme(bits=2)
 PROMPT = torch.arange(3, 20)[None]
@@ -45,7 +53,7 @@ def as_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def packed(name: str, *, scheme: QuantScheme = SEQ2, embeddings_bits: Any = None, **config: Any) -> PreTrainedModel:
     """A tiny random model on codes, attached."""
-    model = tiny_model(name, **config)
+    model = tiny_model(name, **{**MADE[name], **config})
     pack_model(model, codes(model, scheme), embeddings_bits=embeddings_bits)
     decoding.attach(model)
     return model
@@ -95,7 +103,7 @@ def assert_same_tokens(
 
 
 @pytest.mark.parametrize("compute", COMPUTES)
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", MADE)
 def test_greedy_tokens_are_those_of_transformers(name: str, compute: str) -> None:
     for tied, bits in ((False, None), (True, 8), (False, 4), (True, None)):
         model = packed(name, tie_word_embeddings=tied, embeddings_bits=bits)
@@ -130,6 +138,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "yarn": ("qwen2", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
+    "positions on a part of the head": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "fused linears and a window": ("phi3", {"sliding_window": 6, "num_key_value_heads": 1}),
+    "factors and biases": ("granite", {"attention_bias": True, "mlp_bias": True}),
+    "norms over all heads": ("olmo2", {"attention_bias": True, "num_key_value_heads": 1}),
 }  # fmt: skip
 
 
@@ -139,6 +154,26 @@ def test_variants_of_the_block(variant: str, compute: str) -> None:
     name, config = VARIANTS[variant]
     with kernels.computing(compute):
         assert_same_tokens(packed(name, **config), max_new_tokens=30)
+
+
+@pytest.mark.parametrize("case", [*MADE, *VARIANTS])
+def test_logits_are_those_of_the_model(case: str) -> None:
+    """After prompts and after single tokens, and past the windows."""
+    name, config = VARIANTS.get(case, (case, {}))
+    model = packed(name, **config)
+    ids = torch.randint(1, 67, (1, 61), generator=torch.Generator().manual_seed(3))
+    with kernels.computing("w2a16"), torch.no_grad():
+        theirs = model(ids).logits[0].float()
+        held = session(model)
+        for prompt in (1, 40):
+            ours = held.logits_V(ids[0, :prompt].tolist())
+            for length in range(prompt, prompt + 20):
+                torch.testing.assert_close(ours, theirs[length - 1], rtol=1e-4, atol=1e-4)
+                ours = held.extend_V(ids[0, length : length + 1].tolist())
+
+
+def test_every_family_is_tested() -> None:
+    assert set(MADE) == set(decoding.COMPILED)
 
 
 @pytest.mark.parametrize(
@@ -364,6 +399,7 @@ def test_models_it_does_not_know_go_to_transformers() -> None:
         (lambda m: setattr(m.model.rotary_emb, "rope_type", "dynamic"), "rotary positions of the type dynamic"),
         (lambda m: m.model.layers[0].mlp.add_module("extra", nn.Identity()), "LlamaMLP has a part called extra"),
         (lambda m: setattr(m, "lm_head", nn.Sequential(m.lm_head)), "a linear of the type Sequential"),
+        (lambda m: setattr(m.config, "model_type", "mistral"), "a block of the type LlamaDecoderLayer"),
     ):
         model = packed("llama")
         change(model)
@@ -377,6 +413,26 @@ def test_models_it_does_not_know_go_to_transformers() -> None:
     assert model.why_not_compiled == "the kernels are set to reference"
     assert torch.equal(generate(ids, max_new_tokens=3), by_transformers(model, ids, max_new_tokens=3))
     assert model.why_not_compiled == "a batch of 2"
+
+
+def test_families_it_does_not_know_go_to_transformers() -> None:
+    """Gemma 2 has Gemma 3's modules and another forward pass. LongRoPE's frequencies change with the length."""
+    long = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
+    for name, config, reason in (
+        ("gemma2", {}, "the family gemma2 is not compiled"),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **long}},
+            "rotary positions of the type longrope",
+        ),
+    ):
+        model = tiny_model(name, **config)
+        pack_model(model, codes(model))
+        decoding.attach(model)
+        generate: Any = model.generate
+        ours = generate(PROMPT, max_new_tokens=4, do_sample=False)
+        assert model.why_not_compiled == reason
+        assert torch.equal(ours, by_transformers(model, max_new_tokens=4, do_sample=False))
 
 
 def test_two_threads_do_not_share_the_cache() -> None:
@@ -438,7 +494,9 @@ def test_copies_and_pickles_generate_for_themselves() -> None:
         assert type(twin) is type(model)
         assert torch.equal(compiled(twin, max_new_tokens=6, do_sample=False), expected)
         assert session(twin) is not session(model)
-        assert session(twin).parts.blocks[0].q.weight is not session(model).parts.blocks[0].q.weight  # kernels.Weight
+        assert (
+            session(twin).parts.blocks[0].qkv[0].weight is not session(model).parts.blocks[0].qkv[0].weight
+        )  # kernels.Weight
 
 
 def test_inference_mode() -> None:
@@ -455,4 +513,3 @@ def test_bytes_of_a_token() -> None:
     rearranged = sum(m.kernel_weight().matrix().nbytes for m in layers)
     assert parts.weight_bytes == rearranged + model.lm_head.weight.nbytes
     assert parts.cache_bytes == 2 * 4 * 2 * 2 * 8
-    assert model.config.model_type in COMPILED
