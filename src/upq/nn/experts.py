@@ -70,6 +70,10 @@ class PackedExperts(Packed, PerExpert):
     def product(self, expert: int, x: Tensor) -> Tensor:
         return kernels.linear(x, self._weight_of(expert))
 
+    def kernel_weights(self) -> tuple[kernels.Weight, ...]:
+        """What kernels multiply with, expert by expert."""
+        return tuple(map(self._weight_of, range(self.matrix.experts)))
+
     def _weight_of(self, expert: int) -> kernels.Weight:
         """Of one expert. Made when first asked for, and again when a buffer has changed."""
         rows = slice(expert * self.matrix.outputs, (expert + 1) * self.matrix.outputs)

@@ -214,7 +214,8 @@ struct Decoder::Run {
 
     void attention(const Block& block, std::size_t layer, std::int64_t tokens) {
         const std::int64_t dim = dims.head_dim, queries = dims.heads * dim, keys = dims.kv_heads * dim;
-        const auto [q, k, v] = split(block.qkv, norms(block.before_attention, tokens), tokens, queries, keys);
+        const auto heads = split(block.qkv, norms(block.before_attention, tokens), tokens, queries, keys);
+        const Strided q = heads[0], k = heads[1], v = heads[2];
         for_tokens(tokens, threads, [&](std::int64_t t) { place(block, layer, t, q[t], k[t], v[t]); });
 
         const std::int64_t group = dims.heads / dims.kv_heads, all = self.length_ + tokens;
