@@ -168,6 +168,12 @@ def _check_request(ids_1T: Tensor, config: Any, prepared: dict[str, Any]) -> Non
     if mask is not None and not (mask == 1).all():
         raise Unsuitable("an attention mask with gaps")
     for name, value in prepared.items():
-        text_alone = name == "token_type_ids" and value is not None and not value.any()  # images have ones
-        if name not in _PLAIN and value is not None and not text_alone:
+        if name not in _PLAIN and value is not None and not _of_text_alone(name, value):
             raise Unsuitable(f"{name} was given")
+
+
+def _of_text_alone(name: str, value: Any) -> bool:
+    """Whether an input of models with a tower says that there is nothing but text."""
+    if name == "token_type_ids":  # images have ones
+        return not value.any()
+    return name == "mm_encoder_outputs" and not value

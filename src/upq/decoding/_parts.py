@@ -195,10 +195,12 @@ def _experts(module: Any) -> Experts:
         raise Unsuitable(f"experts of the type {type(module.experts).__name__}")
     if type(gate_up) is not PackedExperts or type(down) is not PackedExperts:
         raise Unsuitable("experts that are not packed")
-    pairs = zip(gate_up.kernel_weights(), down.kernel_weights(), strict=True)
-    experts = tuple(Mlp((Linear(first),), Linear(second)) for first, second in pairs)
     return Experts(
-        router_EH=router.weight, experts=experts, chosen=router.top_k, normalised=bool(router.norm_topk_prob)
+        router_EH=router.weight,
+        gate_up=gate_up.kernel_weights(),
+        down=down.kernel_weights(),
+        chosen=router.top_k,
+        normalised=bool(router.norm_topk_prob),
     )
 
 

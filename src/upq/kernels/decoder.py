@@ -68,14 +68,19 @@ class Experts:
     """
 
     router_EH: Tensor
-    experts: tuple[Mlp, ...]
+    gate_up: tuple[Weight, ...]  # of each expert: rows of the gate, then of up
+    down: tuple[Weight, ...]
     chosen: int
     normalised: bool  # the shares of the chosen sum to one
+
+    def mlps(self) -> tuple[Mlp, ...]:
+        return tuple(Mlp((Linear(a),), Linear(b)) for a, b in zip(self.gate_up, self.down, strict=True))
 
     @property
     def nbytes(self) -> int:
         """What a token reads."""
-        return self.router_EH.nbytes + self.chosen * self.experts[0].nbytes
+        of_one = self.gate_up[0].matrix().nbytes + self.down[0].matrix().nbytes
+        return self.router_EH.nbytes + self.chosen * of_one
 
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -221,7 +226,7 @@ class Decoder:
     def _experts(self, experts: Experts) -> _cpu.Experts:
         made: _cpu.Experts = cpu.extension().Experts(
             self._dense(experts.router_EH),
-            [self._mlp(expert) for expert in experts.experts],
+            [self._mlp(expert) for expert in experts.mlps()],
             experts.chosen,
             experts.normalised,
         )
@@ -299,7 +304,7 @@ def _check(parts: Parts) -> None:
         _check_norm(block.of_keys, dim, keys)
         _check_linears(block.qkv, (queries, keys, keys), hidden)
         _check_linears([block.o], (hidden,), queries)
-        mlps = [block.mlp] if isinstance(block.mlp, Mlp) else block.mlp.experts
+        mlps = (block.mlp,) if isinstance(block.mlp, Mlp) else block.mlp.mlps()
         width = _shape(mlps[0].down.weight)[1]
         for mlp in mlps:
             _check_linears(mlp.gate_up, (width, width), hidden)
