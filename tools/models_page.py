@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from upq.artifact.manifest import Manifest, SourceModel  # noqa: E402
 from upq.core.errors import UPQError  # noqa: E402
 from upq.core.scheme import QuantScheme  # noqa: E402
-from upq.decoding import LLAMA_BLOCKS  # noqa: E402
+from upq.decoding import COMPILED  # noqa: E402
 from upq.exports import EXPORTS, Source, Weight  # noqa: E402
 from upq.exports._checkpoint import as_checkpoint, expert_by_expert  # noqa: E402
 from upq.exports._decoder import LLAMA_BLOCKS as GRAPHS  # noqa: E402
@@ -120,7 +120,7 @@ def rows() -> Iterator[str]:
         reasons = [reason for reason in found.left_in_blocks if reason != "norms and other vectors"]
         exports = "all" if kind in GRAPHS else held(model)
         tested = "run" if kind in (*MODELS, *WRAPPERS) else "layout"
-        decoder = "compiled" if kind in LLAMA_BLOCKS else "transformers"
+        decoder = "compiled" if kind in COMPILED else "transformers"
         left = ", ".join(reasons) or "nothing"
         yield f"| {kind} | {100 * found.share:.1f} % | {left} | {decoder} | {exports} | {tested} |"
 

@@ -253,7 +253,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_families_run(tmp_path: Path, name: str) -> None:
-    """Windows, norms as factors, scales, experts, sinks: whatever differs from Llama's block. Gemma's GELU is a table."""
+    """Whatever differs from Llama's block: windows, norms, scales, experts, sinks. Gemma's GELU is a table."""
     family, config = OTHERS[name]
     bound = 1e-5 if name == "gemma3" else EXACT
     assert_exact(tmp_path, family, bound=bound, tie_word_embeddings=False, **config)
