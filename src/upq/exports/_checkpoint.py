@@ -149,7 +149,7 @@ def _converted(weights: Mapping[str, Weight], model: PreTrainedModel) -> dict[st
     names, found, mixed = list(weights), dict[str, list[tuple[int, Weight]]](), set[str]()
     first = torch.tensor(starts)
     for name, rows in revert_weight_conversion(model, numbers).items():
-        owners = {names[int(n)] for n in torch.bucketize(rows, first, right=True).sub(1).unique()}
+        owners = {names[n - 1] for n in set(torch.bucketize(rows, first, right=True).flatten().tolist())}
         part = None if len(owners) > 1 else _part(weights[min(owners)], name, rows, starts, names, shapes[name])
         if part is None:
             mixed |= owners
