@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from upq.core.errors import UPQError  # noqa: E402
-from upq.decoding import LLAMA_BLOCKS  # noqa: E402
+from upq.decoding import COMPILED  # noqa: E402
 from upq.exports._decoder import LLAMA_BLOCKS as GRAPHS  # noqa: E402
 from upq.model.coverage import coverage  # noqa: E402
 from upq.model.layout import block_list  # noqa: E402
@@ -63,7 +63,7 @@ def rows() -> Iterator[str]:
         plain = not any(weight.experts or weight.transposed for weight in weights)
         exports = "all" if kind in GRAPHS else "linears" if plain else "none"
         tested = "run" if kind in (*MODELS, *WRAPPERS) else "layout"
-        decoder = "compiled" if kind in LLAMA_BLOCKS else "transformers"
+        decoder = "compiled" if kind in COMPILED else "transformers"
         left = ", ".join(reasons) or "nothing"
         yield f"| {kind} | {100 * found.share:.1f} % | {left} | {decoder} | {exports} | {tested} |"
 
