@@ -307,6 +307,8 @@ _COLUMNS = (
     ("perplexity", "ppl", ".2f"),
     ("KL", "kld", ".4f"),
     ("top-1", "top1", ".1%"),
+    ("perplexity, WikiText-2", "ppl_wikitext2", ".2f"),
+    ("KL, WikiText-2", "kld_wikitext2", ".4f"),
     ("mini_mmlu", "mini_mmlu", ".1%"),
     ("mini_ifeval", "mini_ifeval", ".1%"),
     ("instructions", "mini_ifeval_instructions", ".1%"),

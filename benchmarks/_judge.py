@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,19 +42,24 @@ class Suites:
         return "mini_ifeval" if self.split == "test" else f"mini_ifeval_{self.split}"
 
 
-def judge(model: Path, original: Path, heldout_NT: Tensor, suites: Suites | None, *, device: str) -> dict[str, Any]:
-    """Figures by name; `items` has 1 or 0 for each item of a suite, in order. All products are in float32."""
+def judge(
+    model: Path, original: Path, heldout: Mapping[str, Tensor], suites: Suites | None, *, device: str
+) -> dict[str, Any]:
+    """Figures by name; `items` has 1 or 0 for each item of a suite, in order. All products are in float32.
+
+    `heldout`: texts as rows (N, T) by name. The figures of the first bear plain names (`ppl`), those of others their
+    text's (`ppl_wikitext2`).
+    """
     judged = upq.load(model, dequantize=True, dtype=torch.float32, device=device)
     teacher = load_model(original, dtype=torch.float32, device=device)
-    text = evaluate_text(judged, heldout_NT, teacher=teacher)
-    figures: dict[str, Any] = {
-        "ppl": text.ppl,
-        "kld": text.kld,
-        "kld_stderr": text.kld_stderr,
-        "top1": text.top1,
-        "top1_stderr": text.top1_stderr,
-        "weight_error": weight_error(judged, teacher),
-    }
+    figures: dict[str, Any] = {"weight_error": weight_error(judged, teacher)}
+    for number, (name, rows_NT) in enumerate(heldout.items()):
+        text = evaluate_text(judged, rows_NT, teacher=teacher)
+        which = f"_{name}" if number else ""
+        for key in ("ppl", "kld", "top1"):
+            figures[f"{key}{which}"] = getattr(text, key)
+        for key in ("kld", "top1"):
+            figures[f"{key}{which}_stderr"] = getattr(text, f"{key}_stderr")
     del teacher
     if suites is not None:
         recorder = Recorder(pretrained=judged, tokenizer=load_tokenizer(original), batch_size=_BATCH)

@@ -23,57 +23,22 @@ import _corpora
 import _findings
 from _design import GROUPS, ORIGINAL, ROWS, Task, budgets, plan
 from _rows import load_recipe, run_again
+from _subjects import ROOT, SUBJECTS, Subject, named
 from _table import Figure, make_console, show_figures, write_figures
 
 if TYPE_CHECKING:
     from upq.run.recipe import Recipe
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT.parent / "shared" / "data"
 RUNS = ROOT / "runs" / "ablation"
 TOKENS = 150_000
 _HELDOUT_ROWS = 128
 # What rows share of a run's work: a stage, and where it leaves what it made. The clock lies beside what is kept.
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """A model to try it on, what its size changes in every recipe, and the tables it can have."""
-
-    model: Path
-    groups: tuple[str, ...]
-    overrides: tuple[str, ...] = ()
-    writes: str = "{}"  # data.generated, in recipes that have it
-    seq_len: int = 512
-    suites: bool = True  # whether it can be asked
-    text: Path | None = None  # TEXT_train.txt and TEXT_heldout.txt; None: the invented world
-
-
-SUBJECTS = {
-    # Its rotary positions beyond 256 are untrained. A whole batch of such rows fits one pass.
-    "reference": Subject(
-        ROOT / "src/upq/world/reference",
-        (*GROUPS, "curves"),
-        overrides=("data.seq_len=256", "distill.micro_batch_size=4"),
-        writes="{max_new_tokens: 128, batch_size: 512}",
-        seq_len=256,
-    ),
-    # Its rows of 64 and 172 weights admit no smaller groups, and it has no chat template.
-    "stories": Subject(
-        DATA / "models/stories260K",
-        ("beta", "bits", "grid", "scale"),
-        writes="null",
-        suites=False,
-        text=DATA / "text/tinystories",
-    ),
-}
-
-
 @dataclass(frozen=True)
 class Study:
     """One subject, with everything that the rows have in common."""
 
-    name: str
     subject: Subject
     out: Path
     tokens: int
@@ -82,7 +47,11 @@ class Study:
 
     @property
     def label(self) -> str:
-        parts = [self.name, self.split if self.split != "test" else "", f"limit{self.limit}" if self.limit else ""]
+        parts = [
+            self.subject.name,
+            self.split if self.split != "test" else "",
+            f"limit{self.limit}" if self.limit else "",
+        ]
         return "-".join(part for part in parts if part)
 
     @property
@@ -103,10 +72,15 @@ class Study:
         return self.folder / f"{task}.json"
 
     def corpus(self, kind: str) -> Path:
-        if self.subject.text is not None:
-            return Path(f"{self.subject.text}_{'heldout' if kind == 'heldout' else 'train'}.txt")
+        if kind in self.subject.train:
+            return self.subject.train[kind]
         whose = "" if _corpora.of_world(kind) else f"-{self.digest[:8]}"
         return self.out / "data" / f"{kind}-{self.longest}{whose}.jsonl"
+
+    @property
+    def heldout(self) -> dict[str, Path]:
+        """Held-out texts by name; the first is the one that all tables show."""
+        return dict(self.subject.heldout) or {"documents": self.corpus("heldout")}
 
     @property
     def longest(self) -> int:
@@ -124,6 +98,14 @@ class Study:
         recipe = load_recipe(row.recipe, [*common, *row.overrides])
         sources = tuple(TextSource(path=str(self.corpus(kind))) for kind in row.data)
         return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})
+
+    def plan(self, groups: tuple[str, ...], *, seeds: int, only: str = "") -> list[Task]:
+        """Without rows about conversations that a model without a chat template cannot write."""
+        tasks = plan(groups, seeds=seeds, tokens=self.tokens, only=only)
+        if self.subject.writes != "null":
+            return tasks
+        overrides = {row: ROWS[row].overrides if row != ORIGINAL else () for row in {task.row for task in tasks}}
+        return [task for task in tasks if not any(o.startswith("data.generated") for o in overrides[task.row])]
 
     def key(self, task: Task) -> str:
         """Identity of a run's result."""
@@ -178,20 +160,18 @@ def main(
     worker: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Run what is missing, then print tables, claims and targets."""
-    chosen = SUBJECTS[subject]
-    study = Study(subject, replace(chosen, model=model or chosen.model), out.resolve(), tokens, split, limit)
+    chosen = named(subject)
+    chosen = chosen if model is None else replace(chosen, source=model)
+    study = Study(chosen, out.resolve(), tokens, split, limit)
     if worker:
         run_worker(study, worker)
         return
-    if not (study.subject.model / "config.json").is_file():
-        raise SystemExit(
-            f"{study.subject.model}: no model here; train it with tools/train_reference.py, or give --model"
-        )
+    chosen.install()
     groups = tuple(group) or study.subject.groups
     if unknown := set(groups) - set(study.subject.groups):
         raise SystemExit(f"{subject} has no group {min(unknown)}; it has {', '.join(study.subject.groups)}")
     console = make_console()
-    tasks = plan(groups, seeds=seeds, tokens=tokens, only=only)
+    tasks = study.plan(groups, seeds=seeds, only=only)
     execute(study, tasks, jobs, console)
     _findings.save([_findings.as_run(raw) for raw in all_finished(study)], study.csv)
     results = _findings.load(study.csv, tokens)
@@ -203,7 +183,8 @@ def main(
 def execute(study: Study, tasks: list[Task], jobs: int, console: Console) -> None:
     """Corpora first, one after the other, since several rows read the same one; then the rows."""
     todo = [task for task in tasks if study.finished(task) is None]
-    kinds = dict.fromkeys(kind for task in todo for kind in ("heldout", *kinds_of(task)))
+    heldout = () if study.subject.heldout else ("heldout",)
+    kinds = dict.fromkeys(kind for task in todo for kind in (*heldout, *kinds_of(task)))
     corpora = [f"corpus@{kind}" for kind in kinds if not study.corpus(kind).is_file()]
 
     def run(name: str, jobs: int) -> tuple[str, bool]:
@@ -277,7 +258,10 @@ def run_task(study: Study, task: Task, device: str) -> None:
         model, figures = subject.model, size_of(subject.model)
     else:
         model, figures = work, quantise(study, task, work)
-    heldout = load_eval_text(study.corpus("heldout"), load_tokenizer(subject.model), subject.seq_len)[:_HELDOUT_ROWS]
+    tokenizer = load_tokenizer(subject.model)
+    heldout = {
+        name: load_eval_text(path, tokenizer, subject.seq_len)[:_HELDOUT_ROWS] for name, path in study.heldout.items()
+    }
     suites = Suites(study.split, study.limit) if subject.suites else None
     figures |= judge(model, subject.model, heldout, suites, device=device)
     items = figures.pop("items", {})

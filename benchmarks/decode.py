@@ -1,7 +1,8 @@
 """Decoding and prompts of a model of a billion random weights, engines in turns: `python benchmarks/decode.py`.
 
 The shape is that of Llama-3.2-1B with a head of its own over 32,000 tokens; speed does not depend on the values of
-weights. The artefact is made once in --dir (4 GB of memory on the way) and used again.
+weights. With --subject it is a real model, rounded to nearest. The artefact is made once in --dir (of a billion
+weights: 4 GB of memory on the way) and used again.
 
     upq            `upq.load(DIR).generate`, the compiled decoder
     transformers   its own loop over the same kernels
@@ -26,11 +27,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 import _plots
 import upq
+from _rows import FROM_FP, NO_TRAINING, load_recipe
+from _subjects import SUBJECTS, Subject, named
 from _table import Figure, Table, make_console, show_figures, write_figures
 from upq.artifact.manifest import MANIFEST, Manifest, SourceModel
 from upq.artifact.transformers import embedding_tables, write_artifact
 from upq.core.memory import resident_bytes
 from upq.core.scheme import QTensor, QuantScheme
+from upq.data.config import TextSource
 from upq.evals import speed as bench
 from upq.evals.speed import Engine, Speed, Workload
 from upq.grids import GRIDS
@@ -74,6 +78,7 @@ def main(
     prefill: Annotated[int, typer.Option(min=1)] = 128,
     dense: Annotated[bool, typer.Option(help="Dense bfloat16 as well.")] = False,
     against: Annotated[str | None, typer.Option(help="gguf: llama.cpp as well.")] = None,
+    subject: Annotated[str | None, typer.Option(help=f"A real model: {', '.join(SUBJECTS)}.")] = None,
     tiny: Annotated[bool, typer.Option(help="A model of two small blocks, to see whether this works.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A picture of speed against bytes a token.")] = None,
@@ -81,14 +86,21 @@ def main(
     """Medians over the repeats, ratios within a repeat. UPQ_CPU_ISA chooses the instruction set."""
     torch.set_num_threads(threads)
     workload = Workload(prompt=prompt, tokens=tokens, prefill=prefill, repeats=repeats)
-    artifact = dir_ / f"{'tiny' if tiny else '1b'}-g{group_size}-e{embeddings}{'' if grid == 'seq' else f'-{grid}'}"
+    artifact = (
+        dir_
+        / f"{subject or ('tiny' if tiny else '1b')}-g{group_size}-e{embeddings}{'' if grid == 'seq' else f'-{grid}'}"
+    )
     if not (artifact / MANIFEST).is_file():
         # by a process of its own: the memory it leaves would be taken for the model's
         scheme = QuantScheme(bits=2, group_size=group_size, grid=grid)
-        shape = TINY if tiny else LLAMA_1B
-        writer = get_context("spawn").Process(target=write, args=(artifact, shape, scheme, embeddings))
+        what = named(subject) if subject else TINY if tiny else LLAMA_1B
+        writer = get_context("spawn").Process(
+            target=write_subject if subject else write, args=(artifact, what, scheme, embeddings)
+        )
         writer.start()
         writer.join()
+        if writer.exitcode:
+            raise SystemExit(writer.exitcode)
     quiet_libraries()
     before = resident_bytes()
     model = upq.load(artifact)
@@ -174,6 +186,21 @@ def table(speeds: list[Speed]) -> Table:
 
 
 # --- the model -----------------------------------------------------------------------------------------------------
+
+
+def write_subject(out: Path, subject: Subject, scheme: QuantScheme, embeddings: int) -> None:
+    """An artefact of a real model, each weight rounded to nearest."""
+    from upq.run.reporter import PlainLines
+    from upq.run.run import quantize
+
+    subject.install()
+    settings = [f"int2.grid={scheme.grid}", f"int2.group_size={scheme.group_size}", f"embeddings.bits={embeddings}"]
+    recipe = load_recipe("paper", [*subject.overrides, FROM_FP, NO_TRAINING, *settings])
+    train, _ = subject.texts(out.parent / f"{subject.name}-text", tokens=0)
+    data = recipe.data.model_copy(update={"sources": (TextSource(path=str(train)),)})
+    quantize(
+        subject.model, recipe.model_copy(update={"data": data}), out, progress=PlainLines(make_console(), every=60)
+    )
 
 
 def write(out: Path, shape: dict[str, Any], scheme: QuantScheme, embeddings: int) -> None:

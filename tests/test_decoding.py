@@ -25,9 +25,26 @@ from upq.core.errors import UPQError
 from upq.core.scheme import QTensor, QuantScheme
 from upq.decoding import Session
 from upq.kernels import cpu
+from upq.model.matrices import Matrix
 from upq.nn.blocks import model_weights
+from upq.nn.packed import Factor, PackedEmbedding
+from zoo import random_model
 
-COMPILED = list(FAMILIES)
+# What a family is made of beside its sizes.
+MADE: dict[str, dict[str, Any]] = {
+    **{name: {} for name in FAMILIES},
+    "granite": {
+        "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.2, "logits_scaling": 6.0,
+    },
+    "gemma3_text": {
+        "sliding_window": 9, "query_pre_attn_scalar": 11, "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "olmo2": {},
+    "phi3": {},
+    "qwen3_moe": {
+        "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True,
+    },
+}  # fmt: skip
 COMPUTES = ["w2a8", "w2a16"]
 SEQ2 = QuantScheme(bits=2)
 PROMPT = torch.arange(3, 20)[None]
@@ -45,14 +62,20 @@ def as_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def packed(name: str, *, scheme: QuantScheme = SEQ2, embeddings_bits: Any = None, **config: Any) -> PreTrainedModel:
     """A tiny random model on codes, attached."""
-    model = tiny_model(name, **config)
+    model = tiny_model(name, **{**MADE[name], **config})
     pack_model(model, codes(model, scheme), embeddings_bits=embeddings_bits)
     decoding.attach(model)
     return model
 
 
 def codes(model: PreTrainedModel, scheme: QuantScheme = SEQ2) -> dict[str, QTensor]:
-    return {path: quantize_rows(model.get_submodule(path).weight, scheme) for path in model_weights(model)}
+    found = dict[str, QTensor]()
+    for path, weight in model_weights(model).items():
+        assert isinstance(weight, Matrix)
+        found[path] = quantize_rows(
+            weight.flat(model.get_parameter(path if weight.experts else f"{path}.weight")), scheme
+        )
+    return found
 
 
 def by_transformers(model: PreTrainedModel, ids: Tensor = PROMPT, **options: Any) -> Any:
@@ -95,7 +118,7 @@ def assert_same_tokens(
 
 
 @pytest.mark.parametrize("compute", COMPUTES)
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", MADE)
 def test_greedy_tokens_are_those_of_transformers(name: str, compute: str) -> None:
     for tied, bits in ((False, None), (True, 8), (False, 4), (True, None)):
         model = packed(name, tie_word_embeddings=tied, embeddings_bits=bits)
@@ -130,6 +153,26 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "yarn": ("qwen2", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
+    "positions on a part of the head": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "fused linears and a window": ("phi3", {"sliding_window": 6, "num_key_value_heads": 1}),
+    "factors and biases": ("granite", {"attention_bias": True, "mlp_bias": True}),
+    "local and global positions": (
+        "gemma3_text",
+        {
+            "head_dim": 12,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+            },
+        },
+    ),
+    "shares that do not sum to one": ("qwen3_moe", {"norm_topk_prob": False, "num_experts_per_tok": 3}),
+    "experts in some blocks": ("qwen3_moe", {"mlp_only_layers": [0], "sliding_window": 6, "use_sliding_window": True}),
+    "experts in every second block": ("qwen3_moe", {"decoder_sparse_step": 2, "num_experts_per_tok": 5}),
+    "norms over all heads": ("olmo2", {"attention_bias": True, "num_key_value_heads": 1}),
 }  # fmt: skip
 
 
@@ -139,6 +182,40 @@ def test_variants_of_the_block(variant: str, compute: str) -> None:
     name, config = VARIANTS[variant]
     with kernels.computing(compute):
         assert_same_tokens(packed(name, **config), max_new_tokens=30)
+
+
+@pytest.mark.parametrize("case", [*MADE, *VARIANTS])
+def test_logits_are_those_of_the_model(case: str) -> None:
+    """After prompts and after single tokens, and past the windows."""
+    name, config = VARIANTS.get(case, (case, {}))
+    model = packed(name, **config)
+    ids = torch.randint(1, 67, (1, 61), generator=torch.Generator().manual_seed(3))
+    with kernels.computing("w2a16"), torch.no_grad():
+        theirs = model(ids).logits[0].float()
+        held = session(model)
+        for prompt in (1, 40):
+            ours = held.logits_V(ids[0, :prompt].tolist())
+            for length in range(prompt, prompt + 20):
+                torch.testing.assert_close(ours, theirs[length - 1], rtol=1e-4, atol=1e-4)
+                ours = held.extend_V(ids[0, length : length + 1].tolist())
+
+
+def test_every_family_is_tested() -> None:
+    assert {*MADE, "gemma3"} == set(decoding.COMPILED)
+
+
+def test_texts_of_a_model_with_a_tower() -> None:
+    """The ids of types are those of a text, zeros; images have ones, and attend in both directions."""
+    model = random_model("gemma3", sliding_window=9)
+    pack_model(model, codes(model))
+    decoding.attach(model)
+    with kernels.computing("w2a16"):
+        assert_same_tokens(model, max_new_tokens=12, token_type_ids=torch.zeros_like(PROMPT))
+        generate: Any = model.generate
+        types = (PROMPT > 7).long()
+        ours = generate(PROMPT, max_new_tokens=4, do_sample=False, token_type_ids=types)
+        assert model.why_not_compiled == "token_type_ids was given"
+        assert torch.equal(ours, by_transformers(model, max_new_tokens=4, do_sample=False, token_type_ids=types))
 
 
 @pytest.mark.parametrize(
@@ -161,11 +238,20 @@ def test_prompts_longer_than_a_portion(window: int | None) -> None:
         assert_same_tokens(model, ids, max_new_tokens=10)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_model_in_16_bits_is_computed_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Its tokens are those of the artefact loaded in float32."""
-    out = artefact(tmp_path / "a", tiny_model("qwen3").to(dtype), embeddings_bits=8)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("qwen3", torch.bfloat16), ("qwen3", torch.float16), ("gemma3_text", torch.bfloat16),
+        ("granite", torch.bfloat16), ("qwen3_moe", torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_a_model_in_16_bits_is_computed_in_float32(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Its tokens are those of the artefact loaded in float32, with the factor of its embedding as 16 bits have it."""
+    out = artefact(tmp_path / "a", tiny_model(name, **MADE[name]).to(dtype), embeddings_bits=8)
     ours, reference = upq.load(out), upq.load(out, dtype=torch.float32, decoder="transformers")
+    table = reference.get_input_embeddings()
+    assert isinstance(table, PackedEmbedding)
+    table.factor = Factor(table.factor.of_dtype(dtype))
     assert (ours.dtype, reference.dtype) == (dtype, torch.float32)
     assert_same_tokens(ours, reference=reference, max_new_tokens=30)
 
@@ -185,14 +271,21 @@ def session(model: PreTrainedModel) -> Session:
     return decoding.session(model)
 
 
+LONG: dict[str, dict[str, Any]] = {
+    "qwen3": {"sliding_window": 40, "use_sliding_window": True, "max_window_layers": 1, "head_dim": 24},
+    "qwen3_moe": {"mlp_only_layers": [0]},
+}
+
+
+@pytest.mark.parametrize("name", LONG)
 @pytest.mark.parametrize("compute", COMPUTES)
 @pytest.mark.parametrize("isa", cpu.instruction_sets())
-def test_logits_depend_on_the_tokens_alone(isa: str, compute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_depend_on_the_tokens_alone(isa: str, compute: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: not on portions, threads, or what stood in the cache."""
     monkeypatch.setenv("UPQ_CPU_ISA", isa)
     cpu.instruction_set.cache_clear()
     try:
-        model = packed("qwen3", sliding_window=40, use_sliding_window=True, max_window_layers=1, head_dim=24)
+        model = packed(name, **LONG[name])
         ids = torch.randint(67, (150,), generator=torch.Generator().manual_seed(1)).tolist()
         with kernels.computing(compute):
             held = session(model)
@@ -247,6 +340,24 @@ def test_changed_weights_are_noticed() -> None:
     held = session(model)
     model.to(torch.bfloat16)
     assert session(model) is not held
+
+
+def test_a_token_reads_its_own_experts_alone() -> None:
+    """What the others hold does not matter, not even NaN."""
+    model = packed("qwen3_moe", num_hidden_layers=1)
+    chosen: list[Tensor] = []
+    handle = model.model.layers[0].mlp.gate.register_forward_hook(lambda _m, _x, out: chosen.append(out[2]))
+    with kernels.computing("w2a16"):
+        logits(model, torch.tensor([[7]]))
+        handle.remove()
+        expected = session(model).logits_V([7])
+        experts = model.model.layers[0].mlp.experts
+        others = [e for e in range(5) if e not in chosen[0].flatten().tolist()]
+        assert len(others) == 3
+        for tall in (experts.gate_up_proj, experts.down_proj):
+            tall.weight_scale.view(5, -1)[others] = torch.nan
+        assert torch.equal(session(model).logits_V([7]), expected)
+        assert session(model).logits_V(list(range(60))).isnan().any()
 
 
 # --- what generate promises ----------------------------------------------------------------------------------------
@@ -364,6 +475,7 @@ def test_models_it_does_not_know_go_to_transformers() -> None:
         (lambda m: setattr(m.model.rotary_emb, "rope_type", "dynamic"), "rotary positions of the type dynamic"),
         (lambda m: m.model.layers[0].mlp.add_module("extra", nn.Identity()), "LlamaMLP has a part called extra"),
         (lambda m: setattr(m, "lm_head", nn.Sequential(m.lm_head)), "a linear of the type Sequential"),
+        (lambda m: setattr(m.config, "model_type", "mistral"), "a block of the type LlamaDecoderLayer"),
     ):
         model = packed("llama")
         change(model)
@@ -377,6 +489,28 @@ def test_models_it_does_not_know_go_to_transformers() -> None:
     assert model.why_not_compiled == "the kernels are set to reference"
     assert torch.equal(generate(ids, max_new_tokens=3), by_transformers(model, ids, max_new_tokens=3))
     assert model.why_not_compiled == "a batch of 2"
+
+
+def test_families_it_does_not_know_go_to_transformers() -> None:
+    """Gemma 2 has Gemma 3's modules and another forward pass. LongRoPE's frequencies change with the length."""
+    long = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
+    for name, config, reason in (
+        ("gemma2", {}, "the family gemma2 is not compiled"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is not compiled"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "attention in both directions"),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **long}},
+            "rotary positions of the type longrope",
+        ),
+    ):
+        model = tiny_model(name, **config)
+        pack_model(model, codes(model))
+        decoding.attach(model)
+        generate: Any = model.generate
+        ours = generate(PROMPT, max_new_tokens=4, do_sample=False)
+        assert model.why_not_compiled == reason
+        assert torch.equal(ours, by_transformers(model, max_new_tokens=4, do_sample=False))
 
 
 def test_two_threads_do_not_share_the_cache() -> None:
@@ -438,7 +572,9 @@ def test_copies_and_pickles_generate_for_themselves() -> None:
         assert type(twin) is type(model)
         assert torch.equal(compiled(twin, max_new_tokens=6, do_sample=False), expected)
         assert session(twin) is not session(model)
-        assert session(twin).parts.blocks[0].q.weight is not session(model).parts.blocks[0].q.weight  # kernels.Weight
+        assert (
+            session(twin).parts.blocks[0].qkv[0].weight is not session(model).parts.blocks[0].qkv[0].weight
+        )  # kernels.Weight
 
 
 def test_inference_mode() -> None:
@@ -455,4 +591,5 @@ def test_bytes_of_a_token() -> None:
     rearranged = sum(m.kernel_weight().matrix().nbytes for m in layers)
     assert parts.weight_bytes == rearranged + model.lm_head.weight.nbytes
     assert parts.cache_bytes == 2 * 4 * 2 * 2 * 8
-    assert model.config.model_type in COMPILED
+    sparse, dense = (session(packed("qwen3_moe", num_experts=n)).parts for n in (5, 2))
+    assert sparse.weight_bytes - dense.weight_bytes == 2 * 3 * 32 * 4  # two of five: only the routers differ

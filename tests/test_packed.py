@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
 from pairwise import pairwise
 from upq.core.errors import UPQError
@@ -16,7 +21,7 @@ from upq.core.scheme import PER_CHANNEL, QTensor, QuantScheme
 from upq.grids import GRIDS, search_scale
 from upq.kernels import pack, unpack
 from upq.nn.fake_quant import FakeQuantLinear
-from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead, dense_like
+from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead, dense_like, pack_like
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -67,6 +72,28 @@ def test_embedding_and_tied_head_equal_the_dense_table(grid: str, bits: int, dty
     assert not head.state_dict()
     x = torch.randn(2, 13, dtype=dtype)
     assert torch.equal(head(x), nn.functional.linear(x, table))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "made",
+    [partial(Gemma3TextScaledWordEmbedding, 11, 13, 0, 13**0.5), partial(BartScaledWordEmbedding, 11, 13, 0, 1.3)],
+)
+def test_the_factor_of_an_embedding_stays(made: Callable[[], nn.Embedding], dtype: torch.dtype) -> None:
+    scheme, ids = QuantScheme(bits=8), torch.tensor([[1, 10, 3]])
+    q = fake_linear(11, 13, scheme, False, dtype).freeze()
+    before = made().to(dtype)
+    before.weight = nn.Parameter(q.dequantize().to(dtype))
+    packed = pack_like(before, scheme, q)
+    assert torch.equal(packed(ids), before(ids))
+    assert torch.equal(dense_like(packed, dtype)(ids), before(ids))
+    with torch.device("meta"):  # as a model is built that waits for its file
+        assert pack_like(made(), scheme).factor == packed.factor
+
+
+def test_an_embedding_that_computes_more_is_refused() -> None:
+    with pytest.raises(UPQError, match="class OPTLearnedPositionalEmbedding cannot be packed: it computes more"):
+        pack_like(OPTLearnedPositionalEmbedding(5, 4), QuantScheme(bits=8))
 
 
 # --- what is stored: the canonical layout of an artefact

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,45 +19,22 @@ import typer
 from environment import HERE, NotInstallable, python_of
 from rich.console import Console
 
+sys.path.insert(0, str(HERE.parent))
+from _subjects import DATA, ROOT, SUBJECTS, Subject, named
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-ROOT = HERE.parents[1]
 GROUP_SIZES = (-1, 64, 32)
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model and its texts."""
+class Trial:
+    """A subject and its texts, all on disk."""
 
-    name: str
-    model: Path
+    subject: Subject
     train: Path  # calibration, and UPQ's training
-    heldout: Path
-    seq_len: int = 512
-    budget: int | None = None  # training tokens of UPQ; None: its recipe's
-
-
-def stories(data_dir: Path, out: Path) -> Subject:
-    model, text = data_dir / "models/stories260K", data_dir / "text"
-    return Subject("stories260K", model, text / "tinystories_train.txt", text / "tinystories_heldout.txt")
-
-
-def reference(data_dir: Path, out: Path) -> Subject:
-    """Documents of its world; rotary positions beyond 256 are untrained. UPQ trains on as many tokens as in `demo`."""
-    from upq.world import World
-    from upq.world.corpus import write_corpus
-
-    texts = {"train.jsonl": (30_000, 1), "heldout.jsonl": (1_000, 2)}  # documents, seed
-    for name, (n, seed) in texts.items():
-        if not (out / "reference" / name).is_file():
-            write_corpus(out / "reference" / name, World(), n=n, seed=seed)
-    files = (out / "reference" / name for name in texts)
-    return Subject("reference", ROOT / "src/upq/world/reference", *files, 256, budget=300_000)
-
-
-# By name: from --data-dir and --out to the subject, whose files may still be missing.
-SUBJECTS: dict[str, Callable[[Path, Path], Subject]] = {"stories260K": stories, "reference": reference}
+    heldout: dict[str, Path]
 
 
 @dataclass(frozen=True)
@@ -105,7 +83,7 @@ def main(
     train: Annotated[Path | None, typer.Option(help="Its calibration text.")] = None,
     heldout: Annotated[Path | None, typer.Option(help="Its evaluation text.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of a row of text for --model.")] = 512,
-    data_dir: Annotated[Path, typer.Option(help="Where the subjects' files lie.")] = ROOT.parent / "shared" / "data",
+    data_dir: Annotated[Path, typer.Option(help="Where the subjects' files lie.")] = DATA,
     out: Annotated[Path, typer.Option(help="Environments, finished rows and tables.")] = ROOT / "runs" / "peers",
     only: Annotated[list[str] | None, typer.Option(help="Rows whose name contains this; may be repeated.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
@@ -113,58 +91,58 @@ def main(
     """Build what environments are missing, run what rows are missing, print the table."""
     from table import report
 
-    chosen = find_subject(subject, model, train, heldout, seq_len, data_dir.resolve(), out.resolve())
+    folder = out.resolve() / subject
+    trial = find_trial(subject, model, train, heldout, seq_len, data_dir.resolve(), folder)
     console = Console(width=160) if not Console().is_terminal else Console()
-    folder = out.resolve() / chosen.name
     folder.mkdir(parents=True, exist_ok=True)
-    heldout_NT = None
+    heldout_rows: dict[str, Tensor] = {}
     for row in (row for row in ROWS if any(part.lower() in row.name.lower() for part in only or [""])):
-        made = make(row, chosen, folder / row.folder, out.resolve() / "env")
+        made = make(row, trial, folder / row.folder, out.resolve() / "env")
         if made["error"] is None and not (folder / row.folder / "judged.json").is_file():
-            heldout_NT = rows(chosen) if heldout_NT is None else heldout_NT
-            judge_row(folder / row.folder, chosen, heldout_NT)
+            heldout_rows = heldout_rows or rows(trial)
+            judge_row(folder / row.folder, trial.subject, heldout_rows)
         console.print(f"{row.name}: {made['error'] or 'done'}", highlight=False, markup=False)
-    report(list(finished(folder)), chosen.name, folder, console, json_file)
+    report(list(finished(folder)), subject, folder, console, json_file)
 
 
-def find_subject(
-    name: str, model: Path | None, train: Path | None, heldout: Path | None, seq_len: int, data_dir: Path, out: Path
-) -> Subject:
+def find_trial(
+    name: str, model: Path | None, train: Path | None, heldout: Path | None, seq_len: int, data_dir: Path, folder: Path
+) -> Trial:
     if model is None:
-        if name not in SUBJECTS:
-            raise SystemExit(f"subject {name!r} is none of {', '.join(SUBJECTS)}; or name its files with --model")
-        found = SUBJECTS[name](data_dir, out)
+        subject = named(name, data_dir)
     elif train is None or heldout is None:
         raise SystemExit("--model needs --train and --heldout")
     elif name in SUBJECTS:
         raise SystemExit(f"--model needs a --subject of its own; {name!r} is taken")
     else:
-        found = Subject(name, model.resolve(), train.resolve(), heldout.resolve(), seq_len)
-    for path in (found.model, found.train, found.heldout):
-        if not path.exists():
-            raise SystemExit(f"{path} is missing; name --data-dir, or --model, --train and --heldout")
-    return found
+        subject = Subject(
+            name, "", model.resolve(), (), train={"documents": train.resolve()}, heldout={"text": heldout.resolve()},
+            seq_len=seq_len, suites=True,
+        )  # fmt: skip
+    subject.install()
+    return Trial(subject, *subject.texts(folder, tokens=subject.budget or 0))
 
 
-def make(row: Row, subject: Subject, folder: Path, environments: Path) -> dict[str, Any]:
+def make(row: Row, trial: Trial, folder: Path, environments: Path) -> dict[str, Any]:
     """What `peer.Made` says of this row; the adapter runs unless it has run before."""
     file = folder / "made.json"
     if not file.is_file():
         shutil.rmtree(folder, ignore_errors=True)  # half a row says nothing of time and memory
         folder.mkdir(parents=True)
         try:
-            run_adapter(row, subject, folder, python_of(row.peer, environments))
+            run_adapter(row, trial, folder, python_of(row.peer, environments))
         except NotInstallable as error:
             file.write_text(json.dumps({"version": row.peer, "error": f"not installable: {error}"}))
     made: dict[str, Any] = json.loads(file.read_text())
     return made
 
 
-def run_adapter(row: Row, subject: Subject, folder: Path, python: Path) -> None:
+def run_adapter(row: Row, trial: Trial, folder: Path, python: Path) -> None:
+    subject = trial.subject
     job = {
         "model": str(subject.model),
-        "text": str(subject.train),
-        "tokens": str(calibration(subject, folder.parent)),
+        "text": str(trial.train),
+        "tokens": str(calibration(trial, folder.parent)),
         "seq_len": subject.seq_len,
         "group_size": row.group_size,
         "variant": row.variant,
@@ -181,29 +159,29 @@ def run_adapter(row: Row, subject: Subject, folder: Path, python: Path) -> None:
         raise SystemExit(f"{row.name}: killed by signal {-done.returncode}; the same command again repeats this row")
 
 
-def calibration(subject: Subject, folder: Path) -> Path:
+def calibration(trial: Trial, folder: Path) -> Path:
     from judge import rows_of
     from safetensors.torch import save_file
 
     file = folder / "calibration.safetensors"
     if not file.is_file():
-        save_file({"tokens_NT": rows_of(subject.train, subject.model, subject.seq_len)}, file)
+        save_file({"tokens_NT": rows_of(trial.train, trial.subject)}, file)
     return file
 
 
-def rows(subject: Subject) -> Tensor:
+def rows(trial: Trial) -> dict[str, Tensor]:
     from judge import rows_of
 
-    return rows_of(subject.heldout, subject.model, subject.seq_len)
+    return {name: rows_of(text, trial.subject) for name, text in trial.heldout.items()}
 
 
-def judge_row(folder: Path, subject: Subject, heldout_NT: Tensor) -> None:
+def judge_row(folder: Path, subject: Subject, heldout: dict[str, Tensor]) -> None:
     from judge import judge
 
     from upq.core.errors import UPQError
 
     try:
-        judged = asdict(judge(folder / "dense", subject.model, heldout_NT))
+        judged = asdict(judge(folder / "dense", subject, heldout))
     except UPQError as error:  # a model that computes NaN
         judged = {"error": str(error)}
     (folder / "judged.json").write_text(json.dumps(judged))

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from run import Row
 
 TASKS = ("mini_mmlu", "mini_ifeval")
+FURTHER = ("ppl_wikitext2", "kld_wikitext2")  # of subjects with a second held-out text
 HEADS = [
     "row",
     "layers at 2 bits",
     "bits a weight",
     "perplexity",
     "KL",
+    *FURTHER,
     *TASKS,
     "minutes",
     "CPU minutes",
@@ -31,8 +33,10 @@ Finished = list[tuple["Row", dict[str, Any]]]
 
 def report(finished: Finished, subject: str, folder: Path, console: Console, json_file: Path | None) -> None:
     cells = [cells_of(row, found) for row, found in finished]
+    columns = [i for i, head in enumerate(HEADS) if head not in FURTHER or any(line[i] != "–" for line in cells)]
+    heads, cells = [HEADS[i] for i in columns], [[line[i] for i in columns] for line in cells]
     table = Table(title=f"{subject}, held-out text", title_justify="left")
-    for i, head in enumerate(HEADS[:-1]):
+    for i, head in enumerate(heads[:-1]):
         table.add_column(head, justify="right" if i else "left", no_wrap=i == 0)
     for line in cells:
         table.add_row(*line[:-1])
@@ -40,7 +44,7 @@ def report(finished: Finished, subject: str, folder: Path, console: Console, jso
     for line in cells:
         if line[-1]:  # too long for a column
             console.print(f"{line[0]}: {line[-1]}", highlight=False, markup=False)
-    lines = ["| " + " | ".join(HEADS) + " |", "|---|" + "---:|" * (len(HEADS) - 2) + "---|"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 2) + "---|"]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells]
     (folder / "table.md").write_text("\n".join(lines) + "\n")
     write_csv(finished, folder / "table.csv")
@@ -54,13 +58,14 @@ def report(finished: Finished, subject: str, folder: Path, console: Console, jso
 
 def cells_of(row: Row, found: dict[str, Any]) -> list[str]:
     """Cells as text; a dash where there is nothing to show."""
-    tasks = found.get("tasks", {})
+    tasks, others = found.get("tasks", {}), found.get("others", {})
     return [
         row.name,
         shown(found.get("quantised"), lambda paths: f"{len(paths)} of {found['linears']}"),
         shown(found.get("bits_per_weight"), "{:.2f}".format),
         shown(found.get("ppl"), "{:.2f}".format),
         shown(found.get("kld"), "{:.4f}".format),
+        *(shown(others.get(key), "{:.4g}".format) for key in FURTHER),
         *(shown(tasks.get(task), "{:.1%}".format) for task in TASKS),
         shown(found.get("seconds"), lambda s: f"{s / 60:.1f}"),
         shown(found.get("cpu_seconds"), lambda s: f"{s / 60:.1f}"),
@@ -78,11 +83,14 @@ def write_csv(finished: Finished, file: Path) -> None:
     keys = ["bits_per_weight", "ppl", "kld", "top1", "seconds", "cpu_seconds", "peak_memory_bytes"]
     with file.open("w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["row", "version", "settings", "linears", "quantised", "kept", *keys, *TASKS, "error"])
+        writer.writerow(
+            ["row", "version", "settings", "linears", "quantised", "kept", *keys, *FURTHER, *TASKS, "error"]
+        )
         for row, found in finished:
             paths = [found.get(key) for key in ("quantised", "kept")]
             counts = [found.get("linears"), *(None if p is None else len(p) for p in paths)]
-            tasks = [found.get("tasks", {}).get(task) for task in TASKS]
+            tasks = [found.get("others", {}).get(key) for key in FURTHER]
+            tasks += [found.get("tasks", {}).get(task) for task in TASKS]
             figures = [found.get(key) for key in keys]
             head = [row.name, found["version"], found.get("settings")]
             writer.writerow([*head, *counts, *figures, *tasks, found.get("error")])

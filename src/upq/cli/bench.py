@@ -14,7 +14,7 @@ from upq.core.errors import UPQError
 from upq.core.paths import local_or_hub
 
 if TYPE_CHECKING:
-    from upq.evals.speed import Speed
+    from upq.evals.speed import Engine, Speed
 
 
 def bench(
@@ -63,7 +63,8 @@ def bench(
         before = resident_bytes()
         with status.status(styled(f"loading {artifact}")):
             model = hf.load(artifact)
-            engines = [bench.compiled(model)]
+            engine, reason = _decoder(model)
+        engines = [engine]
         engines[0].run([0] * workload.prefill, 2, lambda: 0.0)
         resident = resident_bytes()
         if against:
@@ -76,6 +77,8 @@ def bench(
         with status.status("measuring"):
             speeds, read = bench.measure(engines, workload, model.config.get_text_config(decoder=True).vocab_size)
     figures: dict[str, Any] = {
+        "decoder": engine.name,
+        "why_not_compiled": reason,
         "compute": compute,
         "instruction_set": cpu.instruction_set(),
         "threads": torch.get_num_threads(),
@@ -90,6 +93,19 @@ def bench(
     target.write(figures)
 
 
+def _decoder(model: Any) -> tuple[Engine, str | None]:
+    """What `model.generate` of a loaded artefact runs: the compiled decoder, or transformers' loop and the reason."""
+    from upq import decoding
+    from upq.evals import speed
+
+    if hasattr(model, "why_not_compiled"):  # an artefact
+        try:
+            decoding.session(model)
+        except decoding.Unsuitable as reason:
+            return speed.plain("transformers", model), str(reason)
+    return speed.compiled(model), None
+
+
 def _show(figures: dict[str, Any], speeds: list[Speed]) -> None:
     from upq.cli.console import size, table
     from upq.run.console import console
@@ -98,6 +114,11 @@ def _show(figures: dict[str, Any], speeds: list[Speed]) -> None:
     shown.print(
         f"{figures['compute']} on {figures['instruction_set']}, {figures['threads']} threads; medians of "
         f"{figures['repeats']}; a plain read of memory: {size(figures['stream_bytes_per_second'])}/s"
+    )
+    shown.print(
+        "decoder: upq, compiled"
+        if figures["why_not_compiled"] is None
+        else f"decoder: transformers' loop with the packed kernels: {figures['why_not_compiled']}"
     )
     rows = [
         [
@@ -110,8 +131,9 @@ def _show(figures: dict[str, Any], speeds: list[Speed]) -> None:
         ["of a plain read", *("–" if s.of_stream is None else f"{s.of_stream:.0%}" for s in speeds)],
     ]
     if len(speeds) > 1:
-        rows.append(["upq decodes", *(f"{s.decode_ratio:.2f} ×" for s in speeds)])
-        rows.append(["upq reads prompts", *(f"{s.prefill_ratio:.2f} ×" for s in speeds)])
+        name = speeds[0].name
+        rows.append([f"{name} decodes", *(f"{s.decode_ratio:.2f} ×" for s in speeds)])
+        rows.append([f"{name} reads prompts", *(f"{s.prefill_ratio:.2f} ×" for s in speeds)])
     shown.print(table("", ["", *(s.name for s in speeds)], rows))
     shown.print(
         f"weight files {size(figures['file_bytes'])}; in memory the model takes {size(figures['model_bytes'])}, "

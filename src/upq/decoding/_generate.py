@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from threading import Lock
 from typing import Any
 
@@ -79,7 +80,8 @@ class _Generate:
     def __call__(self, inputs: Any = None, generation_config: Any = None, *others: Any, **options: Any) -> Any:
         model = self._model
         plain = type(model).generate
-        options.pop("token_type_ids", None)  # some tokenizers give them, and no decoder takes them
+        if "token_type_ids" not in signature(model.forward).parameters:
+            options.pop("token_type_ids", None)  # some tokenizers give them, and most decoders do not take them
         if options.get("use_cache") is None and getattr(generation_config, "use_cache", None) is None:
             options["use_cache"] = True  # one that the model's files say is for its training
         try:
@@ -166,5 +168,12 @@ def _check_request(ids_1T: Tensor, config: Any, prepared: dict[str, Any]) -> Non
     if mask is not None and not (mask == 1).all():
         raise Unsuitable("an attention mask with gaps")
     for name, value in prepared.items():
-        if name not in _PLAIN and value is not None:
+        if name not in _PLAIN and value is not None and not _of_text_alone(name, value):
             raise Unsuitable(f"{name} was given")
+
+
+def _of_text_alone(name: str, value: Any) -> bool:
+    """Whether an input of models with a tower says that there is nothing but text."""
+    if name == "token_type_ids":  # images have ones
+        return not value.any()
+    return name == "mm_encoder_outputs" and not value

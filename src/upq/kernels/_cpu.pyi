@@ -74,33 +74,39 @@ class Linear:
     def __init__(self, weight: PackedMatrix | Dense, bias: int, /) -> None: ...
 
 class Norm:
-    def __init__(self, weight: int, eps: float, /) -> None: ...
+    def __init__(self, weight: int, eps: float, size: int, /) -> None: ...
+
+class Mlp:
+    def __init__(self, gate_up: Sequence[Linear], down: Linear, /) -> None: ...
+
+class Experts:
+    def __init__(self, router: Dense, experts: Sequence[Mlp], chosen: int, normalised: bool, /) -> None: ...
+
+class Activation:
+    silu: Activation
+    gelu_tanh: Activation
 
 class Block:
     def __init__(
         self,
-        before_attention: Norm,
-        before_mlp: Norm,
-        of_queries: Norm,
-        of_keys: Norm,
-        linears: Sequence[Linear],  # q, k, v, o, gate, up, down
-        rotary: bool,
+        norms: Sequence[Norm],  # before and after attention, before and after the MLP, of queries, of keys
+        qkv: Sequence[Linear],
+        o: Linear,
+        mlp: Mlp | Experts,
+        activation: Activation,
+        scaling: float,
+        rope: int,
         window: int,
+        residual: float,
         /,
     ) -> None: ...
 
+class Rope:
+    def __init__(self, frequencies: int, pairs: int, scaling: float, /) -> None: ...
+
 class Dimensions:
     def __init__(
-        self,
-        hidden: int,
-        mlp: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        scaling: float,
-        frequencies: int,
-        rotary_scaling: float,
-        /,
+        self, hidden: int, heads: int, kv_heads: int, head_dim: int, embedding_scale: float, ropes: Sequence[Rope], /
     ) -> None: ...
 
 class Decoder:

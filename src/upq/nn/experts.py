@@ -70,21 +70,30 @@ class PackedExperts(Packed, PerExpert):
     def product(self, expert: int, x: Tensor) -> Tensor:
         return kernels.linear(x, self._weight_of(expert))
 
+    def kernel_weights(self) -> tuple[kernels.Weight, ...]:
+        """What kernels multiply with, by expert. Made when first asked for, and again when a buffer has changed."""
+        self._forget_changed()
+        return tuple(self._of_expert.get(e) or self._made(e) for e in range(self.matrix.experts))
+
     def _weight_of(self, expert: int) -> kernels.Weight:
-        """Of one expert. Made when first asked for, and again when a buffer has changed."""
-        rows = slice(expert * self.matrix.outputs, (expert + 1) * self.matrix.outputs)
+        self._forget_changed()
+        return self._of_expert.get(expert) or self._made(expert)
+
+    def _forget_changed(self) -> None:
         whole = (self.weight_packed, self.weight_scale, self.zero)
         key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in whole if isinstance(t, Tensor))
         if self._made_of != key:
             self._made_of, self._of_expert = key, {}
-        if expert not in self._of_expert:
-            packed_OB, scale_OG, zero = (t[rows] if isinstance(t, Tensor) else t for t in whole)
-            assert isinstance(packed_OB, Tensor)
-            assert isinstance(scale_OG, Tensor)
-            self._of_expert[expert] = kernels.Weight(
-                packed_OB, scale_OG, zero, bits=self.scheme.bits, in_features=self.matrix.inputs
-            )
-        return self._of_expert[expert]
+
+    def _made(self, expert: int) -> kernels.Weight:
+        rows = slice(expert * self.matrix.outputs, (expert + 1) * self.matrix.outputs)
+        whole = (self.weight_packed, self.weight_scale, self.zero)
+        packed_OB, scale_OG, zero = (t[rows] if isinstance(t, Tensor) else t for t in whole)
+        assert isinstance(packed_OB, Tensor)
+        assert isinstance(scale_OG, Tensor)
+        made = kernels.Weight(packed_OB, scale_OG, zero, bits=self.scheme.bits, in_features=self.matrix.inputs)
+        self._of_expert[expert] = made
+        return made
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_weight": None, "_made_of": (), "_of_expert": {}}

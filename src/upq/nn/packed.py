@@ -7,6 +7,7 @@ from, bit for bit. How near the others come is the law of upq.kernels.cpu.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -162,13 +163,14 @@ class Codes(Mapping[str, QTensor]):
 
 
 class PackedEmbedding(Packed):
-    """Rows by id from a packed table; takes the place of nn.Embedding. Its output has the dtype of the model."""
+    """Rows by id from a packed table, times the factor of the class it takes the place of; in the model's dtype."""
 
     like: Tensor
 
     def __init__(self, num_embeddings: int, embedding_dim: int, scheme: QuantScheme) -> None:
         super().__init__(num_embeddings, embedding_dim, scheme)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.factor = Factor()
         # Empty, never saved; follows the dtype of the model through every cast.
         self.register_buffer("like", torch.empty(0), persistent=False)
 
@@ -180,7 +182,7 @@ class PackedEmbedding(Packed):
         return layer._fill(q)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return kernels.embedding(
+        rows = kernels.embedding(
             ids,
             self.weight_packed,
             self.weight_scale,
@@ -189,6 +191,47 @@ class PackedEmbedding(Packed):
             in_features=self.embedding_dim,
             dtype=self.like.dtype,
         )
+        return self.factor.times(rows)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """The dense counterpart of a PackedEmbedding with a factor."""
+
+    factor: Factor
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.factor.times(super().forward(ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """What an embedding's class multiplies its rows with: Gemma's is rounded to the dtype of the model first."""
+
+    value: float = 1.0
+    rounded: bool = False
+
+    @classmethod
+    def of(cls, embedding: nn.Embedding) -> Factor:
+        """Raises UPQError for a class that computes more than a look-up and a factor."""
+        if type(embedding) is nn.Embedding:
+            return cls()
+        if isinstance(embedding, ScaledEmbedding):
+            return embedding.factor
+        if type(embedding).__name__.endswith("ScaledWordEmbedding"):
+            rounded = hasattr(embedding, "scalar_embed_scale")
+            value: Any = embedding.scalar_embed_scale if rounded else embedding.embed_scale
+            return cls(float(value), rounded)
+        raise UPQError(
+            f"an embedding of the class {type(embedding).__name__} cannot be packed: it computes more than a look-up; "
+            "leave it as it is: --set embeddings.bits=null"
+        )
+
+    def of_dtype(self, dtype: torch.dtype) -> float:
+        """The value that rows of this dtype are multiplied with."""
+        return torch.tensor(self.value, dtype=dtype).item() if self.rounded else self.value
+
+    def times(self, rows: Tensor) -> Tensor:
+        return rows if self.value == 1.0 else rows * self.of_dtype(rows.dtype)
 
 
 class TiedHead(nn.Module):
@@ -214,9 +257,13 @@ class TiedHead(nn.Module):
 def pack_like(layer: nn.Module, scheme: QuantScheme, q: QTensor | None = None) -> PackedLinear | PackedEmbedding:
     """The packed counterpart of a linear or nn.Embedding: holding `q`, or empty and waiting for a file."""
     if isinstance(layer, nn.Embedding):
+        factor = Factor.of(layer)
         if q is not None:
-            return PackedEmbedding.from_qtensor(q, layer.weight.dtype)
-        return PackedEmbedding(layer.num_embeddings, layer.embedding_dim, scheme)
+            table = PackedEmbedding.from_qtensor(q, layer.weight.dtype)
+        else:
+            table = PackedEmbedding(layer.num_embeddings, layer.embedding_dim, scheme)
+        table.factor = factor
+        return table
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
     assert isinstance(bias, Tensor | None)
@@ -235,7 +282,10 @@ def dense_like(layer: Any, dtype: torch.dtype) -> nn.Linear | nn.Embedding | Con
     dense: nn.Linear | nn.Embedding | Conv1D
     weight = layer.dequantize(dtype)
     if isinstance(layer, PackedEmbedding):
-        dense = nn.Embedding(layer.num_embeddings, layer.embedding_dim, device="meta")
+        scaled = layer.factor != Factor()
+        dense = (ScaledEmbedding if scaled else nn.Embedding)(layer.num_embeddings, layer.embedding_dim, device="meta")
+        if isinstance(dense, ScaledEmbedding):
+            dense.factor = layer.factor
     elif layer.transposed:
         with torch.device("meta"):
             dense = Conv1D(layer.out_features, layer.in_features)  # type: ignore[no-untyped-call]

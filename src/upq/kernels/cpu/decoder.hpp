@@ -1,4 +1,5 @@
-// A whole decoder-only transformer of Llama's kind with its key-value cache: one call a token, without Python.
+// A whole decoder-only transformer with its key-value cache: one call a token, without Python. What its blocks have is
+// data: norms, fused or separate linears, factors, windows, tables of positions, an MLP or experts.
 //
 // The caller keeps alive what it points to: upq/kernels/decoder.py.
 
@@ -23,27 +24,54 @@ struct Linear {
     std::int64_t rows() const;
 };
 
+// An RMS norm over each `size` values of a row.
 struct Norm {
     const float* weight;  // null: there is no such norm
     float eps;
+    std::int64_t size;
+};
+
+struct Mlp {
+    std::vector<Linear> gate_up;  // two, or one whose rows are the gate's and then those of up
+    Linear down;
+
+    std::int64_t width() const;
+};
+
+struct Experts {
+    Dense router;
+    std::vector<Mlp> experts;
+    std::int64_t chosen;  // experts of a token: those with the largest share of the router's softmax
+    bool normalised;      // the shares of the chosen sum to one
 };
 
 struct Block {
-    Norm before_attention, before_mlp;
-    Norm of_queries, of_keys;  // over each head (Qwen3)
-    Linear q, k, v, o, gate, up, down;
-    bool rotary;          // false in SmolLM3's layers without positions
+    Norm before_attention, after_attention, before_mlp, after_mlp;
+    Norm of_queries, of_keys;  // over a head each (Qwen3), or over all (OLMo 2)
+    std::vector<Linear> qkv;   // three, or one whose rows are those of q, then k, then v
+    Linear o;
+    std::variant<Mlp, Experts> mlp;
+    Activation activation;
+    float scaling;        // of q·k
+    std::int64_t rope;    // number of its table; -1 in SmolLM3's layers without positions
     std::int64_t window;  // positions that a query sees at most, its own among them; 0 for all
+    float residual;       // of what is added to the hidden states (Granite)
+};
+
+// Rotary positions: of a head's first 2 · pairs values, i and i + pairs turn together.
+struct Rope {
+    const float* frequencies;  // [pairs]
+    std::int64_t pairs;
+    float scaling;  // of the cosines and sines (YaRN)
 };
 
 // Rows of the embedding: dense, or codes in the canonical layout.
 using Table = std::variant<Canonical, Dense>;
 
 struct Dimensions {
-    std::int64_t hidden, mlp, heads, kv_heads, head_dim;
-    float scaling;             // of q·k
-    const float* frequencies;  // of the rotary positions, [head_dim / 2]
-    float rotary_scaling;      // of their cosines and sines (YaRN)
+    std::int64_t hidden, heads, kv_heads, head_dim;
+    float embedding_scale;
+    std::vector<Rope> ropes;
 };
 
 // Logits depend on the tokens alone: the portions they came in and the number of threads change no bit.

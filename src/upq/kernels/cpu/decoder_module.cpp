@@ -21,6 +21,25 @@ const T* at(std::uintptr_t address) {
     return reinterpret_cast<const T*>(address);
 }
 
+// A block around each kind of what follows its attention.
+template <class... Kinds>
+void bind_block(nb::module_& m) {
+    nb::class_<Block> bound(m, "Block");
+    const auto bind = [&]<class Kind>(const Kind*) {
+        bound.def(
+            "__init__",
+            [](Block* self, const std::vector<Norm>& norms, std::vector<Linear> qkv, const Linear& o, const Kind& mlp,
+               Activation activation, float scaling, std::int64_t rope, std::int64_t window, float residual) {
+                new (self) Block{
+                    norms.at(0), norms.at(1), norms.at(2), norms.at(3), norms.at(4), norms.at(5), std::move(qkv), o, mlp,
+                    activation, scaling, rope, window, residual
+                };
+            }
+        );
+    };
+    (bind(static_cast<const Kinds*>(nullptr)), ...);
+}
+
 }  // namespace
 
 void bind_decoder(nb::module_& m) {
@@ -47,28 +66,32 @@ void bind_decoder(nb::module_& m) {
         .def("__init__", [](Linear* self, const Dense& weight, std::uintptr_t bias) {
             new (self) Linear{weight, at<float>(bias)};
         });
-    nb::class_<Norm>(m, "Norm").def("__init__", [](Norm* self, std::uintptr_t weight, float eps) {
-        new (self) Norm{at<float>(weight), eps};
+    nb::class_<Norm>(m, "Norm").def("__init__", [](Norm* self, std::uintptr_t weight, float eps, std::int64_t size) {
+        new (self) Norm{at<float>(weight), eps, size};
     });
-    nb::class_<Block>(m, "Block")
+    nb::class_<Mlp>(m, "Mlp").def("__init__", [](Mlp* self, std::vector<Linear> gate_up, const Linear& down) {
+        new (self) Mlp{std::move(gate_up), down};
+    });
+    nb::class_<Experts>(m, "Experts")
         .def(
             "__init__",
-            [](Block* self, const Norm& before_attention, const Norm& before_mlp, const Norm& of_queries,
-               const Norm& of_keys, const std::vector<Linear>& linears, bool rotary, std::int64_t window) {
-                new (self) Block{
-                    before_attention, before_mlp, of_queries, of_keys, linears.at(0), linears.at(1), linears.at(2),
-                    linears.at(3), linears.at(4), linears.at(5), linears.at(6), rotary, window
-                };
+            [](Experts* self, const Dense& router, std::vector<Mlp> experts, std::int64_t chosen, bool normalised) {
+                new (self) Experts{router, std::move(experts), chosen, normalised};
             }
         );
+    nb::enum_<Activation>(m, "Activation").value("silu", Activation::silu).value("gelu_tanh", Activation::gelu_tanh);
+    bind_block<Mlp, Experts>(m);
+    nb::class_<Rope>(m, "Rope").def(
+        "__init__", [](Rope* self, std::uintptr_t frequencies, std::int64_t pairs, float scaling) {
+            new (self) Rope{at<float>(frequencies), pairs, scaling};
+        }
+    );
     nb::class_<Dimensions>(m, "Dimensions")
         .def(
             "__init__",
-            [](Dimensions* self, std::int64_t hidden, std::int64_t mlp, std::int64_t heads, std::int64_t kv_heads,
-               std::int64_t head_dim, float scaling, std::uintptr_t frequencies, float rotary_scaling) {
-                new (self) Dimensions{
-                    hidden, mlp, heads, kv_heads, head_dim, scaling, at<float>(frequencies), rotary_scaling
-                };
+            [](Dimensions* self, std::int64_t hidden, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim,
+               float embedding_scale, std::vector<Rope> ropes) {
+                new (self) Dimensions{hidden, heads, kv_heads, head_dim, embedding_scale, std::move(ropes)};
             }
         );
     nb::class_<Decoder>(m, "Decoder")

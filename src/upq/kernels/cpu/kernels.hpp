@@ -9,6 +9,8 @@ namespace upq::cpu {
 // Memory that a product wants of each thread.
 inline constexpr std::int64_t scratch_bytes = 64 << 10;
 
+enum class Activation : int { silu, gelu_tanh };
+
 struct Kernels {
     const char* name;
 
@@ -24,7 +26,7 @@ struct Kernels {
     // What a decoder does between its products, in float32 (steps.hpp).
     void (*dense)(const Dense& w, const float* x, std::int64_t tokens, Range rows, float* y);
     void (*rms_norm)(const float* x, const float* weight, float eps, std::int64_t n, float* y);
-    void (*gated)(float* gate, const float* up, std::int64_t n);
+    void (*gated)(Activation activation, const float* gate, const float* up, std::int64_t n, float* out);
     void (*attend)(
         const Cached& cache, const float* queries, std::int64_t count, Range seen, float scaling, float* scores, float* out
     );

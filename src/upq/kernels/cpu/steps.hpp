@@ -75,10 +75,18 @@ inline float exponential(float x) {
     return p * std::bit_cast<float>((exponent + 127u) << 23);
 }
 
-// gate = silu(gate) · up
+// out = f(gate) · up; out may be gate. GELU by tanh is x · σ(2u): ½ (1 + tanh u) = σ(2u).
 template <class Isa>
-void gated(float* gate, const float* up, std::int64_t n) {
-    for (std::int64_t i = 0; i < n; ++i) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+void gated(Activation activation, const float* gate, const float* up, std::int64_t n, float* out) {
+    if (activation == Activation::silu) {
+        for (std::int64_t i = 0; i < n; ++i) out[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+        return;
+    }
+    constexpr float twice_root = 1.5957691216f;  // 2 √(2/π)
+    for (std::int64_t i = 0; i < n; ++i) {
+        const float x = gate[i], u = twice_root * (x + 0.044715f * x * x * x);
+        out[i] = x / (1.0f + exponential(-u)) * up[i];
+    }
 }
 
 // The scores of one block of keys.
