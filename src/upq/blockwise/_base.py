@@ -118,6 +118,8 @@ class BlockTask:
 
         The parts of all processes, and so their gradients, add up to what a single one computes.
         """
+        if relative:
+            _ = self.tokens  # in processes without rows too
         mine_B = self.processes.mine(index_B)
         if not len(mine_B):
             return None
