@@ -175,7 +175,7 @@ def mmlu_docs(*, test: str, dev: str, **_metadata: Any) -> DatasetDict:
 
 def row_docs(*, task: str, file: str, **_metadata: Any) -> DatasetDict:
     """The columns of lm-eval's own source of `task`."""
-    kind, rows = _ROWS[task], []
+    kind, rows = _ROWS[task], list[dict[str, Any]]()
     for number, row in _read_rows(Path(file), task, kind.keys):
         try:
             rows.append(kind.convert(row))
