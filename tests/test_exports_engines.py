@@ -79,6 +79,8 @@ def test_older_keys_by_type_of_layer_and_within_a_part() -> None:
     assert older_keys(text) == expected
     assert older_keys({"text_config": text, "vision_config": {"a": 1}}) == {"text_config": {**text, **expected}}
     assert older_keys({}) == {}
+    newer = {"full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}}
+    assert older_keys({"rope_parameters": newer}) == {"rope_theta": 1e6}  # version 5 would take it for all there is
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from upq.artifact.transformers import write_artifact
 from upq.core.scheme import QuantScheme
 from upq.grids import GRIDS, search_scale
 from upq.model.loading import load_model, load_tokenizer
+from upq.model.matrices import Matrix
 from upq.nn.blocks import model_weights
 
 # One block for all: Llama's, with biases, norms on heads or positions left out.
@@ -106,20 +107,24 @@ def _build(
 ) -> None:
     model = tiny_model(family, **{"vocab_size": 300, "eos_token_id": 257, **overrides}).to(dtype)
     tokenizer = byte_tokenizer(bos="<s>", eos="</s>", chat_template=CHAT, adds_bos=True)
-    _artifact(out, model, tokenizer, scheme, embeddings_bits)
+    artifact_of_model(out, model, tokenizer, scheme=scheme, embeddings_bits=embeddings_bits)
 
 
 def artifact_of(out: Path, source: Path, *, scheme: QuantScheme | None = None, embeddings_bits: Any = None) -> Path:
     """An artefact of a model on disk, its weights rounded to the nearest level."""
     tokenizer = load_tokenizer(source) if (source / "tokenizer_config.json").is_file() else None
-    return _artifact(out, load_model(source), tokenizer, scheme, embeddings_bits)
+    return artifact_of_model(out, load_model(source), tokenizer, scheme=scheme, embeddings_bits=embeddings_bits)
 
 
-def _artifact(out: Path, model: Any, tokenizer: Any, scheme: QuantScheme | None, embeddings_bits: Any) -> Path:
+def artifact_of_model(
+    out: Path, model: Any, tokenizer: Any, *, scheme: QuantScheme | None = None, embeddings_bits: Any = None
+) -> Path:
     scheme = scheme or QuantScheme(bits=2)
     grid, qtensors = GRIDS.get(scheme.grid), {}
-    for path in model_weights(model):
-        weight = model.get_submodule(path).weight.float()
+    for path, matrix in model_weights(model).items():
+        assert isinstance(matrix, Matrix)
+        parameter = path if matrix.experts else f"{path}.weight"
+        weight = matrix.flat(model.get_parameter(parameter).detach()).float()
         qtensors[path] = grid.freeze(weight, search_scale(weight, scheme), scheme)
     out.mkdir(parents=True)
     manifest = Manifest(model=SourceModel(path="org/tiny", digest="0"))

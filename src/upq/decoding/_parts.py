@@ -34,7 +34,8 @@ class Family:
 
 
 _GEMMA3 = Family("Gemma3DecoderLayer", without=("final_logit_softcapping",))
-# By transformers' `model_type`. Of 5.x, read part by part.
+
+# By transformers' `model_type`: classes of transformers 5.23 whose forward passes have been read.
 COMPILED: Mapping[str, Family] = {
     "gemma3": _GEMMA3,  # with its tower, whose text alone is the same
     "gemma3_text": _GEMMA3,

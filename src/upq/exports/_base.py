@@ -13,7 +13,8 @@ from upq.core.config import Strict
 from upq.core.precision import dtype_name
 from upq.core.progress import Progress
 from upq.core.registry import Registry
-from upq.exports._source import Source, Weight
+from upq.exports._checkpoint import as_checkpoint
+from upq.exports._source import Form, Source, Weight
 from upq.files.tensors import TensorPlan
 
 Rows = Callable[[int, int], Tensor]  # (start, stop) to these rows of a weight
@@ -68,9 +69,14 @@ class Exporter(ABC):
     install: ClassVar[str] = "'upq[export]'"  # what pip installs them by
     suffix: ClassVar[str | None] = None  # of the one file it consists of; None: a directory
     checked: ClassVar[str]  # how `read` reads, for the report
+    forms: ClassVar[frozenset[Form]] = frozenset({"linear"})  # of quantised weights that it holds
 
     def __init__(self, options: Options) -> None:
         self.options = options
+
+    def view(self, source: Source) -> Source:
+        """The artefact with the names and forms that the engine reads: what `plan` gets and is compared with."""
+        return as_checkpoint(source)
 
     @abstractmethod
     def plan(self, source: Source) -> Plan:

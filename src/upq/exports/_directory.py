@@ -56,7 +56,12 @@ class SafetensorsExporter(DirectoryExporter):
 
     def rows(self, p: Placement, stored: Stored, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a weight as the engine reads it, in float32; here of one that is not packed."""
-        return stored.rows(p.weight.name, start, stop).float()
+        weight = p.weight
+        if weight.dense is None:
+            return stored.rows(weight.name, start, stop).float()
+        each = weight.shape[0] if len(weight.dense) == 2 else weight.shape[0] // weight.dense[0]  # rows of an entry
+        first, last = (0, None) if len(weight.dense) == 2 else (start // each, -(-stop // each))
+        return weight.tall(stored.rows(weight.name, first, last))[start - first * each : stop - first * each].float()
 
     def save(self, source: Source, plan: Plan, out: Path, progress: Progress) -> None:
         last = {p.tensors[-1].name for p in plan.placements}

@@ -50,7 +50,8 @@ def export(
     artifact, out, progress = Path(artifact), Path(out), progress or Silent()
     form = exporter(name, options)
     _check_target(out, form.suffix)
-    source = Source.open(artifact)
+    source = form.view(Source.open(artifact))
+    _check_forms(form, name, source)
     plan = form.plan(source)
     assert [p.weight.name for p in plan.placements] == list(source.weights)
     losses = {p.weight.name: p.loss for p in plan.placements if p.loss is not None}
@@ -122,6 +123,17 @@ def _check_target(out: Path, suffix: str | None) -> None:
             raise UPQError(f"{out}: this format is one file; name it something{suffix}")
         if out.exists():
             raise UPQError(f"{out}: exists already; name a new file, or delete it first")
+
+
+_FORMS = {"expert": "experts", "stacked": "experts in one tensor", "transposed": "transposed linears"}
+
+
+def _check_forms(form: Exporter, name: str, source: Source) -> None:
+    """Refuse quantised weights that a checkpoint of the format has no form for."""
+    for weight in source.weights.values():
+        if weight.scheme is not None and weight.form not in form.forms:
+            family, what = source.config.model_type, _FORMS[weight.form]
+            raise UPQError(f"{source.path}: {family} has {what} ({weight.name}), which {name} cannot hold; dense can")
 
 
 def _compare(read: Iterable[tuple[str, Rows]], plan: Plan, shown: str, progress: Progress) -> list[Carried]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _ROPE = "rope_parameters"
+_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")  # of rotary positions, in version 4
 _OWN = ("rope_theta", "partial_rotary_factor")  # keys of the configuration itself in version 4
 # Gemma 3's blocks with a window have a base of their own.
 _BASES = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
@@ -29,7 +30,8 @@ def older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     for kind, base in _BASES.items():  # by type of layer
         if base_of := rope.get(kind, {}).get("rope_theta"):
             found[base] = base_of
-    if scaling := _rope(rope.get("full_attention", {})).get("rope_scaling"):
+    scaling = _rope(rope.get("full_attention", {})).get("rope_scaling")
+    if scaling and scaling["rope_type"] in _KINDS:
         found["rope_scaling"] = scaling
     return found
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from upq import kernels
@@ -20,7 +21,7 @@ from upq.files.tensors import load_rows, tensor_shapes
 from upq.grids import GRIDS
 from upq.model.layout import Layout, layout_of
 from upq.model.loading import load_tokenizer
-from upq.nn.blocks import model_weights, of_experts
+from upq.nn.blocks import model_weights
 from upq.nn.experts import PackedExperts
 from upq.nn.packed import PackedEmbedding, PackedLinear
 
@@ -30,11 +31,16 @@ _CHUNK = 1 << 22  # weights handled at one time: 16 MB in float32
 _FUSED = {f"{name}_proj": "qkv_proj" for name in "qkv"} | {f"{name}_proj": "gate_up_proj" for name in ("gate", "up")}
 
 
+Form = Literal["linear", "expert", "stacked", "transposed"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
-    """A weight by its name in the dense checkpoint. `scheme` is None where it is not quantised.
+    """A weight by its name in the checkpoint that an export writes. `scheme` is None where it is not quantised.
 
-    The methods read rows [start, stop) of it and nothing else.
+    A quantised weight is one tall matrix, also where a checkpoint holds it otherwise (`dense`). It may be a part of
+    what the artefact stores: one expert, or the gates of all. The methods read rows [start, stop) of it and nothing
+    else.
     """
 
     name: str
@@ -42,14 +48,40 @@ class Weight:
     dtype: torch.dtype  # as it is computed with: that of the model
     scheme: QuantScheme | None
     files: Mapping[str, Path]  # of every tensor of the artefact
+    stored: str = ""  # its name in the artefact, where that is another
+    rows: tuple[range, ...] | None = None  # of the stored matrix, in this order; None: all
+    every: slice | None = None  # of the stored columns, where it is not quantised
+    stacked: int = 1  # rows of the stored matrix in one entry of the stored tensor
+    dense: tuple[int, ...] | None = None  # the shape that a checkpoint holds a quantised weight in; None: `shape`
+    inputs: int = -1  # the axis of `dense` that is multiplied
+    expert: bool = False  # of one expert
+    shift: float = 0.0  # what the engine wants added
 
     @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
 
+    @property
+    def origin(self) -> str:
+        """Its name in the artefact."""
+        return self.stored or self.name
+
+    @property
+    def form(self) -> Form:
+        """How a checkpoint holds a quantised weight."""
+        if self.dense is not None and len(self.dense) > 2:
+            return "stacked"
+        if self.dense is not None and self.inputs != -1:
+            return "transposed"
+        return "expert" if self.expert else "linear"
+
+    def tall(self, tensor: Tensor) -> Tensor:
+        """Rows of the matrix, of entries of the tensor that a checkpoint holds."""
+        return tensor.movedim(self.inputs, -1).flatten(0, -2)
+
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Ranges of rows that cover the weight, each at most 4 million weights (or one row)."""
-        rows = self.shape[0]
+        rows = self.shape[0] if self.shape else 1
         step = max(1, _CHUNK * rows // max(1, self.numel))
         return ((start, min(rows, start + step)) for start in range(0, rows, step))
 
@@ -70,17 +102,43 @@ class Weight:
     def tensor(self, start: int = 0, stop: int | None = None) -> Tensor:
         """A weight that is not quantised, as stored."""
         assert self.scheme is None
-        return self._stored("", start, stop)
+        if self.rows is None:
+            return self._stored("", start, stop)
+        stop = self.shape[0] if stop is None else stop
+        if self.every is not None and len(self.shape) == 1:  # a part of a row
+            return self._stored("", 0, None)[..., self.every].flatten()[start:stop]
+        each = sum(map(len, self.rows)) // self.shape[0]
+        found = self._stored("", start * each, stop * each)
+        return (found if self.every is None else found[..., self.every]).reshape(stop - start, *self.shape[1:])
 
     def dequantize(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """What the weight stands for, exactly, in float32."""
+        """What the weight stands for, exactly, in float32; with `shift`, as an engine adds it in float32."""
         if self.scheme is None:
-            return self.tensor(start, stop).float()
+            exact = self.tensor(start, stop).float()
+            return exact + self.shift if self.shift else exact
         return self.qtensor(start, stop).dequantize()
 
     def _stored(self, suffix: str, start: int, stop: int | None) -> Tensor:
-        name = self.name + suffix
-        return load_rows(self.files[name], name, start, stop)
+        name = self.origin + suffix
+        if self.rows is None:
+            return load_rows(self.files[name], name, start, stop)
+        return torch.cat([self._run(name, run) for run in _cut(self.rows, start, stop)])
+
+    def _run(self, name: str, run: range) -> Tensor:
+        first, last = run[0] // self.stacked, run[-1] // self.stacked + 1
+        found = load_rows(self.files[name], name, first, last)
+        found = found.flatten(0, -2) if found.dim() > 1 else found
+        skipped = first * self.stacked
+        return found[run[0] - skipped : run[-1] + 1 - skipped : run.step]
+
+
+def _cut(runs: Sequence[range], start: int, stop: int | None) -> Iterator[range]:
+    """Entries [start, stop) of the runs, one after the other."""
+    for run in runs:
+        part = run[start : len(run) if stop is None else max(0, min(stop, len(run)))]
+        if part:
+            yield part
+        start, stop = max(0, start - len(run)), None if stop is None else stop - len(run)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +150,7 @@ class Source:
     config: PretrainedConfig  # without quantization_config
     layout: Layout
     dtype: torch.dtype
+    model: PreTrainedModel  # without memory, packed modules in place
     weights: dict[str, Weight]  # by name, in the order of the model; of tied ones the embedding alone
     linears: frozenset[str]  # names of the weights that multiply in the decoder blocks
 
@@ -101,33 +160,31 @@ class Source:
         verify(path, manifest)
         shards = [path / name for name in manifest.files if name.endswith(".safetensors")]
         model, quantization = empty_model(path, shards)
-        _check_forms(path, model)
         schemes = quantization.schemes(model)
         files = {name: shard for shard in shards for name in tensor_shapes(shard)}
         dtype = model.config.dtype
         if not isinstance(dtype, torch.dtype):  # not said
             dtype = _dtype(files)
-        weights = {}
+        weights: dict[str, Weight] = {}
         for name, tensor in model.state_dict().items():
             module, _, kind = name.rpartition(".")
             if name not in files or kind in ("weight_scale", "weight_zero"):
                 continue  # the second name of tied weights, and what belongs to weight_packed
-            shape, scheme = tuple(tensor.shape), None
             if kind == "weight_packed":
-                packed = model.get_submodule(module)
-                assert isinstance(packed, PackedLinear | PackedExperts | PackedEmbedding)
-                name, shape, scheme = f"{module}.weight", (packed.rows, packed.columns), schemes[module]
-            weights[name] = Weight(name=name, shape=shape, dtype=dtype, scheme=scheme, files=files)
+                weight = _packed(model.get_submodule(module), module, dtype, schemes[module], files)
+            else:
+                weight = Weight(name=name, shape=tuple(tensor.shape), dtype=dtype, scheme=None, files=files)
+            weights[weight.name] = weight
+        matrices = model_weights(model)
         return cls(
             path=path,
             manifest=manifest,
             config=model.config,
             layout=layout_of(model),
             dtype=dtype,
+            model=model,
             weights=weights,
-            linears=frozenset(
-                f"{path}.weight" for path, weight in model_weights(model).items() if not of_experts(weight)
-            ),
+            linears=frozenset(name for name in weights if {name, name.removesuffix(".weight")} & matrices.keys()),
         )
 
     @property
@@ -137,9 +194,13 @@ class Source:
 
     @property
     def tied(self) -> bool:
-        return f"{self.layout.head}.weight" not in self.weights
+        return self.of_module(self.layout.head) is None
 
-    def biases_beyond(self, places: Mapping[str, tuple[str, ...]]) -> list[str]:
+    def of_module(self, path: str) -> Weight | None:
+        """The weight of a module of the model, whatever it is called in the checkpoint."""
+        return next((weight for weight in self.weights.values() if weight.origin == f"{path}.weight"), None)
+
+    def biases_beyond(self, places: Mapping[str, tuple[str, ...] | None]) -> list[str]:
         """Biases without a place in an engine: `places` has the linears with one, for families where not all have."""
         known = places.get(self.config.model_type)
         biases = [name for name in self.weights if name.endswith(".bias")]
@@ -184,16 +245,24 @@ class Source:
         ]
 
 
-def _check_forms(path: Path, model: PreTrainedModel) -> None:
-    """Exports write linears (O, I). Raises UPQError for weights that a dense checkpoint holds in another form."""
-    for name, weight in model_weights(model).items():
-        transposed = isinstance(weight, PackedLinear) and weight.transposed
-        if transposed or of_experts(weight):
-            what = "transposed linears" if transposed else "experts"
-            raise UPQError(
-                f"{path}: {model.config.model_type} has {what} ({name}), and no export holds them yet; run it with "
-                "transformers"
-            )
+def _packed(layer: nn.Module, path: str, dtype: torch.dtype, scheme: QuantScheme, files: Mapping[str, Path]) -> Weight:
+    assert isinstance(layer, PackedLinear | PackedExperts | PackedEmbedding)
+    name, dense, inputs = f"{path}.weight", None, -1
+    if isinstance(layer, PackedExperts):
+        name, dense = path, layer.matrix.parameter_shape
+        inputs = -2 if layer.matrix.transposed else -1
+    elif isinstance(layer, PackedLinear) and layer.transposed:
+        dense, inputs = (layer.columns, layer.rows), -2
+    return Weight(
+        name=name,
+        shape=(layer.rows, layer.columns),
+        dtype=dtype,
+        scheme=scheme,
+        files=files,
+        stored="" if name == f"{path}.weight" else f"{path}.weight",
+        dense=dense,
+        inputs=inputs,
+    )
 
 
 def _dtype(files: Mapping[str, Path]) -> torch.dtype:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import gguf
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 from upq.core.errors import UPQError
@@ -29,6 +30,12 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _ENDINGS
+    + r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _ENDINGS
+    + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)  # fmt: skip
 # (expressions, whole words win over merges) to the name in llama-vocab.cpp
 _PRE: dict[tuple[tuple[str, ...], bool], str] = {
     ((_GPT2,), False): "gpt-2",
@@ -37,9 +44,11 @@ _PRE: dict[tuple[tuple[str, ...], bool], str] = {
     ((_LLAMA3,), False): "smaug-bpe",
     ((_QWEN2,), False): "qwen2",
     ((_TEKKEN,), True): "tekken",
+    ((_GPT4O,), False): "gpt-4o",
 }
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "▁"
+_AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +122,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, ends: list[int]) -
     }
     if any(step["type"] == "ByteLevel" for step in steps):
         return Vocabulary(**common, **_byte_level(model, added, size, by_id, steps, normalizers))
-    return Vocabulary(**common, **_sentencepiece(model, added, tokens, by_id, steps, normalizers))
+    return Vocabulary(**common | _sentencepiece(model, added, tokens, by_id, steps, normalizers))
 
 
 def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
@@ -138,12 +147,25 @@ def _byte_level(
     expressions = tuple(pattern for step in steps if (pattern := _expression(step)) is not None)
     # without merges every byte is a token, however the text is cut
     pre = _PRE.get((expressions, bool(model["ignore_merges"]))) if model["merges"] else "gpt-2"
+    if pre is None and model["ignore_merges"]:
+        pre = _PRE.get((expressions, False))
+        if pre is not None and (lost := _beyond_merges(model)) is not None:
+            raise UPQError(f"gguf: llama.cpp joins merges here, and no merges of this tokenizer make {lost!r}")
     if pre is None:
         shown = " then ".join(expressions) or "none"
         raise UPQError(f"gguf: llama.cpp has no pre-tokenizer for {shown} (ignore_merges: {model['ignore_merges']})")
     types = [int(_type(id, added) if id in by_id else gguf.TokenType.UNUSED) for id in range(size)]
     merges = _merges(model) or [_UNREACHABLE]
     return {"model": "gpt2", "pre": pre, "types": types, "merges": merges, "notes": tuple(notes)}
+
+
+def _beyond_merges(model: dict[str, Any]) -> str | None:
+    """A token that its merges do not make. Without one, it is the same whether whole words win over merges."""
+    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+    joined = Tokenizer(models.BPE(vocab=model["vocab"], merges=pairs))
+    tokens = list(model["vocab"])
+    made = joined.encode_batch(tokens, add_special_tokens=False)
+    return next((token for token, ids in zip(tokens, made, strict=True) if len(ids.ids) != 1), None)
 
 
 def _expression(step: dict[str, Any]) -> str | None:
@@ -175,7 +197,10 @@ def _sentencepiece(
             prefix = True
         elif step != {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}:
             raise UPQError(f"gguf: llama.cpp's SentencePiece has no {json.dumps(step, ensure_ascii=False)}")
+    replaced = any(step["type"] == "Replace" for step in normalizers)
     for step in steps:
+        if replaced and step == _AT_SPACES:  # of which none is left
+            continue
         if step["type"] != "Metaspace" or step["replacement"] != _SPACE or step.get("split"):
             raise UPQError(f"gguf: llama.cpp's SentencePiece has no {json.dumps(step, ensure_ascii=False)}")
         prefix = step["prepend_scheme"] != "never"
@@ -195,8 +220,12 @@ def _sentencepiece(
         else:
             kind = _type(id, added)
         types.append(int(kind))
+    # These llama.cpp looks for in the text as it stands.
+    defined = gguf.TokenType.USER_DEFINED
+    own = [t.replace(_SPACE, " ") if kind == defined else t for t, kind in zip(tokens, types, strict=True)]
     return {
         "model": "llama",
+        "tokens": own,
         "types": types,
         "scores": _scores(model, {token["content"] for token in added.values()}, tokens),
         "space_prefix": prefix,

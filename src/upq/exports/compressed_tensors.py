@@ -17,6 +17,7 @@ from upq.core.precision import dtype_name
 from upq.core.scheme import PER_CHANNEL
 from upq.exports import _integers
 from upq.exports._base import EXPORTS, Options, Placement, Plan
+from upq.exports._checkpoint import expert_by_expert, foreign_to_transformers
 from upq.exports._directory import SafetensorsExporter, Stored
 from upq.exports._source import Source, Weight
 from upq.exports.dense import DTYPES, holds, place
@@ -40,8 +41,12 @@ class CompressedTensors(SafetensorsExporter):
 
     Config = CompressedTensorsOptions
     packages = ("compressed-tensors",)
+    forms = frozenset({"linear", "expert"})
     checked = "compressed-tensors' own decompressor, scales taken to float32"
     options: CompressedTensorsOptions
+
+    def view(self, source: Source) -> Source:
+        return expert_by_expert(super().view(source))
 
     def plan(self, source: Source) -> Plan:
         dtype = self._dtype(source)
@@ -51,7 +56,10 @@ class CompressedTensors(SafetensorsExporter):
         note = f"it computes in {dtype_name(dtype)}"
         if dtype != source.dtype and dtype == torch.float32:
             note += ", for float16 does not hold everything (--set dtype=fp16 --allow-inexact would round it)"
-        return Plan(placements=placements, notes=(note, *source.vllm_notes()), dtype=dtype)
+        notes = [note]
+        if foreign_to_transformers(source):
+            notes.append("transformers does not read its experts and would start from random ones: run it with vLLM")
+        return Plan(placements=placements, notes=(*notes, *source.vllm_notes()), dtype=dtype)
 
     def config(self, source: Source, plan: Plan) -> dict[str, Any]:
         return {"dtype": plan.dtype_name, "quantization_config": _config(source, plan)}
@@ -150,12 +158,19 @@ def _config(source: Source, plan: Plan) -> dict[str, Any]:
             "targets": ["Linear"] if len(groups) == 1 else [name.removesuffix(".weight") for name in names],
             "weights": {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, **grouped},
         }
-    dense = [name.removesuffix(".weight") for name in source.linears if name not in packed]
+    # Routers, towers and the like too: engines have them as linears. A name of the model, or of the checkpoint.
+    dense = {
+        name.removesuffix(".weight")
+        for weight in source.weights.values()
+        if weight.name not in packed and len(weight.shape) == 2 and weight.origin != f"{source.layout.embedding}.weight"
+        for name in (weight.name, weight.origin)
+        if name.endswith(".weight")
+    }
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "ignore": sorted([source.layout.head, *dense]),
+        "ignore": sorted({source.layout.head, *dense}),
         "config_groups": described,
     }
 

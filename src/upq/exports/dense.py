@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from upq.core.precision import dtype_name
 from upq.exports._base import EXPORTS, Options, Placement, Plan
 from upq.exports._directory import SafetensorsExporter
-from upq.exports._source import Source, Weight
+from upq.exports._source import Form, Source, Weight
 from upq.files.tensors import TensorPlan
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -32,6 +32,7 @@ class Dense(SafetensorsExporter):
     Config = DenseOptions
     packages = ("safetensors",)
     checked = "rows of the safetensors files"
+    forms = frozenset(get_args(Form))
     options: DenseOptions
 
     def plan(self, source: Source) -> Plan:
@@ -59,9 +60,14 @@ def dense_dtype(weight: Weight) -> torch.dtype:
 
 def _tensor(weight: Weight, dtype: torch.dtype) -> TensorPlan:
     def parts() -> Iterable[Tensor]:
-        return (weight.dequantize(start, stop).to(dtype) for start, stop in weight.chunks())
+        if weight.inputs == -1:
+            return (weight.dequantize(start, stop).to(dtype) for start, stop in weight.chunks())
+        entries = weight.shape[0] if len(shape) == 2 else weight.shape[0] // shape[0]  # rows of one
+        turned = range(0, weight.shape[0], entries)
+        return (weight.dequantize(start, start + entries).to(dtype).T for start in turned)
 
-    return TensorPlan(name=weight.name, dtype=dtype, shape=weight.shape, parts=parts)
+    shape = weight.dense or weight.shape
+    return TensorPlan(name=weight.name, dtype=dtype, shape=shape, parts=parts)
 
 
 def holds(weight: Weight, dtype: torch.dtype) -> bool:

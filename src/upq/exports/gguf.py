@@ -35,23 +35,35 @@ class GgufOptions(Options):
 
 
 class Gguf(Exporter):
-    """Vectors are float32, as llama.cpp wants them; matrices that are not quantised F16, BF16 or F32, whichever is
-    exact first. q and k are written in llama.cpp's order of rows."""
+    """Linears, embedding and head that are not quantised are F16, BF16 or F32, whichever is exact first; all else
+    (vectors, routers, biases of experts) is float32, as llama.cpp wants it. q and k are written in its order of rows,
+    the experts of a block in one tensor."""
 
     Config = GgufOptions
     packages = ("gguf",)
     suffix = ".gguf"
     checked = "gguf's GGUFReader and dequantize"
+    forms = frozenset({"linear", "stacked"})
     options: GgufOptions
 
+    def view(self, source: Source) -> Source:
+        from upq.exports._llamacpp import view
+
+        return view(source)
+
     def plan(self, source: Source) -> Plan:
-        from upq.exports._llamacpp import BIASED, LlamaCpp
+        from upq.exports._llamacpp import LlamaCpp
 
         model = LlamaCpp(source.config)
-        if lost := source.biases_beyond(BIASED):
+        if lost := source.biases_beyond({source.config.model_type: model.family.biases}):
             raise UPQError(f"{source.path}: llama.cpp has no place for {lost[0]} in this family; export it as onnx")
+        if model.family.own_head and source.tied:
+            wanted = "llama.cpp wants a head beside the embedding in this family, and the model's are one"
+            raise UPQError(f"{source.path}: {wanted}; export it as dense")
         notes = list(model.check())
         model.tensor_names(list(source.weights))
+        if source.model.config is not source.config:
+            notes.append("the language model alone: towers for images and sound are not in the file")
         notes += self._vocabulary(source).notes
         placements = tuple(self._place(source, weight) for weight in source.weights.values())
         unpacked: dict[str, list[str]] = {}  # why: which
@@ -84,7 +96,9 @@ class Gguf(Exporter):
             for p in plan.placements:
                 kind, name = gguf.GGMLQuantizationType[p.carrier], names[p.weight.name]
                 data = _empty(p).numpy()  # costs nothing until it is filled
-                writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, raw_dtype=kind)
+                shape = (*p.weight.dense[:-1], -1) if p.weight.dense is not None else data.shape
+                shape = data.reshape(shape).shape
+                writer.add_tensor_info(name, shape, data.dtype, data.nbytes, raw_dtype=kind)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -106,13 +120,14 @@ class Gguf(Exporter):
         for tensor in gguf.GGUFReader(out).tensors:
             if tensor.name not in model.extra_tensors():
                 name = ours.get(tensor.name, tensor.name)
-                yield name, _rows(tensor, model.row_order(name, int(tensor.shape[-1])))
+                yield name, _rows(tensor, source.weights.get(name), model.row_order(name, int(tensor.shape[-1])))
 
     def _place(self, source: Source, weight: Weight) -> Placement:
         wanted = self.options.embeddings
-        if wanted != "auto" and weight.name not in source.linears and len(weight.shape) == 2:
+        tables = (source.of_module(source.layout.embedding), source.of_module(source.layout.head))
+        if weight in tables and wanted != "auto":
             return _placed(weight, wanted.upper())
-        if len(weight.shape) == 1:
+        if weight not in tables and weight.name not in source.linears:
             return _placed(weight, "F32")
         if weight.scheme is not None:
             blocks = (TERNARY, *BLOCKS) if self.options.tq2_0 else BLOCKS
@@ -124,8 +139,9 @@ class Gguf(Exporter):
     def _vocabulary(self, source: Source) -> Any:
         from upq.exports._vocabulary import vocabulary
 
-        rows = source.weights[f"{source.layout.embedding}.weight"].shape[0]
-        return vocabulary(source.tokenizer(), rows, source.ends())
+        table = source.of_module(source.layout.embedding)
+        assert table is not None
+        return vocabulary(source.tokenizer(), table.shape[0], source.ends())
 
 
 def _placed(weight: Weight, carrier: str) -> Placement:
@@ -155,7 +171,8 @@ def _empty(p: Placement) -> Tensor:
     dtype = _DENSE.get(p.carrier)
     if dtype in (torch.float32, torch.float16):
         return torch.empty(p.weight.shape, dtype=dtype)
-    return torch.empty(p.weight.shape[0], p.bytes // p.weight.shape[0], dtype=torch.uint8)
+    rows = p.weight.shape[:-1]
+    return torch.empty(*rows, p.bytes // torch.Size(rows).numel(), dtype=torch.uint8)
 
 
 def _encode(p: Placement, order: Tensor | None) -> np.ndarray[Any, Any]:
@@ -176,14 +193,17 @@ def _encode(p: Placement, order: Tensor | None) -> np.ndarray[Any, Any]:
     return (out if order is None else out[order]).numpy()
 
 
-def _rows(tensor: gguf.ReaderTensor, order: Tensor | None) -> Rows:
+def _rows(tensor: gguf.ReaderTensor, weight: Weight | None, order: Tensor | None) -> Rows:
     """Rows of a tensor of the file, in transformers' order."""
     import gguf
 
     where = None if order is None else order.argsort().numpy()
+    entries = tensor.data
+    if weight is not None and weight.dense is not None:
+        entries = entries.reshape(-1, entries.shape[-1])
 
     def rows(start: int, stop: int) -> Tensor:
-        data = tensor.data[start:stop] if where is None else tensor.data[where[start:stop]]
+        data = entries[start:stop] if where is None else entries[where[start:stop]]
         return torch.from_numpy(gguf.dequantize(data, tensor.tensor_type).copy())
 
     return rows

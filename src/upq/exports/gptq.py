@@ -54,6 +54,7 @@ class Gptq(SafetensorsExporter):
     """The linears of the blocks as codes; all else as in the artefact, which engines round to float16 on loading."""
 
     packages = ("safetensors",)
+    forms = frozenset({"linear", "expert"})
     checked = "(q - z)·s of the stored words, by UPQ itself: GPTQModel is not in every package index and was not run"
 
     def plan(self, source: Source) -> Plan:

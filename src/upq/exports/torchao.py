@@ -36,6 +36,9 @@ class TorchAo(SafetensorsExporter):
     checked = "torchao's IntxUnpackedToInt8Tensor.dequantize in float32"
     options: TorchAoOptions
 
+    def view(self, source: Source) -> Source:
+        return source  # transformers is who loads it, and knows its own names
+
     def plan(self, source: Source) -> Plan:
         placements = tuple(self._place(source, weight) for weight in source.weights.values())
         bits = {p.weight.scheme.bits for p in placements if p.carrier != "dense" and p.weight.scheme is not None}

@@ -167,7 +167,8 @@ def load_rows(path: Path, name: str, start: int = 0, stop: int | None = None) ->
     """Rows of one tensor of a safetensors file; of all the others nothing is read."""
     # Opened anew each time: a file that stays mapped counts as memory for every page ever read.
     with _readable(path), safe_open(path, framework="pt") as file:
-        rows: Tensor = file.get_slice(name)[start:stop]
+        held = file.get_slice(name)
+        rows: Tensor = held[start:stop] if held.get_shape() else file.get_tensor(name)  # a number has no rows
         return rows
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-_EVERY_BLOCK = ("mistral", "phi3", "qwen3_moe")  # by `model_type`
-_BY_LAYER_TYPE = ("qwen2", "qwen3", "smollm3", "gemma3_text")
+_EVERY_BLOCK = ("mistral", "mixtral", "phi3", "qwen3_moe")  # by `model_type`
+_BY_LAYER_TYPE = ("qwen2", "qwen3", "smollm3", "gemma3_text", "olmo3", "gpt_oss")
 
 
 def window(config: PretrainedConfig, block: int) -> int | None:
