@@ -391,7 +391,7 @@ def test_prompts_and_answers_are_lm_evals(task: str, tmp_path: Path, tokenizer: 
         metric = "exact_match,strict-match" if task == "gsm8k" else "acc"
         if task == "winogrande":  # both prompts have the same answer
             assert scores[metric] in (0.0, 1.0)
-        elif share == 1.0 or "choices" not in ROWS[task][0]:  # whoever knows nothing takes the first choice
+        elif share == 1.0 or "choices" not in ROWS[task][0]:  # without knowledge, the first choice
             assert scores[metric] == share
         assert scores["samples"] == 2
 
