@@ -24,6 +24,7 @@ for package in ("nltk", "langdetect", "immutabledict"):
 from lm_eval.api.model import LM  # noqa: E402
 
 from upq.evals import evaluate_tasks  # noqa: E402
+from upq.evals.kept import KeptAnswers  # noqa: E402
 from upq.evals.tasks import _as_lm  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "eval"
@@ -304,6 +305,153 @@ def test_no_hub_no_local_files(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) 
         evaluate_tasks(Oracle(letter), tokenizer, ["mmlu"])
     with pytest.raises(UPQError, match=r"unknown task 'mmmlu': see `lm-eval ls tasks`"):
         evaluate_tasks(Oracle(letter), tokenizer, ["mmmlu"])
+
+
+# ---- tasks of one file each
+
+# By task: its file, a row of it, the prompt (or prompts) and the right answer as lm-eval asks them.
+ROWS: dict[str, tuple[str, dict[str, Any], list[str], str]] = {
+    "arc_easy": (
+        "choices/arc_easy.jsonl",
+        {"query": "Question: What is wet?", "choices": ["Fire", "Water", "Sand"], "gold": 1},
+        ["Question: What is wet?\nAnswer:"],
+        " Water",
+    ),
+    "arc_challenge": (
+        "choices/arc_challenge.jsonl",
+        {"query": "Question: Why?", "choices": ["A.", "B."], "gold": 0},
+        ["Question: Why?\nAnswer:"],
+        " A.",
+    ),
+    "piqa": (
+        "choices/piqa.jsonl",
+        {"query": "Question: How do I boil water?\n", "choices": ["Heat it.", "Cool it."], "gold": 0},
+        ["Question: How do I boil water?\nAnswer:"],
+        " Heat it.",
+    ),
+    "openbookqa": (
+        "choices/openbook_qa.jsonl",
+        {"query": "To save money, people should", "choices": ["eat out", "quit eating out"], "gold": 1},
+        ["To save money, people should"],
+        " quit eating out",
+    ),
+    "winogrande": (
+        "choices/winogrande.jsonl",
+        {
+            "context_options": ["Ann helped Sam_uel, so Ann", "Ann helped Sam_uel, so Sam"],
+            "continuation": "was glad.",
+            "gold": 1,
+        },
+        ["Ann helped Sam_uel, so Ann", "Ann helped Sam_uel, so Sam"],
+        " was glad.",
+    ),
+    "hellaswag": (
+        "choices/hellaswag.jsonl",
+        {
+            "activity_label": "Rowing",
+            "ctx_a": "A boat.",
+            "ctx_b": "two men",
+            "endings": ["sink [x].", "row."],
+            "label": 1,
+        },
+        ["Rowing: A boat. Two men"],
+        " row.",
+    ),
+    "lambada_openai": (
+        "generation/lambada_openai.jsonl",
+        {"context": "He did not care about", "continuation": "signs"},
+        ["He did not care about"],
+        " signs",
+    ),
+    "gsm8k": (
+        "generation/gsm8k.jsonl",
+        {"context": "2 ducks and 3?", "chain_of_thought": "2 + 3 = 5.", "answer": "5"},
+        ["[user] Question: 2 ducks and 3?\nAnswer:"],
+        "It is 5.\n#### 5",
+    ),
+}
+
+
+def write_rows(data_dir: Path, task: str, *rows: dict[str, Any]) -> Path:
+    path = data_dir / ROWS[task][0]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_prompts_and_answers_are_lm_evals(task: str, tmp_path: Path, tokenizer: Any) -> None:
+    _, row, prompts, right = ROWS[task]
+    write_rows(tmp_path, task, row, row)
+    knows, errs = Oracle(lambda _: right), Oracle(lambda _: " something else")
+    for oracle, share in ((knows, 1.0), (errs, 0.0)):
+        options: dict[str, Any] = {"data_dir": tmp_path, "num_fewshot": 0}
+        scores = evaluate_tasks(oracle, with_template(tokenizer), [task], **options)[task]
+        assert sorted(set(oracle.prompts)) == sorted(prompts)
+        metric = "exact_match,strict-match" if task == "gsm8k" else "acc"
+        if task == "winogrande":  # both prompts have the same answer
+            assert scores[metric] in (0.0, 1.0)
+        elif share == 1.0 or "choices" not in ROWS[task][0]:  # without knowledge, the first choice
+            assert scores[metric] == share
+        assert scores["samples"] == 2
+
+
+def test_whose_rows_are_broken(tmp_path: Path, tokenizer: Any) -> None:
+    row = ROWS["arc_easy"][1]
+    for broken, said in (
+        (row | {"gold": 3}, "arc_easy.jsonl:2: gold must be an index from 0 to 2; mend the row"),
+        (row | {"choices": "AB"}, "arc_easy.jsonl:2: choices must be a list of at least two texts"),
+        ({"query": "x", "choices": []}, "arc_easy.jsonl:2: gold missing; rows of arc_easy hold query, choices, gold"),
+    ):
+        write_rows(tmp_path, "arc_easy", row, broken)
+        with pytest.raises(UPQError, match=said):
+            evaluate_tasks(Oracle(letter), tokenizer, ["arc_easy"], data_dir=tmp_path)
+    with pytest.raises(UPQError, match=r"piqa.jsonl is missing, which piqa needs; complete --data-dir"):
+        evaluate_tasks(Oracle(letter), tokenizer, ["piqa"], data_dir=tmp_path)
+
+
+# ---- answers that are kept
+
+
+def test_a_run_that_was_stopped_goes_on(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after each number of answers: the scores of a run that was not, and nothing is asked twice."""
+    write_rows(tmp_path, "arc_easy", *({**ROWS["arc_easy"][1], "query": f"Is it {n}?"} for n in range(3)))
+    write_rows(tmp_path, "gsm8k", *({**ROWS["gsm8k"][1], "context": f"{n} and {n}?"} for n in range(3)))
+    model, file = tiny(tokenizer, 2048, eos=0), tmp_path / "kept" / "answers.jsonl"
+
+    def scores(answers: Path | None, digest: str = "a") -> Any:
+        options: dict[str, Any] = {"data_dir": tmp_path, "limit": 2, "num_fewshot": 0, "of": {"model": digest}}
+        return evaluate_tasks(model, tokenizer, ["arc_easy", "gsm8k"], answers=answers, **options)
+
+    def dying(self: KeptAnswers, kind: str, arguments: Any, answer: Any) -> None:
+        if len(self) == stop:
+            raise KeyboardInterrupt
+        keep(self, kind, arguments, answer)
+
+    whole, keep = scores(None), KeptAnswers.add_partial
+    for stop in (4, 7):  # amid choices, and amid answers that are written
+        monkeypatch.setattr(KeptAnswers, "add_partial", dying)
+        with pytest.raises(KeyboardInterrupt):
+            scores(file)
+        monkeypatch.setattr(KeptAnswers, "add_partial", keep)
+        assert len(file.read_text().splitlines()) == 1 + stop
+        with file.open("a") as torn:
+            torn.write('{"key": "0')
+    assert scores(file) == whole
+    assert len(file.read_text().splitlines()) == 1 + 2 * 3 + 2
+    monkeypatch.setattr(type(model), "forward", None)  # nothing is left to compute
+    assert scores(file) == whole
+    with pytest.raises(UPQError, match=r"answers.jsonl: holds answers of model 'a', this run has 'b'; name another"):
+        scores(file, "b")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared evaluation data is not here")
+def test_real_files_of_choices_are_read_whole(tokenizer: Any) -> None:
+    wanted = {"arc_easy": 2376, "arc_challenge": 1172, "piqa": 1838, "openbookqa": 500, "winogrande": 1267}
+    wanted |= {"hellaswag": 1000, "lambada_openai": 5153, "gsm8k": 1319}
+    scores = evaluate_tasks(Oracle(lambda _: "#### 18"), tokenizer, list(wanted), data_dir=SHARED)
+    assert {task: scores[task]["samples"] for task in wanted} == wanted
 
 
 @pytest.mark.slow

@@ -25,13 +25,16 @@ def evaluate(
     seq_len: Annotated[
         int | None, typer.Option(min=8, help="Tokens a row of --text; default 2048 or the context.")
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas: mmlu,ifeval.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Local files of mmlu and ifeval, in place of the hub.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas: mmlu,ifeval,arc_easy.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Local files of tasks (docs/tasks.md), not the hub's.")] = None,
     fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples before a question; default as in lm-eval.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task (of each subject for mmlu).")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows or questions computed at a time.")] = 4,
+    answers: Annotated[
+        Path | None, typer.Option(help="Keep answers to tasks in this file; the same command goes on where it stopped.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     compute: Annotated[
         str, typer.Option(help="Products of a packed MODEL: reference (exact), w2a16, or w2a8 (as in use on the CPU).")
@@ -56,6 +59,7 @@ def evaluate(
         fewshot=fewshot,
         limit=limit,
         batch_size=batch_size,
+        answers=answers,
         device=device,
         compute=compute,
     )

@@ -1,4 +1,4 @@
-"""Benchmarks through lm-eval: any of its tasks from the hub, MMLU and IFEval also from local files.
+"""Benchmarks through lm-eval: any of its tasks from the hub, those of `local_tasks` also from local files.
 
 The only module that imports lm-eval.
 """
@@ -12,7 +12,7 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from upq.core.errors import UPQError
 from upq.core.progress import Progress, Silent
 from upq.evals import mini
+from upq.evals.choices import score
+from upq.evals.kept import KeptAnswers
 from upq.evals.local_tasks import local_names, write_local_tasks
 from upq.model.loading import embedding_rows
 from upq.text.date import fixed_date
@@ -57,6 +59,8 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     chat: bool | None = None,
     thinking: bool = False,
+    answers: Path | None = None,
+    of: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, float]]:
     """Scores by task name: for a group also its inner groups (`mmlu`, then `mmlu_stem` and so on), never its leaves.
@@ -65,11 +69,13 @@ def evaluate_tasks(
     also have `at_length_limit`, the share of answers cut off by the task's limit on new tokens.
 
     mini_mmlu and mini_ifeval (upq.evals.mini) need no files and no hub.
-    `data_dir`: mmlu and ifeval come from there (layout: upq.evals.local_tasks), everything else from the hub.
+    `data_dir`: tasks of upq.evals.local_tasks come from there (it has the layout), everything else from the hub.
     `limit`: questions of each task, which for a group means of each leaf, so 57 times as many for mmlu.
     `num_fewshot`: None is the task's own number (mmlu: 0, ifeval: 0, which is fixed); examples come from dev.
     `chat`: None puts prompts of tasks that generate into the tokenizer's chat template, if it has one, and leaves those
     that compare likelihoods as plain text; True and False hold for all tasks.
+    `answers`: a file that keeps each answer as it comes; with the same one, a run that was stopped goes on. `of` says
+    what else answers depend on, such as the model's digest; a file of something else is refused.
     `thinking`: for chat templates with such a switch; off, because the limit on new tokens is meant for the answer.
     A `model` that is an lm-eval LM already is used as it is.
     """
@@ -83,6 +89,11 @@ def evaluate_tasks(
         stack.enter_context(fixed_date())
         loaded = _load(tasks, data_dir, progress, stack)
         harness = _as_lm(model, tokenizer, batch_size, thinking, shown)
+        if answers is not None:
+            kept = stack.enter_context(KeptAnswers(answers, {**(of or {}), "thinking": thinking}))
+            if len(kept):
+                progress.note(f"{answers}: {len(kept)} answers are there already")
+            harness.upq_kept = harness.cache_hook = kept
         for name, parts in loaded.items():  # all of them first: a task may take hours
             _check_room(harness, name, parts["tasks"])
         if chat and tokenizer.chat_template is None:
@@ -178,7 +189,7 @@ def _load_one(manager: Any, name: str) -> dict[str, Any]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UPQError(
             f"task {name}: its data cannot be loaded from the hub ({reason}); "
-            "offline, give local files of mmlu and ifeval by --data-dir"
+            "offline, give local files (docs/tasks.md has the layout) by --data-dir"
         ) from error
     return parts
 
@@ -230,6 +241,8 @@ def _harness_class(progress: Progress | None) -> type[Any]:
 
         upq_counts = _Counts()
         upq_task = ""
+        upq_kept: KeptAnswers | None = None
+        _left = 0  # requests in progress
 
         @contextmanager
         def _counted(self, requests: Any) -> Iterator[None]:
@@ -246,9 +259,22 @@ def _harness_class(progress: Progress | None) -> type[Any]:
                 self._left -= count
                 shown.advance(count)
 
+        def _unless_kept(self, kind: str, requests: list[Any], compute: Any) -> list[Any]:
+            """Answers in order; `compute` gets the requests whose answer is not in the file."""
+            file = self.upq_kept
+            kept = [None if file is None else file.get(kind, request.args) for request in requests]
+            todo = [request for request, found in zip(requests, kept, strict=True) if found is None]
+            answers: Iterator[Any] = iter(())
+            if todo:
+                with self._counted(todo):
+                    answers = iter(compute(todo, disable_tqdm=quiet))
+            if kind == "generate_until":
+                self.upq_counts.answers += sum(found is not None for found in kept)
+                self.upq_counts.at_limit += sum(found["at_limit"] for found in kept if found is not None)
+            return [next(answers) if found is None else found["answer"] for found in kept]
+
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            with self._counted(requests):
-                return super().loglikelihood(requests, disable_tqdm=disable_tqdm or quiet)
+            return self._unless_kept("loglikelihood", requests, super().loglikelihood)
 
         def _model_call(self, inps: Any, *args: Any, **options: Any) -> Any:
             logits = super()._model_call(inps, *args, **options)
@@ -260,11 +286,42 @@ def _harness_class(progress: Progress | None) -> type[Any]:
             longest = self.max_length + 1
             cut = {tuple(context) for _, context, answer in requests if len(context) + len(answer) > longest}
             self.upq_counts.cut += len(cut)  # a prompt has a request for each of its choices
-            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **options)
+            answers = self._branched(requests)
+            rest = [request for number, request in enumerate(requests) if number not in answers]
+            others = iter(super()._loglikelihood_tokens(rest, disable_tqdm=disable_tqdm, **options) if rest else [])
+            return [answers[number] if number in answers else next(others) for number in range(len(requests))]
+
+        def _branched(self, requests: Any) -> dict[int, tuple[float, bool]]:
+            """By number, answers to requests that share their context with another and fit the model whole."""
+            groups: dict[tuple[int, ...], list[int]] = {}
+            for number, (_, context, _) in enumerate(requests):
+                groups.setdefault(tuple(context), []).append(number)
+            shared = [
+                (context, numbers)
+                for context, numbers in groups.items()
+                if len(numbers) > 1 and len(context) + max(len(requests[n][2]) for n in numbers) <= self.max_length + 1
+            ]
+            by_length: dict[int, list[tuple[tuple[int, ...], list[int]]]] = {}
+            for context, numbers in sorted(shared, key=lambda group: -len(group[0])):  # the largest first, as lm-eval
+                by_length.setdefault(len(context), []).append((context, numbers))
+            found: dict[int, tuple[float, bool]] = {}
+            for group in by_length.values():
+                for start in range(0, len(group), self.batch_size):
+                    batch = group[start : start + self.batch_size]
+                    contexts_BT = torch.tensor([context for context, _ in batch])
+                    scores = score(self.model, contexts_BT, [[requests[n][2] for n in ns] for _, ns in batch])
+                    if scores is None:
+                        return found
+                    pairs = zip((n for _, ns in batch for n in ns), (s for each in scores for s in each), strict=True)
+                    for number, answer in pairs:
+                        found[number] = answer
+                        if requests[number][0] is not None:  # a window of a longer text
+                            self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
+                    self._done(sum(len(numbers) for _, numbers in batch))
+            return found
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            with self._counted(requests):
-                return super().generate_until(requests, disable_tqdm=disable_tqdm or quiet)
+            return self._unless_kept("generate_until", requests, super().generate_until)
 
         def tok_batch_encode(
             self,
@@ -286,8 +343,11 @@ def _harness_class(progress: Progress | None) -> type[Any]:
             for answer in tokens[:, context.shape[1] :].tolist():
                 text = self.tok_decode(answer)
                 finished = not set(ends).isdisjoint(answer) or any(text.find(s) >= 0 for s in stop if s)
+                at_limit = not finished and len(answer) == max_length - context.shape[1]
                 self.upq_counts.answers += 1
-                self.upq_counts.at_limit += not finished and len(answer) == max_length - context.shape[1]
+                self.upq_counts.at_limit += at_limit
+                if self.upq_kept is not None:
+                    self.upq_kept.at_limit.append(at_limit)
             self._done(len(context))
             return tokens
 

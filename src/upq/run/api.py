@@ -171,6 +171,7 @@ def evaluate(
     fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int = 4,
+    answers: str | Path | None = None,
     device: str = "auto",
     compute: str = "reference",
     progress: Progress | Literal["auto"] | None = "auto",
@@ -185,9 +186,10 @@ def evaluate(
     text, separator, seq_len: a text file; "none" or "blank_line" between its documents; tokens a row (None: 2,048, or
         the model's context where that is shorter).
     tasks: names of lm-eval's tasks, as a list or separated by commas. Needs `pip install 'upq[eval]'`.
-    data_dir: local files of mmlu and ifeval, in place of the hub.
+    data_dir: local files of mmlu, ifeval and the other tasks of docs/tasks.md, in place of the hub.
     fewshot, limit: examples before a question (None: as in lm-eval); questions of each task (None: all).
     batch_size: rows or questions computed at a time.
+    answers: a file that keeps the answers to tasks as they come; with the same file a run that was stopped goes on.
     device: "auto", "cpu" or "cuda".
     compute: products of a packed model: "reference" (exact), "w2a16" or "w2a8" (as in use on the CPU).
     progress: as for `quantize`, but on stderr.
@@ -195,7 +197,7 @@ def evaluate(
     Returns the figures by name. Raises UPQError for bad input.
     """
     names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks) if name.strip()]
-    file, folder = (None if path is None else local(path) for path in (text, data_dir))
+    file, folder, kept = (None if path is None else local(path) for path in (text, data_dir, answers))
     model, against = local_or_hub(model), None if against is None else local_or_hub(against)
     _check_request(file, names, against, separator, folder)
 
@@ -236,6 +238,8 @@ def evaluate(
                 limit=limit,
                 batch_size=batch_size,
                 num_fewshot=fewshot,
+                answers=kept,
+                of=None if kept is None else _identity(model, student, compute),
                 progress=shown,
             )
     return figures
@@ -371,6 +375,15 @@ def _verify(model: Path) -> None:
 
     if (model / MANIFEST).is_file():
         verify(model, read_manifest(model))
+
+
+def _identity(model: str | Path, loaded: PreTrainedModel, compute: str) -> dict[str, str]:
+    """What answers depend on beside their prompts; of the hub, the commit stands for the files."""
+    from upq.core.precision import dtype_name
+    from upq.files.digests import digest_model_dir
+
+    files = digest_model_dir(Path(model)) if Path(model).is_dir() else f"{model}@{loaded.config._commit_hash}"
+    return {"model": files, "dtype": dtype_name(loaded.dtype), "compute": compute}
 
 
 def _loaded(model: str | Path, device: str, compute: str, progress: Progress) -> tuple[PreTrainedModel, Figures]:
