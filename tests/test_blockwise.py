@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -516,3 +516,37 @@ def test_flexrounds_divisor_has_the_gradient_of_its_formula() -> None:
     learned = (s2_OI.requires_grad_(), s3_O1.requires_grad_())
     assert torch.equal(_Divided.apply(w_OI, *learned), w_OI * torch.exp(-(s2_OI + s3_O1)))
     assert torch.autograd.gradcheck(lambda s2, s3: _Divided.apply(w_OI, s2, s3), learned)
+
+
+class TestFromGptq:
+    """Block-AP that begins with GPTQ's latents."""
+
+    OPTIONS: ClassVar[dict[str, Any]] = {"start": "gptq", "scale": "hessian", "relative": True}
+
+    def test_it_begins_better_and_ends_better(self, make_task: MakeTask) -> None:
+        scheme, task = QuantScheme(bits=2), make_task()
+        few = [
+            dense(make("block_ap", **{**self.OPTIONS, "start": start}, iterations=5).solve(make_task(), scheme))
+            for start in ("nearest", "gptq")
+        ]
+        nearest_error, gptq_error = (task.error(weights, relative=True) for weights in few)
+        assert gptq_error < 0.9 * nearest_error
+
+    def test_the_latents_are_those_that_gptq_rounds(self, make_task: MakeTask) -> None:
+        scheme = QuantScheme(bits=2)
+        rounded = make("gptq", scale="hessian", relative=True).solve(make_task(), scheme)
+        task = make_task()
+        make("block_ap", **self.OPTIONS, iterations=1, lr=1e-9, scale_lr=1e-9).solve(task, scheme)
+        first = task.seen[1][0]  # after nearest's
+        for name, solution in rounded.items():
+            torch.testing.assert_close(first[name], solution.qtensor().dequantize(), rtol=1e-3, atol=1e-6)
+
+    def test_a_start_that_is_worse_than_nearest_rounding_is_left(
+        self, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        scheme, task = QuantScheme(bits=2), make_task()
+        noise = {name: 100 * torch.randn_like(w_OI) for name, w_OI in task.weights().items()}
+        monkeypatch.setattr("upq.blockwise.block_ap.compensated_block", lambda *_args, **_named: noise)
+        start = nearest(task, start_scales(task, scheme, "hessian", relative=True), scheme)
+        found = dense(make("block_ap", **self.OPTIONS, iterations=2).solve(task, scheme))
+        assert all(torch.equal(found[name], start[name]) for name in start)

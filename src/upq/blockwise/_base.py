@@ -146,7 +146,7 @@ class BlockTask:
             targets_BTH = self.targets_NTH[rows]
             out_BTH = self.step.run(self.block, rows, weights=weights, stream=QUANTISED)
             for column, states_BTH in enumerate((out_BTH - targets_BTH, targets_BTH)):
-                squares_BT = states_BTH.flatten(2).double().square().sum(-1)
+                squares_BT = states_BTH.flatten(2).square().sum(-1).double()
                 for row, kind_BT in enumerate((massive_NT[rows], ~massive_NT[rows])):
                     sums[row, column] += squares_BT[kind_BT].sum().cpu()
         return sums

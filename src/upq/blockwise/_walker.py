@@ -67,9 +67,6 @@ def walk(
                 stage.block(step, solved=step.index < done)
 
 
-_LOST = 0.5  # error of massive states from which on an attention sink no longer is one
-
-
 @dataclass(frozen=True)
 class _Stage:
     """What stays the same from block to block."""
@@ -118,13 +115,12 @@ class _Stage:
                 )
 
     def _note_massive(self, index: int, massive: dict[str, Any] | None) -> None:
-        """Where a block makes them, or loses them."""
-        if massive is None or not (massive.get("weights") or massive["error"] > _LOST):
+        """Where a block makes them."""
+        if massive is None or not massive.get("weights"):
             return
-        weights = ", ".join(f"{w['name']}[{w['row']}, {w['column']}]" for w in massive.get("weights", []))
-        made = f", made by {weights}" if weights else ""
+        made = ", ".join(f"{w['name']}[{w['row']}, {w['column']}]" for w in massive["weights"])
         self.progress.note(
-            f"block {index}: {massive['tokens']} of {massive['of']} tokens have massive states{made}; "
+            f"block {index}: {massive['tokens']} of {massive['of']} tokens get massive states, made by {made}; "
             f"their error is {massive['error']:.2f}"
         )
 

@@ -90,6 +90,7 @@ class BlockAp(Method):
             with torch.no_grad():
                 rounded = {name: grid.fake(w_OI, params[name], scheme) for name, w_OI in nearest.items()}
                 bound = task.error(rounded, relative=relative)
+            del rounded
             latents = compensated_block(task, params, scheme, damp=self.config.damp, relative=relative)
         start_params = {name: {key: tensor.clone() for key, tensor in each.items()} for name, each in params.items()}
         for latent in latents.values():
