@@ -11,6 +11,7 @@ import torch
 import upq
 from tiny import CHAT, byte_tokenizer
 from upq import kernels
+from upq.core.progress import Silent
 from upq.model.coverage import coverage
 from upq.model.loading import auto_class, load_config
 from zoo import MODELS, WRAPPERS, random_model
@@ -70,6 +71,38 @@ def test_a_model_of_any_family_rounded_to_the_nearest(name: str, text: str, tmp_
 def test_experts_hybrids_and_towers(name: str, text: str, tmp_path: Path) -> None:
     """One of each kind in every test run, with a shorter training."""
     check(name, {**SETTINGS, **METHODS["rtn"], "distill.tokens": 2 * 2 * 32}, text, tmp_path)
+
+
+class Stops(Silent):
+    """Stops the run as Ctrl-C does, once a stage has come so far."""
+
+    def __init__(self, stage: str, units: int) -> None:
+        self.stage, self.units, self.now = stage, units, ""
+
+    def start(self, stage: str, *, done: int = 0) -> None:
+        self.now = stage
+
+    def advance(self, units: int = 1, **figures: float) -> None:
+        if self.now == self.stage:
+            self.units -= units
+            if self.units <= 0:
+                raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3_text", "qwen3_moe", "gpt_oss", "lfm2", "qwen3_5_text"])
+def test_stopped_and_resumed_is_never_stopped(name: str, text: str, tmp_path: Path) -> None:
+    """In the middle of the blocks, then in the middle of the training: the same files."""
+    settings = {**SETTINGS, **METHODS["block_ap"], "distill.tokens": 6 * 2 * 32, "distill.checkpoint_every": 2}
+    source = saved(name, tmp_path / "source")
+    whole = upq.quantize(source, tmp_path / "whole", data=text, progress=None, allow_partial=True, **settings)
+    for stage, units in (("int2", 1), ("distill", 3)):
+        with pytest.raises(KeyboardInterrupt):
+            upq.quantize(
+                source, tmp_path / "out", data=text, progress=Stops(stage, units), allow_partial=True, **settings
+            )
+    resumed = upq.quantize(source, tmp_path / "out", data=text, progress=None, allow_partial=True, **settings)
+    assert resumed.files == whole.files
 
 
 def check(name: str, settings: dict[str, Any], text: str, tmp_path: Path) -> None:
