@@ -496,7 +496,8 @@ def test_the_relative_error_is_of_each_token(make_task: MakeTask) -> None:
     found_NTH = task.step.run(task.block, slice(None), weights=weights, stream=QUANTISED)
     wrong_NTH, exact_NTH = (found_NTH - task.targets_NTH).double(), task.targets_NTH.double()
     absolute = wrong_NTH.square().mean().item()
-    relative = (wrong_NTH.norm(dim=-1) / exact_NTH.norm(dim=-1)).square().mean().item()
+    size_NT = torch.maximum(exact_NTH.norm(dim=-1), task.inputs_NTH.double().norm(dim=-1))
+    relative = (wrong_NTH.norm(dim=-1) / size_NT).square().mean().item()
     for batch_size in (5, 100):
         assert task.error(weights, batch_size=batch_size) == pytest.approx(absolute, rel=1e-5)
         assert task.error(weights, relative=True, batch_size=batch_size) == pytest.approx(relative, rel=1e-5)

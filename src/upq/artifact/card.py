@@ -55,6 +55,7 @@ def model_card(manifest: Manifest) -> str:
         _LOAD,
         "## Figures\n\n" + _figures(manifest),
         _tasks(manifest),
+        _massive(manifest),
         f"## Recipe\n\n```yaml\n{recipe}```" if manifest.recipe else "",
         _data(manifest),
         "## Licence\n\nThe same as that of the base model.",
@@ -96,6 +97,20 @@ def _tasks(manifest: Manifest) -> str:
         for task, metric in found
     ]
     return "## Tasks\n\n" + _table(["", *(_TITLES.get(name, name) for name in scores)], rows)
+
+
+def _massive(manifest: Manifest) -> str:
+    """The tokens that attention rests on, and how the blocks kept them before the training."""
+    if not manifest.massive:
+        return ""
+    rows = []
+    for block, found in manifest.massive.items():
+        weights = ", ".join(f"`{w['name']}` [{w['row']}, {w['column']}]" for w in found.get("weights", []))
+        tokens = f"{found['tokens']} of {found['of']}"
+        norm = f"{found['norm'] / found['usual']:.0f}" if "norm" in found else ""
+        rows.append([str(block), tokens, norm, f"{found['error']:.3f}", weights])
+    head = ["Block", "Tokens", "Norm over the usual", "Error", "Made by"]
+    return "## Tokens with massive states\n\n" + _table(head, rows)
 
 
 def _data(manifest: Manifest) -> str:

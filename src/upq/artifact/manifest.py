@@ -56,6 +56,9 @@ class Manifest(Strict):
     data: list[dict[str, Any]] = Field(default_factory=list)
     coverage: str = ""  # how much became codes, and why the rest did not
     layers: list[Layer] = Field(default_factory=list)
+    # By block whose output has massive states (attention sinks): see upq.blockwise._sinks, and `error`, that of the
+    # states as the last block-wise stage left them: ‖difference‖ / ‖target‖.
+    massive: dict[int, dict[str, Any]] = Field(default_factory=dict)
     # By model: "source" and "artifact"; keys as in `upq eval --json`: ppl, kld, top1, bits_per_weight, bytes, compute,
     # dtype, tasks.
     metrics: dict[str, dict[str, Any]] = Field(default_factory=dict)

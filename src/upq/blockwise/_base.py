@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from upq.blockwise._tokens import Tokens, tokens_of
 from upq.core.processes import ALONE, Processes
 from upq.core.registry import Registry
 from upq.core.scheme import QuantScheme
@@ -91,28 +93,23 @@ class BlockTask:
         found = self.processes.text_of_first(json.dumps(list(by_key.values())))  # some may have no rows
         return tuple(tuple(group) for group in json.loads(found))
 
-    def loss(
-        self,
-        weights: dict[str, Tensor],
-        rows: Tensor | slice,
-        *,
-        relative: bool = False,
-        size: Tensor | None = None,
-    ) -> Tensor:
+    @cached_property
+    def tokens(self) -> Tokens:
+        """What each token's error counts for. Every process must ask for it."""
+        return tokens_of(self.targets_NTH, self.inputs_NTH, self.processes)
+
+    def loss(self, weights: dict[str, Tensor], rows: Tensor | slice, *, relative: bool = False) -> Tensor:
         """Mean squared difference of the block's output with `weights` from the original block's; differentiable.
 
-        Over `rows` of this process. `relative`: each token's over the mean square of its own target, which is how the
-        norms after it will see it; `size` is the targets' mean square over the batch that `rows` are a part of.
+        Over `rows` of this process. `relative`: each token's over its own size (Tokens), which is how the norms after
+        it will see it; those with massive states count as much as all others.
         """
-        targets_BTH = self.targets_NTH[rows]
         out_BTH = self.step.run(self.block, rows, weights=weights, stream=QUANTISED)
-        squares_BTH = (out_BTH - targets_BTH).square()
+        squares_BTH = (out_BTH - self.targets_NTH[rows]).square()
         if not relative:
             return squares_BTH.mean()
-        size_BT1 = targets_BTH.square().mean(-1, keepdim=True)
-        size = size_BT1.mean() if size is None else size
-        floor = 1e-6 * size + torch.finfo(size_BT1.dtype).tiny  # a token of zeros must not outweigh the rest
-        return (squares_BTH / (size_BT1 + floor)).mean()
+        weights_BT = self.tokens.weights_NT[rows]
+        return (squares_BTH.flatten(2).mean(-1) * weights_BT).mean()
 
     def batch_loss(
         self, weights: Callable[[], dict[str, Tensor]], index_B: Tensor, *, relative: bool = False
@@ -121,42 +118,62 @@ class BlockTask:
 
         The parts of all processes, and so their gradients, add up to what a single one computes.
         """
-        mine_B, size = self.processes.mine(index_B), None
-        if relative and self.processes.world > 1:
-            size = self.targets_NTH[mine_B].square().mean((1, 2)).sum() / len(index_B)
-            self.processes.sum(size)
+        if relative:
+            _ = self.tokens  # in processes without rows too
+        mine_B = self.processes.mine(index_B)
         if not len(mine_B):
             return None
-        return len(mine_B) / len(index_B) * self.loss(weights(), mine_B, relative=relative, size=size)
+        return len(mine_B) / len(index_B) * self.loss(weights(), mine_B, relative=relative)
 
     def error(self, weights: dict[str, Tensor], *, relative: bool = False, batch_size: int = 8) -> float:
         """`loss` over all calibration rows."""
-        here = self.error_here(weights, relative=relative, batch_size=batch_size)
-        return self.processes.total(here) / self.rows()
+        if relative:
+            _ = self.tokens  # in processes without rows too
+        here = sum(
+            self.loss(weights, rows, relative=relative).item() * (rows.stop - rows.start)
+            for rows in batches(len(self.targets_NTH), batch_size)
+        )
+        return self.processes.total(float(here)) / self.rows()
 
     @torch.no_grad()
-    def error_here(self, weights: dict[str, Tensor], *, relative: bool = False, batch_size: int = 8) -> float:
-        """The sum of `loss` over the rows of this process."""
-        at = batches(len(self.targets_NTH), batch_size)
-        squares = (self.loss(weights, rows, relative=relative).item() * (rows.stop - rows.start) for rows in at)
-        return float(sum(squares))
+    def squares_here(self, weights: dict[str, Tensor], batch_size: int = 8) -> Tensor:
+        """(2, 2) float64, over the rows of this process: sums of squares of the output's difference and of the target.
+
+        Of tokens with massive states, then of all others. `tokens` is to be asked for before.
+        """
+        massive_NT, sums = self.tokens.massive_NT, torch.zeros(2, 2, dtype=torch.float64)
+        for rows in batches(len(self.targets_NTH), batch_size):
+            targets_BTH = self.targets_NTH[rows]
+            out_BTH = self.step.run(self.block, rows, weights=weights, stream=QUANTISED)
+            for column, states_BTH in enumerate((out_BTH - targets_BTH, targets_BTH)):
+                squares_BT = states_BTH.flatten(2).double().square().sum(-1)
+                for row, kind_BT in enumerate((massive_NT[rows], ~massive_NT[rows])):
+                    sums[row, column] += squares_BT[kind_BT].sum().cpu()
+        return sums
 
     @torch.no_grad()
-    def second_moments(self, names: tuple[str, ...], *, full: bool, batch_size: int = 8) -> dict[str, Tensor]:
+    def second_moments(
+        self, names: tuple[str, ...], *, full: bool, relative: bool = False, batch_size: int = 8
+    ) -> dict[str, Tensor]:
         """E[x xᵀ] (I, I), or its diagonal E[x²] (I,), of what each weight in `names` reads on the quantised prefix.
 
         Over all calibration rows. Of experts (E, I, I) or (E, I), over the tokens that reached each: zeros where none
-        did.
+        did. `relative`: each token over its size (Tokens.relative_NT), except in experts.
         """
+        relative_NT = self.tokens.relative_NT if relative else None
+        weights_T1: Tensor | None = None
         wanted = [self.matrices[name] for name in names]
         moments = {m.name: self._no_moments(m, full=full) for m in wanted}
 
         def see(matrix: Matrix, expert: int, x: Tensor) -> None:
             x_TI = x.reshape(-1, x.shape[-1]).float()
+            if weights_T1 is not None and not matrix.experts:
+                x_TI = x_TI * weights_T1
             moments[matrix.name][expert] += x_TI.T @ x_TI if full else x_TI.square().sum(0)
 
         with seen(self.block, wanted, see):
             for rows in batches(len(self.inputs_NTH), batch_size):
+                weights_T1 = None if relative_NT is None else relative_NT[rows].sqrt().reshape(-1, 1)
                 self.step.run(self.block, rows, stream=QUANTISED)
         self.processes.sum(*moments.values())
         tokens = self.rows() * self.inputs_NTH.shape[1]
@@ -250,17 +267,20 @@ class Method(Protocol):
 METHODS: Registry[type[Method]] = Registry("upq.blockwise", "block-wise method")
 
 
-def start_scales(task: BlockTask, scheme: QuantScheme, start: ScaleStart) -> dict[str, Params]:
+def start_scales(
+    task: BlockTask, scheme: QuantScheme, start: ScaleStart, *, relative: bool = False
+) -> dict[str, Params]:
     """Grid parameters for each weight: its range, the search of least weight error, or weighed by E[x²].
 
-    Weights of experts that no token reached are not weighed.
+    `relative`: of tokens as BlockTask.second_moments weighs them. Weights of experts that no token reached are not
+    weighed.
     """
     weights, grid = task.weights(), GRIDS.get(scheme.grid)
     if start == "max":
         return {name: grid.init(w_OI, scheme) for name, w_OI in weights.items()}
     moments: dict[str, Tensor] = {}
     if start == "hessian":
-        moments = task.second_moments(tuple(weights), full=False)
+        moments = task.second_moments(tuple(weights), full=False, relative=relative)
     found = dict[str, Params]()
     for name, w_OI in weights.items():
         moment, experts = moments.get(name), task.matrices[name].experts

@@ -49,7 +49,9 @@ class BlockStore:
         """How many blocks, from the first on, are on disk."""
         return next((i for i in range(blocks) if not self.path(i).is_file()), blocks)
 
-    def save(self, index: int, solutions: Mapping[str, Start], report: Report) -> None:
+    def save(
+        self, index: int, solutions: Mapping[str, Start], report: Report, massive: Mapping[str, Any] | None = None
+    ) -> None:
         tensors: dict[str, Tensor] = {}
         for name, solution in solutions.items():
             tensors |= {f"{name}:{_PARAM}{key}": value for key, value in solution.params.items()}
@@ -64,7 +66,7 @@ class BlockStore:
                 tensors |= {f"{name}:scale": q.scale_OG, f"{name}:zero": q.zero_OG}
         with write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(self.path(index), tensors, {"report": report})
+        save_tensors(self.path(index), tensors, {"report": report, "massive": massive})
 
     def solutions(self, index: int) -> Mapping[str, Start]:
         """What each linear of a block trains from, by name."""
@@ -102,6 +104,11 @@ class BlockStore:
         with keys_required(self.path(index)):
             report: Report = load_metadata(self.path(index))["report"]
         return report
+
+    def massive(self, index: int) -> dict[str, Any] | None:
+        """Of a block whose output has massive states (upq.blockwise._sinks): their tokens, weights and error."""
+        found: dict[str, Any] | None = load_metadata(self.path(index)).get("massive")
+        return found
 
 
 def _params(part: dict[str, Tensor]) -> Params:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from upq.blockwise._base import ORIGINAL, QUANTISED, BlockTask, Method
 from upq.blockwise._finite import watched
+from upq.blockwise._sinks import sinks
 from upq.blockwise._store import BlockStore, Report
 from upq.core.errors import UPQError
 from upq.core.memory import trim
@@ -18,7 +20,7 @@ from upq.core.precision import Precision, computes_in_bf16
 from upq.core.processes import ALONE, Processes
 from upq.core.progress import Progress
 from upq.grids import SMALLEST_SCALE
-from upq.model.activations import Activations, Allocate, allocator, batches
+from upq.model.activations import Allocate, allocator
 from upq.model.matrices import Matrix
 from upq.model.source import Source
 from upq.model.walker import Step
@@ -65,6 +67,9 @@ def walk(
                 stage.block(step, solved=step.index < done)
 
 
+_LOST = 0.5  # error of massive states from which on an attention sink no longer is one
+
+
 @dataclass(frozen=True)
 class _Stage:
     """What stays the same from block to block."""
@@ -92,8 +97,9 @@ class _Stage:
             _put(block, step.matrices, self.given, index, processes)
         if not solved:
             task = BlockTask(step, block, self.seed * 1_000_003 + index, processes)
-            report = _solve(task, self.method, store, source, at)
+            report, massive = _solve(task, self.method, store, source, at)
             self._note_unreached(index, report)
+            self._note_massive(index, massive)
             errors = [found["block"] for found in report.values() if "block" in found]
             self.progress.advance(1, **({"error": errors[0]} if errors else {}))
         if step.states:
@@ -111,52 +117,63 @@ class _Stage:
                     "their scales come from the weights alone"
                 )
 
+    def _note_massive(self, index: int, massive: dict[str, Any] | None) -> None:
+        """Where a block makes them, or loses them."""
+        if massive is None or not (massive.get("weights") or massive["error"] > _LOST):
+            return
+        weights = ", ".join(f"{w['name']}[{w['row']}, {w['column']}]" for w in massive.get("weights", []))
+        made = f", made by {weights}" if weights else ""
+        self.progress.note(
+            f"block {index}: {massive['tokens']} of {massive['of']} tokens have massive states{made}; "
+            f"their error is {massive['error']:.2f}"
+        )
 
-def _solve(task: BlockTask, method: Method, store: BlockStore, source: Source, at: str) -> Report:
+
+def _solve(
+    task: BlockTask, method: Method, store: BlockStore, source: Source, at: str
+) -> tuple[Report, dict[str, Any] | None]:
     """Solve one block and write it. What that took is free again on return, before the next block is read.
 
     The report has for each weight the relative error of its weight against the original's and, where it is known, of
-    the block's output.
+    the block's output: of all tokens but those with massive states, which are spoken of apart (`sinks`).
     """
+    massive = sinks(task) if task.step.states else None
     solutions = method.solve(task, store.scheme)
     remedy = f"choose another {store.folder.name}.method, with another --out"
     weights = {name: s.qtensor().dequantize() for name, s in solutions.items()}
+    squares = torch.zeros(2, 2, dtype=torch.float64)
     with task.processes.shared_errors():
         # The original is read once more: kept, it would be a copy of the block for as long as the block is solved.
         report: Report = {
             name: {"weight": _relative(w_OI, source.weight(task.index, task.matrices[name]))}
             for name, w_OI in weights.items()
         }
-        error = size = 0.0
         if task.step.states:
             with watched(task.block, task.step.matrices, f"{at}, quantised", remedy):
-                error, size = task.error_here(weights), _squares(task.targets_NTH)
+                squares = task.squares_here(weights)
         for name, found in report.items():
             if not math.isfinite(found["weight"]):
                 raise UPQError(f"{at}, quantised: {name} holds NaN or infinity; {remedy}")
     if task.step.states:
         for name, experts in task.unreached().items():
             report[name]["unreached"] = list(experts)
+        totals = [[task.processes.total(each) for each in kind] for kind in squares.tolist()]
         of_zeros = torch.finfo(torch.float32).tiny  # hidden states that are all zero
-        block = (task.processes.total(error) / max(task.processes.total(size), of_zeros)) ** 0.5
+        of_massive, of_others = ((error / max(size, of_zeros)) ** 0.5 for error, size in totals)
         for found in report.values():
-            found["block"] = block
+            found["block"] = of_others
+        if massive is not None:
+            massive["error"] = of_massive
     with task.processes.shared_errors():
         if task.processes.first:
-            store.save(task.index, solutions, report)
-    return report
+            store.save(task.index, solutions, report, massive)
+    return report, massive
 
 
 def _relative(approximation: Tensor, exact: Tensor) -> float:
     # Of a weight of zeros: in units of the smallest scale, which is what a grid without a zero level makes of it.
     least = SMALLEST_SCALE * math.sqrt(exact.numel())
     return float((approximation - exact).norm() / exact.norm().clamp_min(least))
-
-
-def _squares(hidden_NTH: Activations, batch_size: int = 8) -> float:
-    """The sum of the rows' mean squares."""
-    parts = (hidden_NTH[rows] for rows in batches(len(hidden_NTH), batch_size))
-    return float(sum(part.square().mean().item() * len(part) for part in parts))
 
 
 @torch.no_grad()

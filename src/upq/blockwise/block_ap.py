@@ -1,19 +1,37 @@
 """Block-AP (EfficientQAT, arXiv 2407.11062): train all weights and scales of one block against its original output.
 
 Freer than FlexRound, whose weights keep their sign; at 2 bits most of the error is won back by moving weights.
+`start: gptq` begins where GPTQ ends, whose errors make up for one another. The few weights that make an attention
+sink need that: SmolLM2-135M's comes out of two neurons whose rounded weights must cancel in all channels but one
+(LOG.md, "The attention sink").
 """
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
+import torch
 from pydantic import Field
 from torch import Tensor
 
-from upq.blockwise._base import METHODS, BlockTask, Calibration, Method, ScaleStart, Work, start_scales, start_work
+from upq.blockwise._base import (
+    METHODS,
+    BlockTask,
+    Calibration,
+    Method,
+    ScaleStart,
+    Work,
+    pass_work,
+    start_scales,
+    start_work,
+)
 from upq.blockwise._reconstruct import reconstruct, reconstruct_memory, reconstruct_work
+from upq.blockwise.gptq import compensated_block, gptq_memory, gptq_work
 from upq.core.config import Strict
 from upq.core.scheme import QuantScheme
 from upq.grids import GRIDS
-from upq.model.sizes import Bytes, Sizes
+from upq.model.sizes import Bytes, Sizes, largest
 from upq.nn.fake_quant import Solution, rms
 
 
@@ -21,6 +39,8 @@ from upq.nn.fake_quant import Solution, rms
 class BlockAp(Method):
     class Config(Strict):
         scale: ScaleStart = "mse"
+        start: Literal["nearest", "gptq"] = "nearest"  # of the weights
+        damp: float = Field(0.01, gt=0)  # of gptq's Hessian: added to its diagonal, as a share of its mean
         relative: bool = False  # each token's error over its output's own size
         iterations: int = Field(400, ge=1)
         batch_size: int = Field(4, ge=1)
@@ -37,16 +57,22 @@ class BlockAp(Method):
         return 3.0 * self.config.iterations * self.config.batch_size
 
     def memory(self, sizes: Sizes, calibration: Calibration) -> Bytes:
-        return reconstruct_memory(
+        learning = reconstruct_memory(
             sizes,
             calibration,
             batch_size=self.config.batch_size,
             iterations=self.config.iterations,
             weights_kept=1,  # of the backward pass: the weight's level
         )
+        if self.config.start == "nearest":
+            return learning
+        return sizes.matrices() + largest(learning, sizes.matrices() + gptq_memory(sizes, calibration))
 
     def work(self, sizes: Sizes, calibration: Calibration) -> Work:
-        return start_work(sizes, calibration, self.config.scale) + reconstruct_work(
+        start = start_work(sizes, calibration, self.config.scale)
+        if self.config.start == "gptq":
+            start += gptq_work(sizes, calibration) + pass_work(sizes, calibration)
+        return start + reconstruct_work(
             sizes,
             calibration,
             batch_size=self.config.batch_size,
@@ -56,8 +82,18 @@ class BlockAp(Method):
 
     def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
         grid = GRIDS.get(scheme.grid)
-        latents = {name: w_OI.clone().requires_grad_() for name, w_OI in task.weights().items()}
-        params = start_scales(task, scheme, self.config.scale)
+        relative = self.config.relative
+        params = start_scales(task, scheme, self.config.scale, relative=relative)
+        nearest = {name: w_OI.clone() for name, w_OI in task.weights().items()}
+        latents, bound = nearest, math.inf
+        if self.config.start == "gptq":
+            with torch.no_grad():
+                rounded = {name: grid.fake(w_OI, params[name], scheme) for name, w_OI in nearest.items()}
+                bound = task.error(rounded, relative=relative)
+            latents = compensated_block(task, params, scheme, damp=self.config.damp, relative=relative)
+        start_params = {name: {key: tensor.clone() for key, tensor in each.items()} for name, each in params.items()}
+        for latent in latents.values():
+            latent.requires_grad_()
         for each in params.values():
             for tensor in each.values():
                 tensor.requires_grad_()
@@ -66,17 +102,19 @@ class BlockAp(Method):
             return {name: grid.fake(latents[name], params[name], scheme) for name in latents}
 
         scales = [p for each in params.values() for p in each.values()]
-        reconstruct(
+        _, after = reconstruct(
             task,
             quantised,
             [
                 *({"params": [latent], "lr": self.config.lr * rms(latent)} for latent in latents.values()),
                 {"params": scales, "lr": self.config.scale_lr},
             ],
-            relative=self.config.relative,
+            relative=relative,
             iterations=self.config.iterations,
             batch_size=self.config.batch_size,
         )
+        if not after <= bound:  # GPTQ's start has no guarantee of its own
+            latents, params = nearest, start_params
         return {
             name: Solution(latents[name].detach(), {k: v.detach() for k, v in params[name].items()}, scheme)
             for name in latents

@@ -81,7 +81,7 @@ class FlexRound(Method):
 
     def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
         grid, weights = GRIDS.get(scheme.grid), task.weights()
-        params = start_scales(task, scheme, self.config.scale)
+        params = start_scales(task, scheme, self.config.scale, relative=self.config.relative)
         s2 = {name: torch.zeros_like(w_OI) for name, w_OI in weights.items()}
         s3 = {name: torch.zeros_like(w_OI[:, :1]) for name, w_OI in weights.items()}
 

@@ -97,6 +97,7 @@ class Frame:
             data=[*(asdict(use) for use in data.sources), {"digest": data.digest, "rows": len(data.tokens_NT)}],
             skipped_steps=list(state.skipped_steps),
             coverage=coverage(source.outline).text(self.recipe.bits),
+            massive={index: found for index in range(len(source)) if (found := store.massive(index)) is not None},
         )
         model = source.without_matrices()
         if not (self.model / "generation_config.json").is_file():  # which is copied; older models say it in config.json

@@ -128,7 +128,7 @@ class Distill(Settings, Stage):
         store = replace(state.solved, folder=job.folder, latents=job.keep == "latents" and self.train_weights)
         for index, solutions in trained_blocks(student):  # every process has a part of them
             if job.processes.first:
-                store.save(index, solutions, state.solved.report(index))
+                store.save(index, solutions, state.solved.report(index), state.solved.massive(index))
         trained = norms(student) if self.train_norms else {}
         weights = before | {f"{path}.weight": full_tensor(norm_weight(norm).detach()) for path, norm in trained.items()}
         if weights and job.processes.first:
