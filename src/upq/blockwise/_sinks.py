@@ -32,13 +32,14 @@ def sinks(task: BlockTask) -> dict[str, Any] | None:
     if not found.massive:
         return None
     report: dict[str, Any] = {"tokens": found.massive, "of": found.count, "usual": usual}
-    rows = found.massive_NT.any(1).nonzero()[:_ROWS, 0]
+    massive_NT = found.massive_NT.cpu()  # where the tokens are
+    rows = massive_NT.any(1).nonzero()[:_ROWS, 0]
     if not len(rows):  # they lie in other processes
         return report
-    massive_BT = found.massive_NT[rows]
+    massive_BT = massive_NT[rows]
     states_KH = task.targets_NTH[rows][massive_BT].flatten(1)
     channel = int(states_KH.mean(0).abs().argmax())
-    ids = Counter(task.step.tokens_NT[rows][massive_BT.to(task.step.tokens_NT.device)].tolist())
+    ids = Counter(task.step.tokens_NT[rows][massive_BT].tolist())
     inputs_KH = task.inputs_NTH[rows][massive_BT].flatten(1)
     norm = float(states_KH.norm(dim=-1).mean())
     born = inputs_KH.norm(dim=-1).mean() < norm / 4  # what the blocks before have lost is not made anew
