@@ -161,7 +161,8 @@ def introduction(page: Page, results: Results) -> Iterator[str]:
         f"It is judged by {counts}, whose wordings and combinations\n"
         "neither the documents nor its own training hold, and by documents of another seed: perplexity, KL to the\n"
         "original in nats a token, share of positions where both prefer the same token (top-1). All rows run through\n"
-        "the same pipeline; what differs is in `benchmarks/_design.py`.\n"
+        "the same pipeline; what differs is in `benchmarks/_design.py`. In rows of 2026-11-29 and before,\n"
+        "`default` began at the nearest level; it has begun with GPTQ since (docs/log/real-models.md).\n"
     )
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import sink
+from upq.artifact.card import model_card
+from upq.artifact.manifest import Manifest, SourceModel, read_manifest, write_manifest
 from upq.blockwise import METHODS, BlockStore, walk
 from upq.blockwise._tokens import MASSIVE, tokens_of
 from upq.core.processes import ALONE
@@ -82,6 +84,17 @@ def test_tokens_and_weights_are_named(model: Path, rows: Tensor, tmp_path: Path)
         assert (found["tokens"], found["of"]) == (len(rows), rows.numel())
         assert (found["ids"], found["first"], found["channel"]) == ([sink.BOS], 8, sink.CHANNEL)
         assert found["norm"] > MASSIVE * found["usual"]
+
+
+def test_the_manifest_and_the_card_name_them(model: Path, rows: Tensor, tmp_path: Path) -> None:
+    store = walked(model, rows, tmp_path / "blocks", "rtn", scale="hessian")
+    massive = {index: found for index in range(3) if (found := store.massive(index)) is not None}
+    manifest = Manifest(model=SourceModel(path="m", digest=""), massive=massive)
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
+    card = model_card(manifest)
+    assert f"`mlp.down_proj` [{sink.CHANNEL}, {sink.NEURON}]" in card
+    assert f"| {sink.BLOCK} | {len(rows)} of {rows.numel()} |" in card
 
 
 class TestTokens:

@@ -1,6 +1,6 @@
 """Names the tokens with massive states in a block's output, and the weights that make them.
 
-Those weights are few (super weights, arXiv 2411.07191): in SmolLM2-135M two of 88 million.
+Those weights are few (super weights, arXiv 2411.07191): in SmolLM2-135M two of 106 million.
 """
 
 from __future__ import annotations
