@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from struct import pack
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -74,7 +74,7 @@ def _pattern(part: dict[str, Any], what: str) -> str:
     return text
 
 
-def _changed(form: str) -> bytes:
+def _changed(form: Literal["NFC", "NFKC"]) -> bytes:
     """Every character that a normal form changes, as (code, UTF-8)."""
     characters = (chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
     pairs = [(letter, normal) for letter in characters if (normal := unicodedata.normalize(form, letter)) != letter]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from upq.core.errors import UPQError
+from upq.core.precision import dtype_name
 from upq.core.progress import Progress
 from upq.exports import _decoder as decoder
 from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows
@@ -160,7 +161,7 @@ def _place(source: Source, weight: Weight) -> Placement:
         if source.tied or not looked_up:
             dtype = torch.float16 if holds(weight, torch.float16) else torch.float32
             tensors += [_numbers(weight, dtype)] + ([_zeros(weight)] if dtype == torch.float32 else [])
-            kinds.append(str(dtype).removeprefix("torch."))
+            kinds.append(dtype_name(dtype))
         carrier = ", ".join(kinds)
     size = sum(tensor.bytes for tensor in tensors)
     return Placement(weight=weight, carrier=carrier, bytes=size, loss=loss, tensors=tuple(tensors))
@@ -334,7 +335,8 @@ class _MnnGraph:
         model = self._renamed(self.linear(x, name))
         eye = torch.eye(p.weight.shape[1])
         # a few unit vectors at a time: of many MNN makes sums of parts of the matrix, to save products
-        return _run(model, out, eye.split(8)).view(-1, p.weight.shape[0]).T.contiguous()
+        parts = [eye[i : i + 8] for i in range(0, len(eye), 8)]
+        return _run(model, out, parts).view(-1, p.weight.shape[0]).T.contiguous()
 
     def _renamed(self, value: int) -> dict[str, Any]:
         self.names[value] = "y"
