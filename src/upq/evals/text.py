@@ -52,10 +52,14 @@ class TextMetrics:
     teacher_ppl_stderr: float | None = None
 
 
-class KlByToken:
-    """KL(teacher ‖ model) of each token (N, T), given what stands before it; NaN where a token is no target."""
+class ByToken:
+    """Of each token (N, T), given what stands before it: its -log p, and KL(teacher ‖ model) of its distribution.
+
+    NaN where a token is no target, and for the KL without a teacher.
+    """
 
     def __init__(self, tokens_NT: Tensor) -> None:
+        self.nll_NT = torch.full(tokens_NT.shape, math.nan)
         self.kld_NT = torch.full(tokens_NT.shape, math.nan)
 
     def by_position(self) -> list[dict[str, Any]]:
@@ -119,12 +123,12 @@ def evaluate_text(
     batch_size: int = _BATCH,
     chunk_tokens: int = 1024,
     progress: Progress | None = None,
-    keep: KlByToken | None = None,
+    keep: ByToken | None = None,
 ) -> TextMetrics:
     """Position t predicts token t+1 of its row; `mask_NT` is True where a token counts as a target.
 
     Rows may be padded on the right with masked tokens. Logits exist for `chunk_tokens` positions at a time; sums are
-    float64. `progress` advances by rows; `keep` gets each token's KL from the teacher. Raises UPQError for tokens the
+    float64. `progress` advances by rows; `keep` gets the figures of each token. Raises UPQError for tokens the
     model cannot take, NotFinite for NaN logits.
     """
     rows, length = tokens_NT.shape
@@ -157,7 +161,7 @@ def _batch(
     counts_BT: Tensor,
     chunk_tokens: int,
     first_row: int,
-    keep: KlByToken | None,
+    keep: ByToken | None,
 ) -> Tensor:
     """Sums (B, M) of the measures over the counted positions of each row."""
     row_P, position_P = counts_BT.nonzero(as_tuple=True)
@@ -181,8 +185,10 @@ def _batch(
         # to the CPU first: not every accelerator has float64
         values_CM = torch.stack(measures, dim=1).cpu().double()
         sums_BM[:, : values_CM.shape[1]].index_add_(0, row_P[chunk], values_CM)
-        if keep is not None and teacher is not None:
-            keep.kld_NT[row_C, position_P[chunk] + 1] = values_CM[:, 1].float()
+        if keep is not None:
+            keep.nll_NT[row_C, position_P[chunk] + 1] = values_CM[:, 0].float()
+            if teacher is not None:
+                keep.kld_NT[row_C, position_P[chunk] + 1] = values_CM[:, 1].float()
     return sums_BM
 
 

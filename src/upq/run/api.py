@@ -212,7 +212,7 @@ def evaluate(
 
     if compute not in kernels.COMPUTES:
         raise UPQError(f"--compute must be one of {', '.join(kernels.COMPUTES)}, got {compute!r}")
-    target = _device(device)
+    target = device_of(device)
     with quietly(), reporting(progress, stderr=True) as shown, kernels.computing(compute):
         kernels.compute(target)  # not every device has them all
         _verify(Path(model))
@@ -354,7 +354,7 @@ def _check_request(
         raise UPQError(f"--data-dir {data_dir}: no such directory")
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
     import torch
 
     if name not in ("auto", "cpu", "cuda"):

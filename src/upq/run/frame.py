@@ -28,7 +28,7 @@ from upq.core.scheme import QTensor
 from upq.data.packing import prepare
 from upq.data.sources import sources_of
 from upq.data.tokens import TokenSet
-from upq.evals.text import KlByToken, NotFinite, Streamed, TextMetrics, evaluate_text, streamed
+from upq.evals.text import ByToken, NotFinite, Streamed, TextMetrics, evaluate_text, streamed
 from upq.exports import ensure_export
 from upq.files.metrics import METRICS, read_metrics, write_metrics
 from upq.files.tensors import load_tensors
@@ -144,7 +144,7 @@ class Frame:
             packed = load(self.staging, device=self.device)
             size = _size(packed, self.staging)
             packed.to(dtype)  # type: ignore[arg-type]
-            by_token = KlByToken(rows_NT)
+            by_token = ByToken(rows_NT)
             text = self._measured(packed, original, data, by_token)
         self.progress.advance(1)
         self._write_metrics(by_token)
@@ -171,7 +171,7 @@ class Frame:
         write_metrics(self.staging / METRICS, [*read_metrics(self.staging / METRICS), *clocks])
         publish(self.staging, self.run.out, manifest)
 
-    def _write_metrics(self, by_token: KlByToken) -> None:
+    def _write_metrics(self, by_token: ByToken) -> None:
         """What the stages have written, and how far the artefact is from the original, into the artefact."""
         lines = [line for place in self.run.places().values() for line in read_metrics(place.folder / METRICS)]
         checked = [{"kind": "position", "stage": "check", **each} for each in by_token.by_position()]
@@ -196,7 +196,7 @@ class Frame:
         return {**_figures(text), "bits_per_weight": bits / weights}
 
     def _measured(
-        self, model: PreTrainedModel | Streamed, original: Streamed, data: TokenSet, keep: KlByToken | None = None
+        self, model: PreTrainedModel | Streamed, original: Streamed, data: TokenSet, keep: ByToken | None = None
     ) -> TextMetrics:
         trim()  # its logits are the check's peak; what came before has left 350 MB at width 1024
         with computing("reference"):  # the figures are of the weights, and the same on every machine
