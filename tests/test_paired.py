@@ -98,7 +98,8 @@ def test_items_of_samples() -> None:
         "exact": False,
         "each": [True, False],
     }
-    acc, norm, exact = items_of({"mmlu": [choice], "ifeval": [written]}, None)
+    acc, norm, exact = items_of("all", {"mmlu": [choice], "ifeval": [written]}, None)
     assert (acc.key, acc.answer, acc.score, acc.loops) == (("mmlu", "acc", 3), " b", 1.0, False)
+    assert acc.asked == "all"
     assert (norm.measure, norm.score) == ("acc_norm", 0.0)
     assert (exact.measure, exact.score, exact.loops, exact.question) == ("exact,strict", 0.0, True, "Write.")

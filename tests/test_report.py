@@ -200,6 +200,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    bare = tiny_artifact(tmp_path / "bare")
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ["report", str(bare), "--out", "/dev/full", "--json", str(tmp_path / "figures.json")]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, UPQError)
+    assert "/dev/full: cannot write: no space left on the device" in str(result.exception)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_figures_of_upq_eval_stand_in_the_page(tmp_path: Path) -> None:
     bare = tiny_artifact(tmp_path / "bare")
     for name, acc in (("eval.json", 0.75), ("eval-original.json", 0.875)):

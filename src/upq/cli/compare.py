@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from upq.cli.json_file import Target
 from upq.core.paths import local, local_or_hub
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def compare(
@@ -61,11 +64,25 @@ def compare(
     with reporter(console(stderr=True)) as progress:
         found = compare([local_or_hub(model) for model in models], request, progress)
     shown = console()
-    for title, key in (("scores", "scores"), ("paired differences, the second model minus the first", "differences")):
-        shown.print(table(title, found[key]["columns"], found[key]["rows"]))
+    shown.print(table("scores", found["scores"]["columns"], found["scores"]["rows"]))
+    shown.print(_differences(found["differences"]))
     if request.tasks:
         shown.print(f"{found['changed_all']} answers changed between right and wrong")
     if page.path is not None:
         page.write_text(pages.comparison(found))
         shown.print(styled((str(page.path), "bold"), " is ready"), soft_wrap=True)
     target.write(found)
+
+
+def _differences(found: dict[str, Any]) -> Table:
+    """Words wrap where the terminal is narrow, numbers do not."""
+    from rich.table import Table
+
+    made = Table(title="differences, the later model minus the earlier", title_justify="left", header_style="bold")
+    made.title_style = "bold"
+    for column in found["columns"]:
+        words = column in ("models", "measure", "verdict")
+        made.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+    for row in found["rows"]:
+        made.add_row(*row)
+    return made

@@ -16,7 +16,8 @@ _PERIOD = 400  # characters of what is repeated, at most
 class Item:
     """One answer under one measure. `score` is 0 or 1 where the measure knows right and wrong."""
 
-    task: str
+    asked: str  # the task or group that was asked for
+    task: str  # of the group
     measure: str  # with lm-eval's filter, where it has one
     id: int  # in its task
     question: str
@@ -31,7 +32,9 @@ class Item:
         return self.task, self.measure, self.id
 
 
-def items_of(samples: Mapping[str, Sequence[Mapping[str, Any]]], kept: KeptAnswers | None) -> Iterator[Item]:
+def items_of(
+    asked: str, samples: Mapping[str, Sequence[Mapping[str, Any]]], kept: KeptAnswers | None
+) -> Iterator[Item]:
     """Every sample under each of its measures that is a number; lists and tuples of a whole task's measures are not."""
     for task, found in samples.items():
         for sample in found:
@@ -44,6 +47,7 @@ def items_of(samples: Mapping[str, Sequence[Mapping[str, Any]]], kept: KeptAnswe
                 if not isinstance(value, int | float):
                     continue
                 yield Item(
+                    asked=asked,
                     task=task,
                     measure=metric if filtered == "none" else f"{metric},{filtered}",
                     id=int(sample["doc_id"]),

@@ -138,7 +138,7 @@ def _run(
         fewshot_as_multiturn=chat,  # lm-eval's own choice: examples are turns of the conversation, not one long turn
     )
     if items is not None:
-        items += items_of(raw["samples"], harness.upq_kept)
+        items += items_of(name, raw["samples"], harness.upq_kept)
     shown = [*parts["groups"]] if name in parts["groups"] else [*parts["tasks"]]
     scores = {shown_name: _plain(raw["results"][shown_name]) for shown_name in sorted(shown, key=lambda n: n != name)}
     if counts is not None:

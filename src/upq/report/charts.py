@@ -57,7 +57,7 @@ def layers(found: Sequence[dict[str, Any]]) -> Chart | None:
     data = [{"block": v["block"], "linear": v["linear"], "error": round(v["error"], 5)} for v in values[:CELLS]]
     linears = list(dict.fromkeys(v["linear"] for v in values))
     spec = {
-        "height": {"step": 22},
+        "height": 22 * len(linears),
         "mark": {"type": "rect", "tooltip": True},
         "encoding": {
             "x": {
@@ -261,7 +261,7 @@ def kinds(texts: Sequence[dict[str, Any]], prompts: Sequence[dict[str, Any]]) ->
         each |= {"low": max(0.0, each["kld"] - each["half"]), "high": each["kld"] + each["half"]}
     y = {"field": "text", "type": "nominal", "title": None, "sort": None}
     spec = {
-        "height": {"step": 34},
+        "height": 34 * len(data),
         "encoding": {"y": y},
         "layer": [
             {
@@ -315,7 +315,7 @@ def memory(stages: Sequence[dict[str, Any]]) -> Chart | None:
 
 def _bars(id_: str, title: str, says: str, data: list[Any], key: str, shown: str, axis: str) -> Chart:
     spec = {
-        "height": {"step": 28},
+        "height": 28 * len(data),
         "mark": {"type": "bar", "height": 16, "color": COLOURS[0], "tooltip": True},
         "encoding": {
             "y": {"field": "stage", "type": "nominal", "title": None, "sort": None},
@@ -341,7 +341,7 @@ def differences(pairs: Sequence[dict[str, Any]]) -> Chart | None:
         for p in pairs
     ]
     spec = {
-        "height": {"step": 34},
+        "height": 34 * len(data),
         "encoding": {"y": {"field": "what", "type": "nominal", "title": None, "sort": None}},
         "layer": [
             {

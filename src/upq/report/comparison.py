@@ -164,7 +164,7 @@ def _on_tasks(
         items=measured.items,
     )
     for item in measured.items:
-        measured.scores.setdefault(f"{item.task} {item.measure}", []).append(item.score)
+        measured.scores.setdefault(f"{item.asked} {item.measure}", []).append(item.score)
 
 
 def _together(found: Sequence[_Measured], request: Request) -> dict[str, Any]:
@@ -232,8 +232,8 @@ def _differences(pairs: Sequence[Mapping[str, Any]], *, named: bool) -> dict[str
         change = f"{pair['only_a']} / {pair['only_b']}" if shares else "–"
         row = [f"{pair['a']} → {pair['b']}"] * named + [pair["measure"], f"{pair['difference']:{style}}"]
         row += [f"{pair['low']:{style}} to {pair['high']:{style}}", change]
-        rows.append([*row, f"{pair['p']:.3g}" if shares else "–", pair["verdict"]])
-    columns = ["measure", "difference", "95 % interval", "right in one alone", "p", "verdict"]
+        rows.append([*row, f"{pair['p']:.2g}" if shares else "–", pair["verdict"]])
+    columns = ["measure", "change", "95 % interval", "alone", "p", "verdict"]
     return {"columns": ["models"] * named + columns, "rows": rows}
 
 
