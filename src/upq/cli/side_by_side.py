@@ -33,19 +33,19 @@ class Columns(TextStreamer):
     """Puts one side's text into its column; times its tokens from the first one on."""
 
     def __init__(self, side: Side, shown: Live, sides: list[Side]) -> None:
-        super().__init__(side.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        super().__init__(side.tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._side, self._shown, self._sides = side, shown, sides
         self._times: list[float] = []
         side.said = side.speed = ""
 
     def put(self, value: Any) -> None:
         prompt = self.next_tokens_are_prompt
-        super().put(value)
+        super().put(value)  # type: ignore[no-untyped-call]
         if not prompt:
             self._times.append(time.perf_counter())
 
     def end(self) -> None:
-        super().end()
+        super().end()  # type: ignore[no-untyped-call]
         tokens, times = len(self._times), self._times
         rate = f", {(tokens - 1) / (times[-1] - times[0]):,.3g} tokens/s" if tokens > 1 else ""
         self._side.speed = f"{tokens} tokens{rate}"

@@ -177,7 +177,7 @@ def _pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
         text = tokenizer.decode(ids[:n], skip_special_tokens=False)
         assert isinstance(text, str)
         whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        found.append(whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids[n - 1 : n]))
+        found.append(whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode(ids[n - 1 : n])))
         before = whole
     return found
 

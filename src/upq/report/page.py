@@ -108,7 +108,7 @@ def _page(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.ChainableUndefined,
     )
-    environment.filters |= {
+    filters: dict[str, Any] = {
         "size": size,
         "duration": duration,
         "rate": lambda rate: f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}",
@@ -117,6 +117,7 @@ def _page(template: str, **values: Any) -> str:
         "mean": lambda klds: f"{sum(k or 0 for k in klds) / len(klds):.3f}" if klds else "–",
         "largest": _largest,
     }
+    environment.filters |= filters
     bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=_vega_lite())
     assert "</script" not in bundle
     page: str = environment.get_template(template).render(
