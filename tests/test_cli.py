@@ -122,7 +122,7 @@ def test_each_of_two_models_goes_on_from_its_own_answers(monkeypatch):
             raise KeyboardInterrupt
         return f"{name}!"
 
-    monkeypatch.setattr("upq.cli.chat.answer", answer)
+    monkeypatch.setattr(sys.modules["upq.cli.chat"], "answer", answer)  # upq.cli has the command under this name
     talk = _Talk(console(), ["a", "b"], ["A", "B"], [None, None], {}, [{"role": "system", "content": "Be kind."}])
     talk.ask("one")
     with pytest.raises(KeyboardInterrupt):

@@ -71,7 +71,7 @@ def _answer(sample: Mapping[str, Any], arguments: Sequence[tuple[Any, ...]]) -> 
 def loops(text: str) -> bool:
     """Whether it ends in at least four repeats of the same characters, over at least forty."""
     text = text.rstrip()
-    for period in range(1, min(_PERIOD, len(text) // _REPEATS) + 1):
+    for period in range(1, min(_PERIOD, (len(text) + 1) // _REPEATS) + 1):
         span = period
         while span < len(text) and text[-span - 1] == text[-span - 1 + period]:
             span += 1

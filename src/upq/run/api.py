@@ -38,12 +38,14 @@ class Figures(TypedDict):
     compute: NotRequired[str]  # of a packed model: how its products were computed
     dtype: str  # that the model was computed in
     ppl: NotRequired[float]
+    ppl_stderr: NotRequired[float]  # of all standard errors: over rows; none of a single row
     tokens: NotRequired[int]  # that count as targets of `ppl`
     kld: NotRequired[float]  # KL(teacher ‖ model), nats a token
     kld_stderr: NotRequired[float]
     top1: NotRequired[float]  # share of positions where teacher and model choose the same token
     top1_stderr: NotRequired[float]
     teacher_ppl: NotRequired[float]
+    teacher_ppl_stderr: NotRequired[float]
     tasks: NotRequired[dict[str, dict[str, float]]]  # by task, with lm-eval's names of metrics
 
 

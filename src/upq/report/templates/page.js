@@ -5,7 +5,7 @@ const config = {
   background: null,
   font: "system-ui, sans-serif",
   view: { stroke: null },
-  axis: { ...soft, gridColor: "currentColor", gridOpacity: 0.15, domainColor: "currentColor", tickColor: "currentColor", labelLimit: 140 },
+  axis: { ...soft, gridColor: "currentColor", gridOpacity: 0.15, domainColor: "currentColor", tickColor: "currentColor", labelLimit: 200 },
   legend: { ...soft, labelLimit: 260, symbolStrokeWidth: 2 },
 };
 for (const figure of document.querySelectorAll("figure.chart")) {
