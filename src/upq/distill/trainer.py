@@ -120,7 +120,7 @@ def distill(
             durable=saves,
             tokens=finished * training.tokens,
             loss=value,
-            lr=factor * (config.lr if config.train_weights else config.scale_lr),
+            lr=factor * training.rate,
             grad_norm=norm,
             seconds=round(time.monotonic() - began, 3),
         )
@@ -142,6 +142,7 @@ class Training:
         self.config, self._data = config, data
         self.tokens = 0  # of a step, over all processes
         width = student.config.get_text_config(decoder=True).hidden_size
+        self.rate = config.learning_rate(width) if config.train_weights else config.scale_lr  # at its largest
         self._bf16 = computes_in_bf16(config.precision, student.device, width)
         # The types are torch's own autocast's: accelerate keeps one choice a process, and a second training may differ.
         self.accelerator = Accelerator(
