@@ -28,8 +28,13 @@ from upq.model.activations import allocator
 from upq.model.source import Source
 
 IDS = torch.randint(2, 67, (24, 12), generator=torch.Generator().manual_seed(0))
-FAST = {"flexround": {"iterations": 60, "lr": 1e-2}, "block_ap": {"iterations": 60}}
-LEARNED = ("flexround", "block_ap")  # what is judged by the block's output
+FAST = {
+    "flexround": {"iterations": 60, "lr": 1e-2},
+    "block_ap": {"iterations": 60},
+    "adaround": {"iterations": 60, "lr": 1e-1},
+    "lora_round": {"iterations": 60, "lr": 1e-1},
+}
+LEARNED = ("flexround", "block_ap", "adaround", "lora_round")  # what is judged by the block's output
 # Blocks of 44 have no group of 8, 16, …; those of 48 have.
 WIDTHS = {PER_CHANNEL: 44, 16: 48}
 

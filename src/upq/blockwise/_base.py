@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -44,6 +44,7 @@ class BlockTask:
     block: nn.Module
     seed: int
     processes: Processes = ALONE
+    widths: Mapping[str, int] = field(default_factory=dict)  # bits of weights that have another number than the stage's
 
     @property
     def index(self) -> int:
@@ -71,6 +72,10 @@ class BlockTask:
     def weights(self) -> dict[str, Tensor]:
         """Weights (E·O, I) by name."""
         return {matrix.name: matrix.read(self.block) for matrix in self.step.matrices}
+
+    def scheme(self, name: str, scheme: QuantScheme) -> QuantScheme:
+        """The stage's `scheme`, with the bits of this weight."""
+        return replace(scheme, bits=self.widths.get(name, scheme.bits))
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Names of the weights in the order in which a forward pass of the block multiplies with them.
@@ -277,18 +282,18 @@ def start_scales(
     """
     weights, grid = task.weights(), GRIDS.get(scheme.grid)
     if start == "max":
-        return {name: grid.init(w_OI, scheme) for name, w_OI in weights.items()}
+        return {name: grid.init(w_OI, task.scheme(name, scheme)) for name, w_OI in weights.items()}
     moments: dict[str, Tensor] = {}
     if start == "hessian":
         moments = task.second_moments(tuple(weights), full=False, relative=relative)
     found = dict[str, Params]()
     for name, w_OI in weights.items():
-        moment, experts = moments.get(name), task.matrices[name].experts
+        moment, experts, own = moments.get(name), task.matrices[name].experts, task.scheme(name, scheme)
         if moment is None:
-            found[name] = search_scale(w_OI, scheme)
+            found[name] = search_scale(w_OI, own)
             continue
         parts = [
-            search_scale(w_OI, scheme, moment_I if moment_I.any() else None)
+            search_scale(w_OI, own, moment_I if moment_I.any() else None)
             for w_OI, moment_I in zip(w_OI.chunk(max(1, experts)), moment if experts else moment[None], strict=True)
         ]
         found[name] = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}

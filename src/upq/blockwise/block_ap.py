@@ -83,12 +83,13 @@ class BlockAp(Method):
     def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
         grid = GRIDS.get(scheme.grid)
         relative = self.config.relative
+        schemes = {name: task.scheme(name, scheme) for name in task.matrices}
         params = start_scales(task, scheme, self.config.scale, relative=relative)
         nearest = {name: w_OI.clone() for name, w_OI in task.weights().items()}
         latents, bound = nearest, math.inf
         if self.config.start == "gptq":
             with torch.no_grad():
-                rounded = {name: grid.fake(w_OI, params[name], scheme) for name, w_OI in nearest.items()}
+                rounded = {name: grid.fake(w_OI, params[name], schemes[name]) for name, w_OI in nearest.items()}
                 bound = task.error(rounded, relative=relative)
             del rounded
             latents = compensated_block(task, params, scheme, damp=self.config.damp, relative=relative)
@@ -100,7 +101,7 @@ class BlockAp(Method):
                 tensor.requires_grad_()
 
         def quantised() -> dict[str, Tensor]:
-            return {name: grid.fake(latents[name], params[name], scheme) for name in latents}
+            return {name: grid.fake(latents[name], params[name], schemes[name]) for name in latents}
 
         scales = [p for each in params.values() for p in each.values()]
         _, after = reconstruct(
@@ -117,6 +118,6 @@ class BlockAp(Method):
         if not after <= bound:  # GPTQ's start has no guarantee of its own
             latents, params = nearest, start_params
         return {
-            name: Solution(latents[name].detach(), {k: v.detach() for k, v in params[name].items()}, scheme)
+            name: Solution(latents[name].detach(), {k: v.detach() for k, v in params[name].items()}, schemes[name])
             for name in latents
         }
