@@ -53,7 +53,7 @@ def reconstruct(
         done = step / iterations
         if before_step is not None:
             before_step(done)
-        loss = task.batch_loss(weights, index_B, relative=relative)
+        loss = task.batch_loss(weights, index_B, relative=relative, original=task.original_share(done))
         if loss is not None:
             loss.backward()  # type: ignore[no-untyped-call]
         # Of no rows, so it is one process's: the gradients are added up.

@@ -35,7 +35,10 @@ from upq.nn.fake_quant import Solution
 
 STRETCH, SHIFT = 1.2, -0.1  # ζ - γ and γ
 # TesseraQ's shares of the weights that are still soft, after each of twenty hardenings.
-SOFT = (0.8, 0.65, 0.5, 0.43, 0.38, 0.34, 0.3, 0.27, 0.24, 0.21, 0.18, 0.15, 0.12, 0.1, 0.08, 0.06, 0.04, 0.02, 0.01, 0.005)  # fmt: skip  # noqa: E501
+SOFT = (
+    0.8, 0.65, 0.5, 0.43, 0.38, 0.34, 0.3, 0.27, 0.24, 0.21,
+    0.18, 0.15, 0.12, 0.1, 0.08, 0.06, 0.04, 0.02, 0.01, 0.005,
+)  # fmt: skip
 # A latent keeps this distance from its lower level, the middle and its upper level: the grid rounds it to the level
 # that was learned, and a later bracket finds the same two levels.
 _MARGIN = 1 / 64
@@ -48,9 +51,9 @@ class Rounding(Strict):
     relative: bool = False  # each token's error over its output's own size
     iterations: int = Field(400, ge=1)
     batch_size: int = Field(4, ge=1)
-    lr: float = Field(3e-2, gt=0)  # of V, whose span from level to level is 4.8
-    harden: Literal["penalty", "progressive"] = "penalty"
-    penalty: float = Field(0.01, ge=0)  # λ, beside an error summed over channels
+    lr: float = Field(1e-1, gt=0)  # of V, whose span from level to level is 4.8
+    harden: Literal["progressive", "penalty"] = "progressive"
+    penalty: float = Field(0.01, ge=0)  # of `penalty`: λ, beside an error summed over channels
     warmup: float = Field(0.2, ge=0, lt=1)  # share of the steps without penalty
     beta_start: float = Field(20.0, ge=1)  # the penalty's exponent falls linearly
     beta_end: float = Field(2.0, ge=1)
@@ -262,7 +265,7 @@ def memory(config: Rounding, sizes: Sizes, calibration: Calibration) -> Bytes:
         iterations=config.iterations,
         weights_kept=1,
     )
-    return learning + sizes.matrices(copies=1) * 0.25
+    return learning + sizes.matrices() * 0.25
 
 
 def work(config: Rounding, sizes: Sizes, calibration: Calibration) -> Work:

@@ -1,9 +1,9 @@
 """BRECQ (arXiv 2102.05426) and TesseraQ (arXiv 2410.19103): learn for each weight which of its two levels it takes.
 
-`harden: penalty` is BRECQ's: λ Σ 1 - |2h - 1|^β beside the error, none in the first fifth of the steps, then β falls
-linearly from 20 to 2. `harden: progressive` is TesseraQ's: at each of twenty points the weights nearest to a level go
-there for good, and the others learn on. The scale learns too (TesseraQ's dequantisation scale, as the grid's logarithm).
-The error is not weighed by Fisher information: BRECQ's released runs do not either.
+`harden: progressive` is TesseraQ's: at each of twenty points the weights nearest to a level go there for good, and the
+others learn on. `harden: penalty` is BRECQ's: λ Σ 1 - |2h - 1|^β beside the error, none in the first fifth of the
+steps, then β falls linearly from 20 to 2. The scale learns too (TesseraQ's dequantisation scale, as the grid's
+logarithm). The error is not weighed by Fisher information: BRECQ's released runs do not either.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class AdaRound(Method):
         pass
 
     needs_inputs = True
+    learns = True
 
     def __init__(self, config: Config) -> None:
         self.config = config

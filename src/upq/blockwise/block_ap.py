@@ -30,7 +30,7 @@ from upq.blockwise._reconstruct import reconstruct, reconstruct_memory, reconstr
 from upq.blockwise.gptq import compensated_block, gptq_memory, gptq_work
 from upq.core.config import Strict
 from upq.core.scheme import QuantScheme
-from upq.grids import GRIDS
+from upq.grids import GRIDS, ZERO
 from upq.model.sizes import Bytes, Sizes, largest
 from upq.nn.fake_quant import Solution, rms
 
@@ -46,8 +46,11 @@ class BlockAp(Method):
         batch_size: int = Field(4, ge=1)
         lr: float = Field(1e-2, gt=0)  # of the weights, in units of each matrix's RMS
         scale_lr: float = Field(3e-3, gt=0)  # on the grid's own parameters
+        zero_lr: float | None = Field(None, ge=0)  # on zero points, in codes; None: scale_lr
+        final_lr: float = Field(0.0, ge=0, le=1)  # where the cosine ends, as a share of the rates
 
     needs_inputs = True
+    learns = True
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -103,17 +106,22 @@ class BlockAp(Method):
         def quantised() -> dict[str, Tensor]:
             return {name: grid.fake(latents[name], params[name], schemes[name]) for name in latents}
 
-        scales = [p for each in params.values() for p in each.values()]
+        apart = self.config.zero_lr is not None
+        named = [item for each in params.values() for item in each.items()]
+        scales = [p for key, p in named if not (apart and key == ZERO)]
+        zeros = [p for key, p in named if apart and key == ZERO]
         _, after = reconstruct(
             task,
             quantised,
             [
                 *({"params": [latent], "lr": self.config.lr * rms(latent)} for latent in latents.values()),
                 {"params": scales, "lr": self.config.scale_lr},
+                *([{"params": zeros, "lr": self.config.zero_lr}] if zeros else []),
             ],
             relative=relative,
             iterations=self.config.iterations,
             batch_size=self.config.batch_size,
+            final_lr=self.config.final_lr,
         )
         if not after <= bound:  # GPTQ's start has no guarantee of its own
             latents, params = nearest, start_params

@@ -53,6 +53,7 @@ class FlexRound(Method):
         lr: float = Field(3e-3, gt=0)
 
     needs_inputs = True
+    learns = True
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -23,6 +23,7 @@ class LoraRound(Method):
         rank: int = Field(8, ge=1)  # of A·B
 
     needs_inputs = True
+    learns = True
 
     def __init__(self, config: Config) -> None:
         self.config = config
