@@ -203,6 +203,8 @@ def test_training(settings: tuple[str, ...], tmp_path: Path) -> None:
         ("{name: flexround, iterations: 3, batch_size: 2}", ("int2.samples=20", "memory.activations=disk")),
         ("{name: flexround, iterations: 1, scale: max}", ("int2.samples=4",)),
         ("{name: block_ap, iterations: 3, batch_size: 2}", ("int2.samples=20",)),
+        ("{name: adaround, iterations: 3, batch_size: 2}", ("int2.samples=20",)),
+        ("{name: lora_round, iterations: 3, batch_size: 2}", ("int2.samples=20",)),
         ("{name: block_ap, iterations: 3, batch_size: 2, start: gptq, scale: hessian}", ("int2.samples=20",)),
         ("{name: block_ap, iterations: 3, batch_size: 16}", ("int2.samples=40", "int2.precision=bf16")),
     ],

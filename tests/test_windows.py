@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Source:
 def solved(model: Source, folder: Path, order: Order, name: str = "block_ap", limit: int = 99, **options: Any) -> int:
     """Blocks that this walk finished."""
     progress, store = Counting(limit), BlockStore(folder, QuantScheme(bits=2))
-    method = make(name, **{"iterations": 4, **options})
+    method = make(name, **{**({"iterations": 4} if METHODS.get(name).learns else {}), **options})
     walk(model, IDS[:8], method, store, given=None, seed=5, progress=progress, order=order)
     return progress.blocks
 

@@ -37,7 +37,7 @@ class Blockwise(Stage):
     grow: int = neutral(0, ge=0)  # windows at either end that grow from one block to so many
     inputs: Literal["quantised", "original"] = neutral("quantised")  # what a block reads while it is solved
     annealing: float = neutral(0.0, ge=0, le=1)  # share of the steps in which inputs go from original to quantised
-    mixed: bool = neutral(False)  # each weight has the bits that a stage `widths` before has chosen; `bits` is for none
+    mixed: bool = neutral(False)  # each weight has the bits that a stage `widths` has chosen for it
     truncate: bool = neutral(False)  # cut outliers of the weights off before they are solved
 
     solves: ClassVar[bool] = True

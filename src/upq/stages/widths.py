@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from pydantic import Field, field_validator
@@ -25,7 +26,9 @@ from upq.stages._sizes import Machine, Need, Sizes, need
 
 @register("widths")
 class Widths(Stage):
-    """A mean of exactly `mean` bits a weight, more of them where a block's output suffers most (upq.blockwise._widths)."""
+    """Exactly `mean` bits a weight on average, more where a block's output suffers most (upq.blockwise._widths)."""
+
+    chooses_widths: ClassVar[bool] = True
 
     mean: float
     choices: tuple[int, ...] = (2, 3, 4)  # bits that a linear can get
