@@ -132,11 +132,11 @@ ROWS: dict[str, Row] = {
 }
 _HEAD = """# Related systems, one engine
 
-This page is made by `python benchmarks/systems.py` from `docs/results/systems_*.csv`. Each row is a block-wise stage: no
-training follows. Text, rows, steps and batches are the same in all rows of a table. Windows take more steps in all, because
-blocks are in several of them. Bits count everything but embedding and head. KL is KL(original‖model) in nats a token on
-held-out text. ± is the standard deviation over seeds; a figure without it is of one seed. The last column has what the
-authors of a system say of it, on their models; perplexities there are of WikiText-2."""
+This page is made by `python benchmarks/systems.py` from `docs/results/systems_*.csv`. Each row is a block-wise stage;
+no training follows. Text, rows, steps and batches are the same in all rows of a table. Windows take more steps in all,
+because blocks are in several of them. Bits count everything but embedding and head. KL is KL(original‖model) in nats a
+token on held-out text. ± is the standard deviation over seeds; a figure without it is of one seed. The last column has
+what the authors of a system say of it, on their models; perplexities there are of WikiText-2."""
 # Methods without steps.
 _AT_ONCE = ("rtn", "gptq")
 

@@ -152,7 +152,7 @@ def test_blocks_apart_do_not_depend_on_one_another(model: Source, tmp_path: Path
 
 def test_truncation_changes_only_what_is_above_the_threshold() -> None:
     w_OI = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    w_OI[3, 5], w_OI[7, 1] = 40.0, -35.0
+    w_OI[3, 5], w_OI[7, 1] = 40.0, -40.0
     limit = threshold(w_OI.abs())
     assert limit is not None
     cut_OI = truncated(w_OI)
@@ -182,3 +182,13 @@ def test_a_block_without_outliers_stays_as_it_is() -> None:
     w_OI = torch.linspace(-1, 1, 64).view(4, 16)
     assert threshold(w_OI.abs()) is None
     assert torch.equal(truncated(w_OI), w_OI)
+
+
+def test_settings_that_came_later_are_in_no_digest_at_their_default() -> None:
+    """So a stage that was done before they came still holds."""
+    plain = Blockwise(bits=2, method="rtn")
+    assert not {"window", "overlap", "grow", "inputs", "annealing", "mixed", "truncate"} & plain.settings().keys()
+    assert Blockwise(bits=2, method="block_ap", window=2).settings() == {
+        **Blockwise(bits=2, method="block_ap").settings(),
+        "window": 2,
+    }
