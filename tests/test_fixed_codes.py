@@ -160,7 +160,7 @@ def test_zero_points_that_do_not_train_are_those_that_were_stored(latents: bool,
             config = make_config(**shared, train_zeros=zeros, checkpoint_every=2)
             train(student, teacher, config, tmp_path / name, steps=total, data=Random())
         params = {
-            f"{path}:{key}": p for path, l in trained_linears(student).items() for key, p in l.grid_params.items()
+            f"{path}:{key}": p for path, each in trained_linears(student).items() for key, p in each.grid_params.items()
         }
         return codes_of(student), params
 
