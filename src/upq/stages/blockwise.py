@@ -75,7 +75,8 @@ class Blockwise(Stage):
         return Demands(rows=self.samples, start="codes", widths=self.mixed)
 
     def cost(self, name: str, blocks: int, reading: Reading) -> dict[str, tuple[int, float]]:
-        passes = 3.0 * self.samples + self.solver().cost
+        solved = sum(len(span) for span in spans(blocks, self.order)) / blocks
+        passes = 3.0 * self.samples + self.solver().cost * solved
         return {name: (blocks, blocks * reading.seq_len * passes)}
 
     def need(self, name: str, sizes: Sizes, machine: Machine, planned: Planned) -> dict[str, Need]:
