@@ -26,7 +26,7 @@ from upq.blockwise._base import (
     start_scales,
     start_work,
 )
-from upq.blockwise._reconstruct import reconstruct, reconstruct_memory, reconstruct_work
+from upq.blockwise._reconstruct import Groups, reconstruct, reconstruct_memory, reconstruct_work
 from upq.core.config import Strict
 from upq.core.scheme import QuantScheme, to_groups
 from upq.grids import GRIDS, ZERO, Params, stretches_of_rows
@@ -223,7 +223,7 @@ def solve(
 
     progressive = config.harden == "progressive"
     offsets = {name: each.offset_OI.detach().clone() for name, each in learned.items()} if progressive else {}
-    groups: list[dict[str, object]] = [{"params": leaves, "lr": config.lr}]
+    groups: Groups = [{"params": leaves, "lr": config.lr}]
     if config.learn_scale:
         groups.append({"params": scales, "lr": config.scale_lr})
     before, after = reconstruct(

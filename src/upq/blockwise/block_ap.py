@@ -26,7 +26,7 @@ from upq.blockwise._base import (
     start_scales,
     start_work,
 )
-from upq.blockwise._reconstruct import reconstruct, reconstruct_memory, reconstruct_work
+from upq.blockwise._reconstruct import Groups, reconstruct, reconstruct_memory, reconstruct_work
 from upq.blockwise.gptq import compensated_block, gptq_memory, gptq_work
 from upq.core.config import Strict
 from upq.core.scheme import QuantScheme
@@ -110,14 +110,14 @@ class BlockAp(Method):
         named = [item for each in params.values() for item in each.items()]
         scales = [p for key, p in named if not (apart and key == ZERO)]
         zeros = [p for key, p in named if apart and key == ZERO]
+        groups: Groups = [{"params": [latent], "lr": self.config.lr * rms(latent)} for latent in latents.values()]
+        groups.append({"params": scales, "lr": self.config.scale_lr})
+        if zeros:
+            groups.append({"params": zeros, "lr": self.config.zero_lr})
         _, after = reconstruct(
             task,
             quantised,
-            [
-                *({"params": [latent], "lr": self.config.lr * rms(latent)} for latent in latents.values()),
-                {"params": scales, "lr": self.config.scale_lr},
-                *([{"params": zeros, "lr": self.config.zero_lr}] if zeros else []),
-            ],
+            groups,
             relative=relative,
             iterations=self.config.iterations,
             batch_size=self.config.batch_size,
