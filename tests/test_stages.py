@@ -27,7 +27,7 @@ CHAIN: dict[str, dict[str, Any]] = {
         "samples": 8,
         "method": {"name": "flexround", "scale": "max", "iterations": 2},
     },
-    "widths": {"mean": 2.25, "choices": [2, 3], "samples": 2},
+    "widths": {"mean": 3, "samples": 2},
     "int2": {
         "stage": "blockwise",
         "bits": 2,

@@ -65,6 +65,14 @@ def test_a_mean_that_cannot_be_met_is_one_line_with_the_nearest(mean: float, nea
     assert "\n" not in str(caught.value)
 
 
+def test_a_mean_that_the_error_names_can_be_asked_for() -> None:
+    found = measured([64, 128, 704])
+    with pytest.raises(UPQError, match=r"the nearest: 2\.07143 or 2\.14286"):
+        allocate(found, 2.1)
+    bits = allocate(found, 2.07143)
+    assert bits == [3, 2, 2]
+
+
 def test_a_mean_beyond_the_choices_shows_before_work(model: Source) -> None:
     with pytest.raises(UPQError, match=r"w\.mean=1\.5 cannot be met with 2 to 4 bits; change w\.choices"):
         Widths(mean=1.5).check("w", model, Data())

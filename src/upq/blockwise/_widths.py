@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from math import gcd, inf
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from upq.model.source import Source
 from upq.model.walker import walk as run_blocks
 
 _BYTES = 1 << 28  # of a measurement's file, at most
+_PRINTED = 5e-6  # half a unit of the last digit that the error for a mean prints
 _UNITS = 1 << 22  # of a budget: the choice is exact, over a table of so many columns
 
 
@@ -119,6 +119,7 @@ def _read(raw: list[dict[str, Any]]) -> Iterator[Sensitivity]:
 def allocate(measured: Sequence[Sensitivity], mean: float) -> list[int]:
     """Bits of each, of mean exactly `mean` over all weights and least sum of errors (a knapsack, solved exactly).
 
+    A mean that is no short decimal is met where its first six digits are `mean`'s.
     Raises UPQError where no choice has that mean.
     """
     choices = sorted(measured[0].errors)
@@ -126,7 +127,9 @@ def allocate(measured: Sequence[Sensitivity], mean: float) -> list[int]:
     units = total // unit * (choices[-1] - choices[0])
     if units > _UNITS:
         raise UPQError(f"widths: shapes of these weights have too few common factors ({units:,} steps); set one width")
-    budget = (Fraction(str(mean)) - choices[0]) * total / unit
+    wanted = (mean - choices[0]) * total / unit
+    budget = round(wanted)
+    met = abs(budget - wanted) * unit / total < _PRINTED and 0 <= budget <= units
     least = np.full(units + 1, inf)
     least[0] = 0.0
     taken = np.zeros((len(measured), units + 1), dtype=np.uint8)
@@ -139,15 +142,15 @@ def allocate(measured: Sequence[Sensitivity], mean: float) -> list[int]:
             after[more:][better] = candidate[better]
             taken[row, more:][better] = at
         least = after
-    if budget.denominator != 1 or not 0 <= budget <= units or not np.isfinite(least[int(budget)]):
+    if not met or not np.isfinite(least[budget]):
         reachable = np.flatnonzero(np.isfinite(least))
-        near = reachable[np.abs(reachable - float(budget)).argsort(kind="stable")[:2]]
+        near = reachable[np.abs(reachable - wanted).argsort(kind="stable")[:2]]
         means = " or ".join(f"{choices[0] + int(each) * unit / total:.6g}" for each in sorted(near))
         raise UPQError(
             f"widths: a mean of exactly {mean:g} cannot be met with {', '.join(map(str, choices))} bits and these"
             f" weights; the nearest: {means}"
         )
-    left, found = int(budget), list[int]()
+    left, found = budget, list[int]()
     for row in range(len(measured) - 1, -1, -1):
         bits = choices[taken[row, left]]
         found.append(bits)
