@@ -49,6 +49,7 @@ class BlockTask:
     # What the original's block reads, and the share of the steps in which the inputs go over from that to `inputs_NTH`.
     originals_NTH: Activations | None = None
     annealing: float = 0.0
+    figures: dict[str, float] = field(default_factory=dict)  # of a method's own objective, for the metrics
 
     @property
     def index(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from upq.core.memory import trim
 from upq.core.precision import Precision, computes_in_bf16
 from upq.core.processes import ALONE, Processes
 from upq.core.progress import Progress
+from upq.files.metrics import NOWHERE, Metrics
 from upq.grids import SMALLEST_SCALE, Params
 from upq.model.activations import Allocate, allocator
 from upq.model.matrices import Matrix
@@ -45,6 +47,7 @@ def walk(
     precision: Precision = "fp32",
     activations: AbstractContextManager[Allocate] | None = None,
     processes: Processes = ALONE,
+    metrics: Metrics = NOWHERE,
     order: Order = Order(),  # noqa: B008  (frozen)
     truncate: bool = False,
 ) -> None:
@@ -60,12 +63,16 @@ def walk(
     one but for the rounding of sums over rows. The first one writes, and all others go on with what it wrote. With
     `order.apart` each solves blocks of its own over all rows instead, and writes them: the bytes are those of one.
 
+    Each block that is solved has a line of `metrics`; with `order.apart` those of the first process.
+
     `truncate` cuts outliers of the weights off before a block is solved (upq.blockwise._cfp).
 
     Raises UPQError, in all processes, where a block writes NaN or infinity: it names block and linear, and such a block
     is not stored.
     """
     done = processes.of_first(store.done(len(source)))
+    with processes.shared_errors():
+        metrics.begin("block", done)
     missing = done < len(source)
     streams = (2 if order.plain else 3) if method.needs_inputs and missing else 0
     bf16 = computes_in_bf16(precision, source.device, source.text.hidden_size)
@@ -75,7 +82,17 @@ def walk(
             steps = run_blocks(source, share_NT, streams=streams, allocate=allocate, bf16=bf16)
         if order.apart:
             with processes.shared_errors():
-                stage = _Stage(source, method, store, given, seed, progress, ALONE, truncate)
+                stage = _Stage(
+                    source,
+                    method,
+                    store,
+                    given,
+                    seed,
+                    progress,
+                    ALONE,
+                    truncate,
+                    metrics if processes.first else NOWHERE,
+                )
                 for step in steps:
                     mine = step.index % processes.world == processes.rank
                     stage.block(step, solved=not mine or store.path(step.index).is_file(), apart=True)
@@ -83,7 +100,7 @@ def walk(
                 if store.done(len(source)) < len(source):
                     raise UPQError(f"{store.folder}: blocks of other processes are not there; all machines must see it")
             return
-        stage = _Stage(source, method, store, given, seed, progress, processes, truncate)
+        stage = _Stage(source, method, store, given, seed, progress, processes, truncate, metrics)
         if not order.plain and missing:
             stage.windows(list(steps), order)
             return
@@ -104,6 +121,7 @@ class _Stage:
     progress: Progress
     processes: Processes
     truncate: bool
+    metrics: Metrics
 
     def block(self, step: Step, *, solved: bool, apart: bool = False) -> None:
         """Solve one block, or take it `solved` from the store, and go through it. Nothing of the block stays.
@@ -121,9 +139,10 @@ class _Stage:
         if not solved:
             self._begin(step, block)
             task = BlockTask(step, block, self._seed(step.index), self.processes, self.store.widths_of(step.index))
+            began = time.monotonic()
             massive = sinks(task) if step.states else None
             solutions = self.method.solve(task, self.store.scheme)
-            self._finish(task, solutions, massive)
+            self._finish(task, solutions, massive, began)
             del task, solutions
         if step.states and apart:
             block = self.source.block(step.index)
@@ -149,16 +168,19 @@ class _Stage:
                         steps[index].advance(block, stream=_AHEAD)
             ahead = span.stop
             solutions: dict[int, dict[str, Solution]] = {}
+            began, figures = time.monotonic(), dict[str, float]()
             if n > done:
                 before = pending.of(n - 1) if n and carries[n - 1] else None
-                solutions = self._window(n, [steps[i] for i in span], order, before, found[n - 1] if n else span)
+                joined = [steps[i] for i in span]
+                solutions = self._window(n, joined, order, before, found[n - 1] if n else span, figures)
                 if carries[n]:
                     with self.processes.shared_errors():
                         if self.processes.first:
                             for index in span:
                                 pending.of(n).save(index, solutions[index], {})
             for index in part:
-                self._final(steps[index], solutions.get(index), pending.of(n) if carries[n] else None)
+                waiting = pending.of(n) if carries[n] else None
+                self._final(steps[index], solutions.get(index), waiting, began, figures)
             with self.processes.shared_errors():
                 if self.processes.first and n and carries[n - 1]:
                     shutil.rmtree(pending.of(n - 1).folder, ignore_errors=True)
@@ -168,7 +190,13 @@ class _Stage:
         return pending.whole(n, span) if carries else all(self.store.path(index).is_file() for index in part)
 
     def _window(
-        self, n: int, steps: list[Step], order: Order, before: BlockStore | None, span_before: range
+        self,
+        n: int,
+        steps: list[Step],
+        order: Order,
+        before: BlockStore | None,
+        span_before: range,
+        figures: dict[str, float],
     ) -> dict[int, dict[str, Solution]]:
         blocks, warm, widths = nn.ModuleList(), dict[str, Params](), dict[str, int]()
         for place, step in enumerate(steps):
@@ -196,6 +224,7 @@ class _Stage:
             warm,
             originals_NTH=steps[0].states[ORIGINAL],
             annealing=order.annealing,
+            figures=figures,
         )
         found: dict[int, dict[str, Solution]] = {step.index: {} for step in steps}
         for name, solution in self.method.solve(task, self.store.scheme).items():
@@ -203,7 +232,14 @@ class _Stage:
             found[steps[int(at)].index][rest] = solution
         return found
 
-    def _final(self, step: Step, solutions: dict[str, Solution] | None, pending: BlockStore | None) -> None:
+    def _final(
+        self,
+        step: Step,
+        solutions: dict[str, Solution] | None,
+        pending: BlockStore | None,
+        began: float,
+        figures: dict[str, float],
+    ) -> None:
         """Write a block that no later window has, unless it is there, and let the streams go through it."""
         with self.processes.shared_errors():
             block = self.source.block(step.index)
@@ -219,8 +255,8 @@ class _Stage:
                         name: each for name, each in pending.solutions(step.index).items() if isinstance(each, Solution)
                     }
             widths = self.store.widths_of(step.index)
-            task = BlockTask(step, block, self._seed(step.index), self.processes, widths)
-            self._finish(task, solutions, sinks(task))
+            task = BlockTask(step, block, self._seed(step.index), self.processes, widths, figures=figures)
+            self._finish(task, solutions, sinks(task), began)
         self._go_on(step, block, self._at(step))
         step.forget()
 
@@ -232,13 +268,19 @@ class _Stage:
             for matrix in step.matrices:
                 matrix.write(block, truncated(matrix.read(block)))
 
-    def _finish(self, task: BlockTask, solutions: dict[str, Solution], massive: dict[str, Any] | None) -> None:
+    def _finish(
+        self, task: BlockTask, solutions: dict[str, Solution], massive: dict[str, Any] | None, began: float
+    ) -> None:
         index = task.index
-        report = _write(task, solutions, massive, self.store, self.source, self._at(task.step))
+        report = _measure(task, solutions, massive, self.store, self.source, self._at(task.step))
+        with task.processes.shared_errors():
+            if task.processes.first:
+                figures = {**_error_of(report), **task.figures, "seconds": round(time.monotonic() - began, 3)}
+                self.metrics.append("block", index, durable=True, **figures)
+                self.store.save(index, solutions, report, massive)
         self._note_unreached(index, report)
         self._note_massive(index, massive)
-        errors = [found["block"] for found in report.values() if "block" in found]
-        self.progress.advance(1, **({"error": errors[0]} if errors else {}))
+        self.progress.advance(1, **_error_of(report))
 
     def _go_on(self, step: Step, block: nn.Module, at: str) -> None:
         """The quantised stream, through what is stored."""
@@ -276,7 +318,7 @@ class _Stage:
         )
 
 
-def _write(
+def _measure(
     task: BlockTask,
     solutions: dict[str, Solution],
     massive: dict[str, Any] | None,
@@ -284,9 +326,9 @@ def _write(
     source: Source,
     at: str,
 ) -> Report:
-    """Measure a solved block, and write it with its report.
+    """The report of a solved block. `massive` gets the error of its tokens.
 
-    The report has for each weight the relative error of its weight against the original's and, where it is known, of
+    It has for each weight the relative error of its weight against the original's and, where it is known, of
     the block's output: of all tokens but those with massive states, which are spoken of apart (`sinks`).
     """
     remedy = f"choose another {store.folder.name}.method, with another --out"
@@ -314,10 +356,13 @@ def _write(
             found["block"] = of_others
         if massive is not None:
             massive["error"] = of_massive
-    with task.processes.shared_errors():
-        if task.processes.first:
-            store.save(task.index, solutions, report, massive)
     return report
+
+
+def _error_of(report: Report) -> dict[str, float]:
+    """Of the block's output, where it is known: methods without inputs do not run the block."""
+    errors = [found["block"] for found in report.values() if "block" in found]
+    return {"error": errors[0]} if errors else {}
 
 
 def _relative(approximation: Tensor, exact: Tensor) -> float:

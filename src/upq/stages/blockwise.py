@@ -100,6 +100,7 @@ class Blockwise(Stage):
             precision=job.settled(self.precision),
             activations=job.activations(),
             processes=job.processes,
+            metrics=job.metrics,
             order=self.order,
             truncate=self.truncate,
         )
