@@ -3,19 +3,26 @@
 That file is for the model's users. A repetition penalty, beams or a limit in it would change what a run learns from and
 what a task scores. Its end tokens are taken, for they are a fact about the model.
 
-Shape suffixes: B = prompts, T = tokens.
+A text that is sampled has a seed of its own. Law (tests/test_text_generation.py): its tokens depend on its logits and
+its seed alone, not on the texts beside it.
+
+Shape suffixes: B = prompts, T = tokens, V = vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
 from upq.core.errors import UPQError
+from upq.core.scramble import uniform
 
 
 def end_tokens(settings: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -48,6 +55,53 @@ def own_distribution(
         use_cache=True,
         **(sampling if temperature else {"do_sample": False}),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a text's tokens are chosen: the likeliest each time, or at a `temperature` above 0 drawn by its own seed."""
+
+    temperature: float = 0.0
+    seed: int = 0
+
+
+def next_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], steps: Sequence[int]) -> list[int]:
+    """The token that each text goes on with; `steps` are the tokens that it has written.
+
+    A token is where its seed's number of that step falls among the cumulative probabilities. Raises UPQError for
+    logits that are no numbers.
+    """
+    found = logits_BV.argmax(-1)
+    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature]
+    if drawn:
+        chosen = [samplings[row] for row in drawn]
+        seeds = np.array([sampling.seed % 2**64 for sampling in chosen], np.uint64)
+        place_B = torch.from_numpy(uniform(seeds, np.array([steps[row] for row in drawn], np.uint64)))
+        heat_B = torch.tensor([sampling.temperature for sampling in chosen], device=logits_BV.device)
+        rows_BV = logits_BV if len(drawn) == len(logits_BV) else logits_BV[drawn]
+        upto_BV = (rows_BV.float() / heat_B[:, None]).softmax(-1).cumsum(-1, dtype=torch.float64)
+        total_B1 = upto_BV[:, -1:]
+        if not total_B1.isfinite().all():
+            raise UPQError("the model's logits hold NaN or infinity; check its weights, or compute in float32")
+        place_B1 = place_B.to(logits_BV.device)[:, None] * total_B1
+        found[drawn] = torch.searchsorted(upto_BV, place_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
+    tokens: list[int] = found.tolist()
+    return tokens
+
+
+class Chosen(LogitsProcessor):
+    """`next_tokens` as transformers takes it, in greedy decoding: leaves each row the token that it goes on with."""
+
+    def __init__(self, samplings: Sequence[Sampling]) -> None:
+        self._samplings = samplings
+        self._step = 0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        tokens = next_tokens(scores, self._samplings, [self._step] * len(scores))
+        self._step += 1
+        only = torch.full_like(scores, -torch.inf)
+        only[range(len(tokens)), tokens] = 0.0
+        return only
 
 
 @contextmanager
