@@ -12,10 +12,10 @@ from test_decoding import MADE, by_transformers, packed
 from tiny import tiny_model
 from upq import kernels
 from upq.core.errors import UPQError
-from upq.decoding import Batch, Request, Unsuitable, batch
+from upq.decoding import Batch, Unsuitable, batch
 from upq.decoding._parts import parts
 from upq.kernels.decoder import Decoder
-from upq.text.generation import Sampling
+from upq.text.generation import Request, Sampling
 
 RANDOM = random.Random(0)
 PROMPTS = [[RANDOM.randrange(1, 67) for _ in range(length)] for length in (1, 40, 3, 17, 16, 5, 150, 2)]

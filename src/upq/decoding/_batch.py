@@ -7,7 +7,7 @@ Shape suffixes: B = texts, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -18,22 +18,11 @@ from upq.decoding._parts import Unsuitable, parts
 from upq.decoding._session import shared
 from upq.kernels import compute, cpu
 from upq.kernels.decoder import Decoder, Parts, Stored
-from upq.text.generation import Sampling, next_tokens
+from upq.text.generation import Request, next_tokens
 
 _PORTION = 512  # tokens of a step: what is written waits for no longer prompt
 
 K = TypeVar("K")
-
-
-@dataclass(frozen=True, slots=True)
-class Request(Generic[K]):
-    """A text to go on with. `key` is the caller's own."""
-
-    key: K
-    ids: tuple[int, ...]
-    limit: int  # tokens to write at most
-    over: Callable[[list[int]], bool]  # whether these tokens, written so far, are all; asked after each
-    sampling: Sampling = Sampling()
 
 
 @dataclass(slots=True)

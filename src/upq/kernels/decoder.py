@@ -151,9 +151,9 @@ STORED: tuple[Stored, ...] = get_args(Stored)
 class Decoder:
     """`forward` appends tokens to texts and gives the logits that follow each; `truncate` takes tokens back.
 
-    A text is a number that `open` gives and `close` takes. `cache`: how keys and values are stored; int8 has a scale for
-    each position and head, and takes a quarter of the memory (16 bits more a head). The cache lies in blocks of 16
-    positions, so a text holds at most 15 that it does not use.
+    A text is a number that `open` gives and `close` takes. `cache`: how keys and values are stored; int8 takes a
+    quarter of the memory, and a float32 scale for each position and head. The cache lies in blocks of 16 positions,
+    so a text holds at most 15 that it does not use.
 
     One thread at a time: the key-value cache is its state.
     """

@@ -11,10 +11,10 @@ Shape suffixes: B = prompts, T = tokens, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerB
 
 from upq.core.errors import UPQError
 from upq.core.scramble import uniform
+
+K = TypeVar("K")
 
 
 def end_tokens(settings: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -63,6 +65,37 @@ class Sampling:
 
     temperature: float = 0.0
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request(Generic[K]):
+    """A text to go on with. `key` is the caller's own."""
+
+    key: K
+    ids: tuple[int, ...]
+    limit: int  # tokens to write at most
+    over: Callable[[list[int]], bool]  # whether these tokens, written so far, are all; asked after each
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """Whether a text has ended: with an end token, or where it has written one of `stops`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    ends: frozenset[int]
+    stops: tuple[str, ...] = ()
+
+    def __call__(self, written: list[int]) -> bool:
+        return written[-1] in self.ends or self.stopped(written)
+
+    def stopped(self, written: list[int]) -> bool:
+        """Whether one of `stops` ends with the last token, or did before and goes on with it."""
+        if not self.stops:
+            return False
+        longest = max(len(stop.encode()) for stop in self.stops) + 1  # a token has a byte or more; one may begin before
+        tail = str(self.tokenizer.decode(written[-longest:], clean_up_tokenization_spaces=False))
+        return any(stop in tail for stop in self.stops)
 
 
 def next_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], steps: Sequence[int]) -> list[int]:
