@@ -21,7 +21,8 @@ def uniform(seeds: NDArray[np.uint64], steps: NDArray[np.uint64]) -> NDArray[np.
     """Numbers from [0, 1): of each seed's sequence (splitmix64's own) the one at its step, from 0."""
     with np.errstate(over="ignore"):
         mixed: NDArray[np.uint64] = _mix(seeds + (steps + np.uint64(1)) * _STEP)
-        return (mixed >> np.uint64(11)) * 2.0**-53
+        numbers: NDArray[np.float64] = (mixed >> np.uint64(11)).astype(np.float64) * np.float64(2.0**-53)
+        return numbers
 
 
 def _mix(z: Any) -> Any:

@@ -18,11 +18,14 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
 from upq.core.errors import UPQError
 from upq.core.scramble import uniform
+
+_ROWS = 16  # of logits that are made probabilities at a time: in float64 these take twice the memory
 
 K = TypeVar("K")
 
@@ -90,7 +93,7 @@ class Over:
         return written[-1] in self.ends or self.stopped(written)
 
     def stopped(self, written: list[int]) -> bool:
-        """Whether one of `stops` ends with the last token, or did before and goes on with it."""
+        """Whether one of `stops` stands among the last tokens."""
         if not self.stops:
             return False
         longest = max(len(stop.encode()) for stop in self.stops) + 1  # a token has a byte or more; one may begin before
@@ -106,20 +109,24 @@ def next_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], steps: Sequenc
     """
     found = logits_BV.argmax(-1)
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature]
-    if drawn:
-        chosen = [samplings[row] for row in drawn]
-        seeds = np.array([sampling.seed % 2**64 for sampling in chosen], np.uint64)
-        place_B = torch.from_numpy(uniform(seeds, np.array([steps[row] for row in drawn], np.uint64)))
-        heat_B = torch.tensor([sampling.temperature for sampling in chosen], device=logits_BV.device)
-        rows_BV = logits_BV if len(drawn) == len(logits_BV) else logits_BV[drawn]
-        upto_BV = (rows_BV.float() / heat_B[:, None]).softmax(-1).cumsum(-1, dtype=torch.float64)
-        total_B1 = upto_BV[:, -1:]
-        if not total_B1.isfinite().all():
-            raise UPQError("the model's logits hold NaN or infinity; check its weights, or compute in float32")
-        place_B1 = place_B.to(logits_BV.device)[:, None] * total_B1
-        found[drawn] = torch.searchsorted(upto_BV, place_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
+    for first in range(0, len(drawn), _ROWS):
+        rows = drawn[first : first + _ROWS]
+        seeds = np.array([samplings[row].seed % 2**64 for row in rows], np.uint64)
+        places = uniform(seeds, np.array([steps[row] for row in rows], np.uint64))
+        found[rows] = _at(places, logits_BV[rows], [samplings[row].temperature for row in rows])
     tokens: list[int] = found.tolist()
     return tokens
+
+
+def _at(places: NDArray[np.float64], logits_BV: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """The tokens (B,) that lie at these places of the cumulative probabilities."""
+    heat_B1 = torch.tensor(temperatures, device=logits_BV.device)[:, None]
+    upto_BV = (logits_BV.float() / heat_B1).softmax(-1).cumsum(-1, dtype=torch.float64)
+    total_B1 = upto_BV[:, -1:]
+    if not total_B1.isfinite().all():
+        raise UPQError("the model's logits hold NaN or infinity; check its weights, or compute in float32")
+    place_B1 = torch.from_numpy(places).to(logits_BV.device)[:, None] * total_B1
+    return torch.searchsorted(upto_BV, place_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
 
 
 class Chosen(LogitsProcessor):
