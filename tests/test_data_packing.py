@@ -103,6 +103,21 @@ def test_rows_are_the_documents_end_to_end(corpus: Path, tmp_path: Path) -> None
     assert sum(len(t) + 2 for t in texts) - sum(len(t) + 2 for t in found) < 5 * 32
 
 
+def test_each_row_begins_with_the_bos_of_a_tokenizer_that_adds_it(corpus: Path, tmp_path: Path) -> None:
+    """The rows are those of a tokenizer that adds none, but for their first token, which is no target."""
+    plain, adding = byte_tokenizer(bos=BOS, eos=EOS), byte_tokenizer(bos=BOS, eos=EOS, adds_bos=True)
+    without, made = (pack(section(corpus), tmp_path / str(n), t) for n, t in enumerate((plain, adding)))
+    pairs = [
+        (without.tokens_NT, made.tokens_NT),
+        (without.validation_tokens_NT, made.validation_tokens_NT),
+        tuple(load_eval_text(corpus, t, 16) for t in (plain, adding)),
+    ]
+    for before_NT, after_NT in pairs:
+        assert not (before_NT[:, 0] == adding.bos_token_id).all()
+        assert (after_NT[:, 0] == adding.bos_token_id).all()
+        assert torch.equal(before_NT[:, 1:], after_NT[:, 1:])
+
+
 def test_training_and_validation_share_no_document(corpus: Path, tmp_path: Path) -> None:
     made = pack(section(corpus), tmp_path / "set")
     assert len(made.validation_tokens_NT) == 4
@@ -455,9 +470,10 @@ def test_real_text_with_a_real_tokenizer(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "stories260K")
     stories = SHARED / "text" / "tinystories_heldout.txt"
     source = TextSource(path=str(stories), separator="blank_line")
-    made = pack(Data(sources=(source,), seq_len=128, validation=8), tmp_path / "set", tokenizer, sequences=64)
-    assert (made.tokens_NT.shape, made.validation_tokens_NT.shape) == ((64, 128), (8, 128))
+    made = pack(Data(sources=(source,), seq_len=1024, validation=1), tmp_path / "set", tokenizer, sequences=8)
+    assert (made.tokens_NT.shape, made.validation_tokens_NT.shape) == ((8, 1024), (1, 1024))
     blocks = [block.strip("\n") for block in stories.read_text().split("\n\n")]
-    documents = text_of(made.tokens_NT, tokenizer).split("</s>")[:-1]
     originals = {" ".join(block.split()) for block in blocks}
-    assert all(" ".join(d.replace("<s>", "").split()) in originals for d in documents)
+    inner = [d for row in made.tokens_NT for d in text_of(row[None], tokenizer).split("</s>")[1:-1]]
+    assert inner
+    assert all(" ".join(d.replace("<s>", "").split()) in originals for d in inner)

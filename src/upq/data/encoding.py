@@ -80,6 +80,16 @@ class Encoder:
         bos: int | None = self.tokenizer.bos_token_id
         return None if bos == self.eos else bos
 
+    @cached_property
+    def row_start(self) -> int | None:
+        """The BOS, where the tokenizer itself puts one in front of a text: such a model never saw a text without.
+
+        Gemma 3 270M on rows of 256 tokens of a textbook: perplexity 16.3 with it in front of each row, 75.8 with one
+        only where a document begins.
+        """
+        ids = self.tokenizer("a", return_attention_mask=False, verbose=False)["input_ids"]
+        return self.bos if list(ids[:1]) == [self.bos] else None
+
     @property
     def eos(self) -> int | None:
         eos: int | None = self.tokenizer.eos_token_id

@@ -37,7 +37,7 @@ from upq.data.tokens import SourceUse, TokenSet
 from upq.files.atomic import write_errors
 from upq.files.tensors import TensorPlan, write_tensors
 
-LAYOUT = 1  # part of the key: a change of what `prepare` makes of the same input is a new layout
+LAYOUT = 2  # part of the key: a change of what `prepare` makes of the same input is a new layout
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20
 _NAMED = 3  # files in a note
 
@@ -58,6 +58,8 @@ def prepare(
 
     Documents are laid end to end, in rows of exactly `seq_len` tokens, without padding. Several sources take turns so
     that their shares of the tokens follow their weights; one that ends is begun again for as long as another goes on.
+    Where the tokenizer itself puts a BOS in front of a text, each row's first token becomes one (`Encoder.row_start`):
+    that token has nothing before it and is never predicted, so nothing to learn is lost.
 
     Validation has documents of its own, packed apart: in the order of a hash of their content they are set aside until
     there are enough, so they come from all over the text, and the same text under two names is never on both sides.
@@ -85,7 +87,8 @@ def prepare(
     with scratch as folder:
         spool = _Spool(Path(folder), masked=section.loss_on == "assistant")
         with spool:
-            reading = _Reading(sources, Encoder(tokenizer, section.loss_on), section.on_bad_row, progress)
+            encoder = Encoder(tokenizer, section.loss_on)
+            reading = _Reading(sources, encoder, section.on_bad_row, progress)
             plan = _collect(section, reading, spool, sequences, seed, progress)
             if not plan.training.count:
                 raise UPQError("data: no sequence holds a token of the assistant; set data.loss_on=all or add text")
@@ -97,7 +100,7 @@ def prepare(
                 "sources": json.dumps([dataclasses.asdict(use) for use in uses]),
                 "counts": json.dumps({"rows": plan.training.count, "validation": plan.validation.count}),
             }
-            write_tensors(path, _tensors(plan, spool, section.seq_len), metadata, digest="digest")
+            write_tensors(path, _tensors(plan, spool, section.seq_len, encoder.row_start), metadata, digest="digest")
     made = tokens.read(path, key, seed)
     assert made is not None
     return made
@@ -114,13 +117,15 @@ def load_eval_text(
     A text shorter than `seq_len` is one shorter row. Raises UPQError below two tokens: nothing would be predicted.
     """
     source = TextSource(path=str(path), separator=separator, weight=1.0)
-    found = _encoded(source, Encoder(tokenizer), Tally("error", of_recipe=False))
+    encoder = Encoder(tokenizer)
+    found = _encoded(source, encoder, Tally("error", of_recipe=False))
     flat = np.concatenate([np.zeros(0, np.int32), *(encoded.tokens_L for encoded in found)])
     if len(flat) < 2:
         raise UPQError(f"{path}: {len(flat)} token is too little to measure perplexity on; give a longer text")
     length = min(seq_len, len(flat))
     rows = len(flat) // length
-    return torch.from_numpy(flat[: rows * length].astype(np.int64)).view(rows, length)
+    rows_NT = flat[: rows * length].astype(np.int64).reshape(rows, length)
+    return torch.from_numpy(_started(rows_NT, encoder.row_start))
 
 
 # Reading: sources taking turns
@@ -384,12 +389,21 @@ def _rows(flat: NDArray[Any], spans: list[tuple[int, int]], t: int) -> Iterator[
             rest = rest[whole * t :]
 
 
-def _tensors(plan: _Plan, spool: _Spool, t: int) -> list[TensorPlan]:
+def _started(rows_KT: NDArray[Any], start: int | None) -> NDArray[Any]:
+    """The rows, changed in place: each begins with the token `start`, where there is one."""
+    if start is not None:
+        rows_KT[:, 0] = start
+    return rows_KT
+
+
+def _tensors(plan: _Plan, spool: _Spool, t: int, start: int | None) -> list[TensorPlan]:
     """The tensors of the file, int32 first; a mask that is all ones is left out."""
 
     def tensor(prefix: str, part: _Part, name: Literal["tokens", "mask"]) -> TensorPlan:
+        first = start if name == "tokens" else None
+
         def blocks() -> Iterator[Tensor]:
-            return (torch.from_numpy(block_KT) for block_KT in part.blocks(spool.view(name), t))
+            return (torch.from_numpy(_started(block_KT, first)) for block_KT in part.blocks(spool.view(name), t))
 
         dtype = torch.int32 if name == "tokens" else torch.uint8
         return TensorPlan(name=prefix + name, dtype=dtype, shape=(part.count, t), parts=blocks)
