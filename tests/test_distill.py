@@ -15,9 +15,9 @@ from upq.core.progress import Silent
 from upq.core.scheme import QuantScheme
 from upq.core.signals import Stop, Stopped
 from upq.distill.config import Distill
-from upq.distill.objective import Objective
+from upq.distill.objective import Objective, _relative_error
 from upq.distill.student import make_student, norms, trained_linears
-from upq.distill.trainer import confidence, distill, learning_rate_factor, make_loss, skipped_steps
+from upq.distill.trainer import Training, confidence, distill, learning_rate_factor, make_loss, skipped_steps
 from upq.files.tensors import load_tensors, save_tensors
 from upq.grids import search_scale
 from upq.losses import LOSSES
@@ -116,6 +116,37 @@ def test_objective_is_the_loss_on_the_whole_logits(name, chunk):
         torch.testing.assert_close(gradient, expected[n], rtol=1e-3, atol=1e-5)
 
 
+def test_a_state_that_is_massive_in_the_student_alone_counts_as_one_token():
+    """Over the teacher's size alone it would count as 30,000, and the step be about nothing else."""
+    teacher_TH = torch.tensor([[3.0, 4.0], [3.0, 4.0], [300.0, 400.0]])
+    student_TH = torch.tensor([[300.0, -400.0], [3.0, 0.0], [3.0, 4.0]], requires_grad=True)
+    errors_T = _relative_error(student_TH, teacher_TH)
+    assert errors_T.tolist() == pytest.approx([(297**2 + 404**2) / 500**2, 16 / 25, (297**2 + 396**2) / 500**2])
+    errors_T.sum().backward()
+    assert student_TH.grad[0].norm() < 0.02 * student_TH.grad[1].norm()
+
+
+def test_the_rate_that_is_left_open_falls_with_the_width():
+    auto = make_config(lr=None)
+    assert [auto.learning_rate(width) for width in (64, 256, 576, 8192)] == [1e-3, 1e-3, 2e-4, 2e-4]
+    between = [auto.learning_rate(width) for width in (256, 320, 384, 448, 512, 576)]
+    assert between == sorted(set(between), reverse=True)
+    assert make_config(lr=3e-3).learning_rate(8192) == 3e-3
+
+
+def test_each_kind_has_its_rate():
+    """Weights `lr` in units of their RMS (here a narrow model's), norms `scale_lr` in theirs, grid parameters alone."""
+    teacher = make_teacher()
+    student = make(teacher, train_norms=True)
+    training = Training(student, teacher, Random(), make_config(lr=None, scale_lr=5e-3, train_norms=True))
+    rates = {id(p): group["lr"] for group in training.optimizer.param_groups for p in group["params"]}
+    for layer in trained_linears(student).values():
+        assert rates[id(layer.weight)] == pytest.approx(1e-3 * layer.weight.square().mean().sqrt().item())
+        assert {rates[id(p)] for p in layer.grid_params.values()} == {5e-3}
+    for norm in norms(student).values():
+        assert rates[id(norm.weight)] == pytest.approx(5e-3 * norm.weight.square().mean().sqrt().item())
+
+
 @pytest.mark.parametrize("name", ["gjs", "ce"])
 def test_hidden_adds_the_relative_error_of_what_each_block_writes(name):
     teacher = make_teacher()
@@ -138,9 +169,13 @@ def test_hidden_adds_the_relative_error_of_what_each_block_writes(name):
     student.zero_grad()
     student(tokens)
     expected = 0
+
+    def size(s, t):
+        return torch.maximum(s.detach().norm(dim=-1), t.norm(dim=-1))
+
     for i in range(2):
         s, t = (written[model, i][:, :-1][mask[:, 1:]] for model in (student, teacher))
-        expected = expected + 0.3 / 2 * ((s - t).norm(dim=-1) / t.norm(dim=-1)).square().sum()
+        expected = expected + 0.3 / 2 * ((s - t).norm(dim=-1) / size(s, t)).square().sum()
     expected.backward()
     assert total == pytest.approx(plain + expected.item(), rel=1e-5)
     for n, p in student.named_parameters():

@@ -142,7 +142,7 @@ class Training:
         sharded = sharded and self.accelerator.num_processes > 1
         if sharded:
             shard(objective, self.accelerator.device.type)
-        groups = _groups(student, config)
+        groups = _groups(student, config, width)
         self._rates = [group["lr"] for group in groups]
         optimizer = make_optimizer(config, groups, student.device)
         self.objective: nn.Module = objective if sharded else self.accelerator.prepare(objective)
@@ -226,11 +226,11 @@ def confidence(teacher: PreTrainedModel | StreamedTeacher, data: Batches, *, row
     return float(torch.cat(found).mean())
 
 
-def _groups(student: PreTrainedModel, config: Distill) -> list[dict[str, Any]]:
-    """A group a tensor kind: each matrix moves in proportion to its RMS, so one rate fits all widths and depths."""
-    layers = trained_linears(student).values()
+def _groups(student: PreTrainedModel, config: Distill, width: int) -> list[dict[str, Any]]:
+    """A group a tensor kind. Each matrix moves in proportion to its RMS."""
+    layers, lr = trained_linears(student).values(), config.learning_rate(width)
     groups: list[dict[str, Any]] = [
-        {"params": [layer.weight], "lr": config.lr * rms(layer.weight), "weight_decay": config.weight_decay}
+        {"params": [layer.weight], "lr": lr * rms(layer.weight), "weight_decay": config.weight_decay}
         for layer in layers
         if isinstance(layer, FakeQuantLinear)
     ]
@@ -238,7 +238,7 @@ def _groups(student: PreTrainedModel, config: Distill) -> list[dict[str, Any]]:
     groups.append({"params": scales, "lr": config.scale_lr})
     if config.train_norms:
         weights = [norm_weight(norm) for norm in norms(student).values()]
-        groups += [{"params": [weight], "lr": config.lr * rms(weight)} for weight in weights]
+        groups += [{"params": [weight], "lr": config.scale_lr * rms(weight)} for weight in weights]
     return groups
 
 
