@@ -396,7 +396,7 @@ REFUSING = byte_tokenizer(
     eos="</s>",
     chat_template="{% if 'V' in messages[0]['content'] %}{{ raise_exception('no V') }}{% endif %}" + TEMPLATE,
 )
-FEW = Generated(tokens=200, max_new_tokens=24, batch_size=2)
+FEW = Generated(tokens=300, max_new_tokens=24, batch_size=2)
 SHARDED = {
     "plain": (TOKENIZER, FEW),
     "likeliest": (TOKENIZER, FEW.model_copy(update={"tokens": 100, "answer_temperature": 0.0})),
