@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import upq.cli
 from tiny import byte_tokenizer
+from upq.cli.chat import _Talk
 from upq.cli.json_file import Target
 from upq.core.errors import UPQError
+from upq.run.console import console
 
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -111,6 +113,31 @@ def settings(*overrides):
     return [word for override in (*QUICK, *overrides) for word in ("--set", override)]
 
 
+def test_each_of_two_models_goes_on_from_its_own_answers(monkeypatch):
+    asked = []
+
+    def answer(name, tokenizer, history, options, streamer):
+        asked.append((name, [message["content"] for message in history]))
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return f"{name}!"
+
+    monkeypatch.setattr(sys.modules["upq.cli.chat"], "answer", answer)  # upq.cli has the command under this name
+    talk = _Talk(console(), ["a", "b"], ["A", "B"], [None, None], {}, [{"role": "system", "content": "Be kind."}])
+    talk.ask("one")
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("two")
+    talk.ask("three")  # what was interrupted was not asked
+    talk.reset()
+    talk.ask("four")
+    assert asked[-4:] == [
+        ("A", ["Be kind.", "one", "A!", "three"]),
+        ("B", ["Be kind.", "one", "B!", "three"]),
+        ("A", ["Be kind.", "four"]),
+        ("B", ["Be kind.", "four"]),
+    ]
+
+
 def test_quantize_then_eval_then_chat(model, tmp_path, upq_command):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"the {i}th fox sees {i * i} geese"}) + "\n" for i in range(200)))
@@ -136,6 +163,11 @@ def test_quantize_then_eval_then_chat(model, tmp_path, upq_command):
 
     code, shown, errors = upq_command("chat", out, "--prompt", "hello", "--max-tokens", 5)
     assert code == 0, errors
+    code, shown, errors = upq_command("chat", out, "--against", model, "--prompt", "hello", "--max-tokens", 5)
+    assert code == 0, errors
+    assert shown.count(out.name) == 1  # the columns are printed once where they cannot grow
+    assert shown.count(" tokens, ") == 2
+    assert shown.count("tokens/s") == 2
 
     code, shown, errors = upq_command(
         "bench", out, "--repeats", 1, "--prompt", 3, "--tokens", 4, "--prefill", 20, "--json", figures

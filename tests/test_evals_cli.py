@@ -74,7 +74,7 @@ def test_text_against_itself(model_dir: Path, text: Path, tmp_path: Path) -> Non
 def test_absent_keys_where_not_asked(model_dir: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     assert run(model_dir, "--text", text, "--seq-len", 32, "--device", "cpu", "--json", out).exit_code == 0
-    assert set(json.loads(out.read_text())) == {"bits_per_weight", "bytes", "dtype", "ppl", "tokens"}
+    assert set(json.loads(out.read_text())) == {"bits_per_weight", "bytes", "dtype", "ppl", "ppl_stderr", "tokens"}
 
 
 def test_tasks(model_dir: Path, tmp_path: Path) -> None:

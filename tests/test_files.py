@@ -25,6 +25,7 @@ from upq.artifact.manifest import MANIFEST, Manifest, SourceModel, read_manifest
 from upq.core.errors import UPQError
 from upq.files.atomic import written
 from upq.files.digests import digest_file, digest_model_dir
+from upq.files.metrics import Metrics, read_metrics
 from upq.files.tensors import _DTYPES, TensorPlan, load_tensors, save_tensors, write_tensors
 
 
@@ -211,3 +212,31 @@ def test_digest_of_a_model_directory(tmp_path: Path) -> None:
     assert digest_file(tmp_path / "README.md") == hashlib.sha256(b"not part of the model").hexdigest()
     with pytest.raises(UPQError, match=r"no config\.json"):
         digest_model_dir(tmp_path / "nowhere")
+
+
+def test_metrics_of_a_killed_run_have_each_line_once(tmp_path: Path) -> None:
+    """Killed at any byte of the file, and gone on from the last checkpoint before: the lines of one that was not."""
+
+    def run(path: Path, first: int) -> None:
+        metrics = Metrics(path, "distill")
+        metrics.begin("step", first)
+        for step in range(first, 6):
+            metrics.append("step", step, durable=step % 2 == 1, loss=1 / (step + 1), grad_norm=float("nan"))
+
+    Metrics(tmp_path / "whole", "distill").append("block", 0, error=0.5)
+    run(tmp_path / "whole", 0)
+    raw, lines = (tmp_path / "whole").read_bytes(), read_metrics(tmp_path / "whole")
+    assert [line.get("step") for line in lines] == [None, *range(6)]
+    assert lines[1] == {"kind": "step", "stage": "distill", "step": 0, "loss": 1.0, "grad_norm": None}
+    for size in range(raw.index(b"\n") + 1, len(raw)):
+        (tmp_path / "killed").write_bytes(raw[:size])
+        there = read_metrics(tmp_path / "killed")  # half a line is none
+        assert there == lines[: len(there)]
+        run(tmp_path / "killed", (len(there) - 1) // 2 * 2)
+        assert (tmp_path / "killed").read_bytes() == raw
+
+
+def test_a_broken_line_of_metrics_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "step"}\n[1]\n')
+    with pytest.raises(UPQError, match=r"metrics\.jsonl:2: no line of metrics"):
+        read_metrics(tmp_path / "metrics.jsonl")

@@ -24,6 +24,7 @@ FLOORS = (
     ("evals",),
     ("stages",),
     ("run",),
+    ("report",),
     ("cli",),
     ("__main__",),
 )

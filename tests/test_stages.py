@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 import upq
+from upq.artifact.manifest import read_manifest
 from upq.core.errors import UPQError
 from upq.core.progress import Silent
+from upq.files.metrics import METRICS, read_metrics
 from upq.run.recipe import Recipe
 from upq.run.run import quantize
 from upq.stages import STAGES, Stage
@@ -67,6 +69,12 @@ def weights(out: Path) -> bytes:
     return (out / "model.safetensors").read_bytes()
 
 
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """Lines without what the clock and the memory made of them."""
+    lines = read_metrics(out / METRICS)
+    return [{k: v for k, v in line.items() if k not in ("seconds", "peak_memory_bytes")} for line in lines]
+
+
 def times(folder: Path) -> dict[str, int]:
     """Of the files that a stage left."""
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
@@ -97,7 +105,29 @@ def test_stopped_before_a_stage_and_run_again_is_never_stopped(
     before = {name: times(work / name) for name in list(CHAIN)[: list(CHAIN).index(stage)]}
     quantize(victim.model, recipe(), tmp_path / "out", keep_work=True)
     assert weights(tmp_path / "out") == weights(finished)
+    assert metrics(tmp_path / "out") == metrics(finished)
     assert before == {name: times(work / name) for name in before}  # what was there is taken up
+
+
+def test_a_run_keeps_its_figures(finished: Path) -> None:
+    """A line a block, a step and a clock; the KL by position has the mean that the manifest has."""
+    lines = metrics(finished)
+    numbers = [(line["stage"], line[line["kind"]]) for line in lines if line["kind"] in ("block", "step")]
+    assert numbers == [
+        (name, i) for name, n in (("int4", 3), ("int2", 3), ("distill", 4), ("again", 2)) for i in range(n)
+    ]
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert [line["tokens"] for line in steps] == [128, 256, 384, 512, 128, 256]
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 and 0 < line["lr"] <= 1e-3 for line in steps)
+    assert all(0 < line["error"] < 2 for line in lines if line["kind"] == "block")
+    assert {line["stage"] for line in lines if line["kind"] == "stage"} == {*CHAIN, "data", "check"}
+    positions = [line for line in lines if line["kind"] == "position"]
+    assert [(line["start"], line["stop"]) for line in positions] == [(1, 2), (2, 4), (4, 8), (8, 16), (16, 32)]
+    figures = read_manifest(finished).metrics["artifact"]
+    assert sum(line["tokens"] for line in positions) == figures["tokens"]
+    mean = sum(line["kld"] * line["tokens"] for line in positions) / figures["tokens"]
+    assert mean == pytest.approx(figures["kld"], rel=1e-5)
+    assert figures["kld_stderr"] > 0
 
 
 def test_run_twice_is_once(victim: Victim, recipe: Callable[..., Recipe], finished: Path) -> None:

@@ -175,6 +175,10 @@ def outcome(out: Path) -> dict[str, Any]:
             clocks = ("seconds", "peak_memory_bytes", "artifact", "artifact_digest")
             content = json.loads(path.read_text().replace(str(out), "OUT"))
             found[name] = {key: value for key, value in content.items() if key not in clocks}
+        elif path.name == "metrics.jsonl":
+            clocks = ("seconds", "peak_memory_bytes")
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            found[name] = [{key: value for key, value in line.items() if key not in clocks} for line in lines]
         else:
             found[name] = path.read_bytes()
     return found

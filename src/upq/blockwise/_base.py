@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -44,6 +44,7 @@ class BlockTask:
     block: nn.Module
     seed: int
     processes: Processes = ALONE
+    figures: dict[str, float] = field(default_factory=dict)  # of a method's own objective, for the metrics
 
     @property
     def index(self) -> int:

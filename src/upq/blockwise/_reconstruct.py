@@ -54,6 +54,7 @@ def reconstruct(
             for p, value in zip(learned, start, strict=True):
                 p.copy_(value)
             after = before
+    task.figures.update(objective_before=before, objective_after=after)
     return before, after
 
 

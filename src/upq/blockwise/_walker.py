@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from upq.core.memory import trim
 from upq.core.precision import Precision, computes_in_bf16
 from upq.core.processes import ALONE, Processes
 from upq.core.progress import Progress
+from upq.files.metrics import NOWHERE, Metrics
 from upq.grids import SMALLEST_SCALE
 from upq.model.activations import Allocate, allocator
 from upq.model.matrices import Matrix
@@ -39,6 +41,7 @@ def walk(
     precision: Precision = "fp32",
     activations: AbstractContextManager[Allocate] | None = None,
     processes: Processes = ALONE,
+    metrics: Metrics = NOWHERE,
 ) -> None:
     """Solve every block of `source` that `store` does not hold yet.
 
@@ -50,18 +53,21 @@ def walk(
 
     Several `processes` walk together, each with its share of the calibration rows: the solutions are those of a single
     one but for the rounding of sums over rows. The first one writes, and all others go on with what it wrote.
+    Each block that is solved has a line of `metrics`.
 
     Raises UPQError, in all processes, where a block writes NaN or infinity: it names block and linear, and such a block
     is not stored.
     """
     done = processes.of_first(store.done(len(source)))
+    with processes.shared_errors():
+        metrics.begin("block", done)
     streams = 2 if method.needs_inputs and done < len(source) else 0
     bf16 = computes_in_bf16(precision, source.device, source.text.hidden_size)
     with activations or allocator(None) as allocate:
         with processes.shared_errors():
             share_NT = processes.share(calibration_NT)
             steps = run_blocks(source, share_NT, streams=streams, allocate=allocate, bf16=bf16)
-        stage = _Stage(source, method, store, given, seed, progress, processes)
+        stage = _Stage(source, method, store, given, seed, progress, processes, metrics)
         for step in steps:
             if streams or step.index >= done:
                 stage.block(step, solved=step.index < done)
@@ -78,6 +84,7 @@ class _Stage:
     seed: int
     progress: Progress
     processes: Processes
+    metrics: Metrics
 
     def block(self, step: Step, *, solved: bool) -> None:
         """Solve one block, or take it `solved` from the store, and go through it. Nothing of the block stays."""
@@ -94,11 +101,10 @@ class _Stage:
             _put(block, step.matrices, self.given, index, processes)
         if not solved:
             task = BlockTask(step, block, self.seed * 1_000_003 + index, processes)
-            report, massive = _solve(task, self.method, store, source, at)
+            report, massive = _solve(task, self.method, store, source, at, self.metrics)
             self._note_unreached(index, report)
             self._note_massive(index, massive)
-            errors = [found["block"] for found in report.values() if "block" in found]
-            self.progress.advance(1, **({"error": errors[0]} if errors else {}))
+            self.progress.advance(1, **_error_of(report))
         if step.states:
             _put(block, step.matrices, store, index, processes)
             remedy = f"delete {store.path(index)}"
@@ -126,13 +132,14 @@ class _Stage:
 
 
 def _solve(
-    task: BlockTask, method: Method, store: BlockStore, source: Source, at: str
+    task: BlockTask, method: Method, store: BlockStore, source: Source, at: str, metrics: Metrics
 ) -> tuple[Report, dict[str, Any] | None]:
     """Solve one block and write it. What that took is free again on return, before the next block is read.
 
     The report has for each weight the relative error of its weight against the original's and, where it is known, of
     the block's output: of all tokens but those with massive states, which are spoken of apart (`sinks`).
     """
+    began = time.monotonic()
     massive = sinks(task) if task.step.states else None
     solutions = method.solve(task, store.scheme)
     remedy = f"choose another {store.folder.name}.method, with another --out"
@@ -162,8 +169,16 @@ def _solve(
             massive["error"] = of_massive
     with task.processes.shared_errors():
         if task.processes.first:
+            figures = {**_error_of(report), **task.figures, "seconds": round(time.monotonic() - began, 3)}
+            metrics.append("block", task.index, durable=True, **figures)
             store.save(task.index, solutions, report, massive)
     return report, massive
+
+
+def _error_of(report: Report) -> dict[str, float]:
+    """Of the block's output, where it is known: methods without inputs do not run the block."""
+    errors = [found["block"] for found in report.values() if "block" in found]
+    return {"error": errors[0]} if errors else {}
 
 
 def _relative(approximation: Tensor, exact: Tensor) -> float:

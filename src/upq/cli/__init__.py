@@ -12,12 +12,14 @@ from typer.core import TyperGroup
 import upq
 from upq.cli.bench import bench
 from upq.cli.chat import chat
+from upq.cli.compare import compare
 from upq.cli.demo import demo
 from upq.cli.doctor import doctor
 from upq.cli.evaluate import evaluate
 from upq.cli.export import export
 from upq.cli.plan import plan
 from upq.cli.quantize import quantize
+from upq.cli.report import report
 from upq.cli.serve import serve
 from upq.core.errors import UPQError
 from upq.core.signals import Stop, Stopped
@@ -44,6 +46,8 @@ app = typer.Typer(
 app.command("quantize", short_help="From a model to its 2-bit artefact.")(quantize)
 app.command("plan", short_help="Memory, disk and time of a run before it starts.")(plan)
 app.command("eval", short_help="Perplexity, distance from a teacher, task scores.")(evaluate)
+app.command("compare", short_help="Two or more models on the same items, with intervals.")(compare)
+app.command("report", short_help="One page about a run or an artefact.")(report)
 app.command("export", short_help="An artefact as another engine's files, compared weight by weight.")(export)
 app.command("chat", short_help="Talk to a model in the terminal.")(chat)
 # What the command does not know is the server's.

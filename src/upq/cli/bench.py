@@ -14,7 +14,7 @@ from upq.core.errors import UPQError
 from upq.core.paths import local_or_hub
 
 if TYPE_CHECKING:
-    from upq.evals.speed import Engine, Speed
+    from upq.evals.speed import Speed
 
 
 def bench(
@@ -63,7 +63,7 @@ def bench(
         before = resident_bytes()
         with status.status(styled(f"loading {artifact}")):
             model = hf.load(artifact)
-            engine, reason = _decoder(model)
+            engine, reason = bench.decoder(model)
         engines = [engine]
         engines[0].run([0] * workload.prefill, 2, lambda: 0.0)
         resident = resident_bytes()
@@ -91,19 +91,6 @@ def bench(
     }
     _show(figures, speeds)
     target.write(figures)
-
-
-def _decoder(model: Any) -> tuple[Engine, str | None]:
-    """What `model.generate` of a loaded artefact runs: the compiled decoder, or transformers' loop and the reason."""
-    from upq import decoding
-    from upq.evals import speed
-
-    if hasattr(model, "why_not_compiled"):  # an artefact
-        try:
-            decoding.session(model)
-        except decoding.Unsuitable as reason:
-            return speed.plain("transformers", model), str(reason)
-    return speed.compiled(model), None
 
 
 def _show(figures: dict[str, Any], speeds: list[Speed]) -> None:

@@ -8,14 +8,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-
-def size(count: float) -> str:
-    """Bytes for a person: 1.2 MB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
+from upq.core.sizes import size as size
 
 
 def table(title: str, columns: list[str], rows: Sequence[Sequence[str | Text]]) -> Table:

@@ -75,9 +75,10 @@ def _rows(figures: Figures, limit: int | None) -> list[list[str]]:
         rows.append(["computed by", figures["compute"]])
     rows.append(["computed in", figures["dtype"]])
     if "ppl" in figures:
-        rows.append(["perplexity", f"{figures['ppl']:.4f}"])
+        rows.append(["perplexity", _with_error(figures["ppl"], figures.get("ppl_stderr"), ".4f")])
     if "kld" in figures:
-        rows.append(["perplexity of the teacher", f"{figures['teacher_ppl']:.4f}"])
+        teacher = _with_error(figures["teacher_ppl"], figures.get("teacher_ppl_stderr"), ".4f")
+        rows.append(["perplexity of the teacher", teacher])
         rows.append(["KL divergence", _with_error(figures["kld"], figures.get("kld_stderr"), ".4f")])
         rows.append(["top-1 agreement", _with_error(figures["top1"], figures.get("top1_stderr"), ".2%")])
     for name, metrics in figures.get("tasks", {}).items():

@@ -19,28 +19,31 @@ class Target:
     stream: TextIO | None = None
 
     @classmethod
-    def of(cls, path: Path | None) -> Self:
+    def of(cls, path: Path | None, option: str = "--json") -> Self:
         """Call before the work: a command of hours must not end in a missing directory, or a pipe without a reader."""
         if path is None:
             return cls(None)
         if local(path).is_dir():
-            raise UPQError(f"--json {path}: is a directory; name a file in it")
+            raise UPQError(f"{option} {path}: is a directory; name a file in it")
         if not _is_file(path):
             try:
                 return cls(path, local(path).open("a"))  # a file behind /dev/stdout keeps what is in it
             except OSError as error:
-                raise UPQError(f"--json {path}: cannot be written to ({error.strerror}); name a file") from None
+                raise UPQError(f"{option} {path}: cannot be written to ({error.strerror}); name a file") from None
         target = local(path).resolve()  # of a link, which stays
         if not target.parent.is_dir():
-            raise UPQError(f"--json {path}: no such directory {target.parent}; create it first")
+            raise UPQError(f"{option} {path}: no such directory {target.parent}; create it first")
         return cls(target)
 
     def write(self, figures: object) -> None:
+        """As JSON."""
+        self.write_text(json.dumps(figures, indent=2) + "\n")
+
+    def write_text(self, text: str) -> None:
         from upq.files.atomic import atomic_write, write_errors
 
         if self.path is None:
             return
-        text = json.dumps(figures, indent=2) + "\n"
         if self.stream is None:
             atomic_write(self.path, text)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +32,7 @@ from upq.distill.optimizer import make_optimizer, plain, restored, set_rate
 from upq.distill.sharding import shard
 from upq.distill.student import checkpoint_blocks, norm_weight, norms, trained_linears
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher
+from upq.files.metrics import NOWHERE, Metrics
 from upq.files.tensors import keys_required, load_metadata, load_tensors, save_tensors
 from upq.losses import LOSSES, Loss
 from upq.model.head import Head
@@ -77,6 +79,7 @@ def distill(
     sharded: bool = False,
     stop: Stop | None = None,
     name: str = "distill",
+    metrics: Metrics = NOWHERE,
 ) -> list[float]:
     """Train `student` in place; returns the loss of each step (nats a token) since the last resume.
 
@@ -86,14 +89,16 @@ def distill(
     Every `checkpoint_every` steps the latents, scales and optimiser moments go to `checkpoint`, atomically; a later
     call goes on from there. A step whose loss or gradient is not finite changes nothing; `skip_bad_steps` of them are
     left out, one more is an UPQError. That, and a `stop` that waits, which raises Stopped after a step,
-    come once the state is in `checkpoint`.
+    come once the state is in `checkpoint`. Each step has a line of `metrics`.
     """
     training, stop = Training(student, teacher, data, config, sharded=sharded), stop or Stop()
     first, skipped = _resume(checkpoint, training, progress) if checkpoint.is_file() else (0, [])
+    metrics.begin("step", first)
     progress.start(name, done=first)
     losses: list[float] = []
     for step in range(first, total_steps):
-        value, norm, stopping = training.step(step, learning_rate_factor(step, total_steps, config), stop)
+        began, factor = time.monotonic(), learning_rate_factor(step, total_steps, config)
+        value, norm, stopping = training.step(step, factor, stop)
         if not (math.isfinite(value) and math.isfinite(norm)):
             wrong = f"the loss is {value}" if not math.isfinite(value) else f"the gradient's norm is {norm}"
             if len(skipped) == config.skip_bad_steps:
@@ -108,7 +113,18 @@ def distill(
             progress.note(f"{name}: step {step} is left out: {wrong} ({len(skipped)} of {config.skip_bad_steps})")
         losses.append(value)
         finished = step + 1
-        if finished % config.checkpoint_every == 0 or finished == total_steps or stopping:
+        saves = finished % config.checkpoint_every == 0 or finished == total_steps or stopping
+        metrics.append(
+            "step",
+            step,
+            durable=saves,
+            tokens=finished * training.tokens,
+            loss=value,
+            lr=factor * training.rate,
+            grad_norm=norm,
+            seconds=round(time.monotonic() - began, 3),
+        )
+        if saves:
             _save(checkpoint, training, finished, skipped)
         progress.advance(1, loss=value)
         if stopping:
@@ -124,7 +140,9 @@ class Training:
         self, student: PreTrainedModel, teacher: Teacher, data: Batches, config: Distill, *, sharded: bool = False
     ) -> None:
         self.config, self._data = config, data
+        self.tokens = 0  # of a step, over all processes
         width = student.config.get_text_config(decoder=True).hidden_size
+        self.rate = config.learning_rate(width) if config.train_weights else config.scale_lr  # at its largest
         self._bf16 = computes_in_bf16(config.precision, student.device, width)
         # The types are torch's own autocast's: accelerate keeps one choice a process, and a second training may differ.
         self.accelerator = Accelerator(
@@ -159,6 +177,7 @@ class Training:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             set_rate(group, rate * factor)
         batch: tuple[Tensor, ...] = self._data.batch(step, config.batch_size)
+        self.tokens = batch[0].numel()
         if self._cache is not None:
             batch = (*batch, self._data.rows(step, config.batch_size))
         targets = int(batch[1][:, 1:].sum())

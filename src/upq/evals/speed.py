@@ -122,6 +122,16 @@ def compiled(model: Any) -> Engine:
     return Engine("upq", run, parts.weight_bytes, parts.cache_bytes)
 
 
+def decoder(model: Any) -> tuple[Engine, str | None]:
+    """What `model.generate` of a loaded artefact runs: the compiled decoder, or transformers' loop and the reason."""
+    if hasattr(model, "why_not_compiled"):  # an artefact
+        try:
+            decoding.session(model)
+        except decoding.Unsuitable as reason:
+            return plain("transformers", model), str(reason)
+    return compiled(model), None
+
+
 def plain(name: str, model: PreTrainedModel, weight_bytes: int | None = None) -> Engine:
     """transformers' own loop."""
 

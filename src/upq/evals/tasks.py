@@ -27,6 +27,7 @@ from upq.core.progress import Progress, Silent
 from upq.decoding import Unsuitable, batch
 from upq.evals import mini
 from upq.evals.choices import score
+from upq.evals.items import Item, items_of
 from upq.evals.kept import KeptAnswers
 from upq.evals.local_tasks import local_names, write_local_tasks
 from upq.model.loading import embedding_rows
@@ -65,6 +66,7 @@ def evaluate_tasks(
     answers: Path | None = None,
     of: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    items: list[Item] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Scores by task name: for a group also its inner groups (`mmlu`, then `mmlu_stem` and so on), never its leaves.
 
@@ -80,6 +82,7 @@ def evaluate_tasks(
     `answers`: a file that keeps each answer as it comes; with the same one, a run that was stopped goes on. `of` says
     what else answers depend on, such as the model's digest; a file of something else is refused.
     `thinking`: for chat templates with such a switch; off, because the limit on new tokens is meant for the answer.
+    `items`: gets every scored item, in order; needs `answers`.
     A `model` that is an lm-eval LM already is used as it is.
     """
     _require_packages(tasks)
@@ -103,7 +106,7 @@ def evaluate_tasks(
             raise UPQError("the tokenizer has no chat template for chat prompts; use chat=False")
         results: dict[str, dict[str, float]] = {}
         for name, parts in loaded.items():
-            results |= _run(harness, tokenizer, name, parts, options, progress)
+            results |= _run(harness, tokenizer, name, parts, options, progress, items)
     return results
 
 
@@ -114,6 +117,7 @@ def _run(
     parts: dict[str, Any],
     options: _Options,
     progress: Progress,
+    items: list[Item] | None,
 ) -> dict[str, dict[str, float]]:
     from lm_eval import evaluate
 
@@ -132,10 +136,12 @@ def _run(
         harness,
         parts,
         limit=options.limit,
-        log_samples=False,
+        log_samples=items is not None,
         apply_chat_template=chat,
         fewshot_as_multiturn=chat,  # lm-eval's own choice: examples are turns of the conversation, not one long turn
     )
+    if items is not None:
+        items += items_of(name, raw["samples"], harness.upq_kept)
     shown = [*parts["groups"]] if name in parts["groups"] else [*parts["tasks"]]
     scores = {shown_name: _plain(raw["results"][shown_name]) for shown_name in sorted(shown, key=lambda n: n != name)}
     if counts is not None:

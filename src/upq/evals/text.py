@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,34 @@ class TextMetrics:
     top1: float | None = None
     top1_stderr: float | None = None
     teacher_ppl: float | None = None
+    ppl_stderr: float | None = None
+    teacher_ppl_stderr: float | None = None
+
+
+class ByToken:
+    """Of each token (N, T), given what stands before it: its -log p, and KL(teacher ‖ model) of its distribution.
+
+    NaN where a token is no target, and for the KL without a teacher.
+    """
+
+    def __init__(self, tokens_NT: Tensor) -> None:
+        self.nll_NT = torch.full(tokens_NT.shape, math.nan)
+        self.kld_NT = torch.full(tokens_NT.shape, math.nan)
+
+    def by_position(self) -> list[dict[str, Any]]:
+        """Means over stretches of positions, each twice as long as the one before: from `start` to before `stop`."""
+        length, found = self.kld_NT.shape[1], []
+        start = 1  # nothing stands before the first token
+        while start < length:
+            stop = min(2 * start, length)
+            values_NT = self.kld_NT[:, start:stop].double()
+            counts_N = values_NT.isfinite().sum(1)
+            sums_N = values_NT.nan_to_num().sum(1)
+            if tokens := int(counts_N.sum()):
+                mean, stderr = float(sums_N.sum()) / tokens, _stderr(sums_N, counts_N)
+                found.append({"start": start, "stop": stop, "tokens": tokens, "kld": mean, "kld_stderr": stderr})
+            start = stop
+        return found
 
 
 @dataclass(frozen=True)
@@ -94,11 +123,13 @@ def evaluate_text(
     batch_size: int = _BATCH,
     chunk_tokens: int = 1024,
     progress: Progress | None = None,
+    keep: ByToken | None = None,
 ) -> TextMetrics:
     """Position t predicts token t+1 of its row; `mask_NT` is True where a token counts as a target.
 
     Rows may be padded on the right with masked tokens. Logits exist for `chunk_tokens` positions at a time; sums are
-    float64. `progress` advances by rows. Raises UPQError for tokens the model cannot take, NotFinite for NaN logits.
+    float64. `progress` advances by rows; `keep` gets the figures of each token. Raises UPQError for tokens the
+    model cannot take, NotFinite for NaN logits.
     """
     rows, length = tokens_NT.shape
     _check(model, tokens_NT, mask_NT)
@@ -116,7 +147,8 @@ def evaluate_text(
         for start in range(0, rows, batch_size):
             tokens_BT = tokens_NT[start : start + batch_size]
             counts_BT = counts_NT[start : start + batch_size]
-            sums_NM[start : start + batch_size] = _batch(model, teacher, tokens_BT, counts_BT, chunk_tokens, start)
+            rows_B = slice(start, start + batch_size)
+            sums_NM[rows_B] = _batch(model, teacher, tokens_BT, counts_BT, chunk_tokens, start, keep)
             done = slice(0, start + batch_size)
             progress.advance(len(tokens_BT), ppl=_perplexity(sums_NM[done, 0], counts_NT[done].sum(1)))
     return _metrics(sums_NM, counts_NT.sum(1), with_teacher=teacher is not None)
@@ -129,6 +161,7 @@ def _batch(
     counts_BT: Tensor,
     chunk_tokens: int,
     first_row: int,
+    keep: ByToken | None,
 ) -> Tensor:
     """Sums (B, M) of the measures over the counted positions of each row."""
     row_P, position_P = counts_BT.nonzero(as_tuple=True)
@@ -152,6 +185,10 @@ def _batch(
         # to the CPU first: not every accelerator has float64
         values_CM = torch.stack(measures, dim=1).cpu().double()
         sums_BM[:, : values_CM.shape[1]].index_add_(0, row_P[chunk], values_CM)
+        if keep is not None:
+            keep.nll_NT[row_C, position_P[chunk] + 1] = values_CM[:, 0].float()
+            if teacher is not None:
+                keep.kld_NT[row_C, position_P[chunk] + 1] = values_CM[:, 1].float()
     return sums_BM
 
 
@@ -185,10 +222,12 @@ def _metrics(sums_NM: Tensor, tokens_N: Tensor, *, with_teacher: bool) -> TextMe
     tokens = int(tokens_N.sum())
     ppl = _perplexity(nll_N, tokens_N)
     if not with_teacher:
-        return TextMetrics(ppl=ppl, tokens=tokens)
+        return TextMetrics(ppl=ppl, tokens=tokens, ppl_stderr=_ppl_stderr(nll_N, tokens_N))
     return TextMetrics(
         ppl=ppl,
         tokens=tokens,
+        ppl_stderr=_ppl_stderr(nll_N, tokens_N),
+        teacher_ppl_stderr=_ppl_stderr(teacher_nll_N, tokens_N),
         kld=float(kld_N.sum()) / tokens,
         kld_stderr=_stderr(kld_N, tokens_N),
         top1=float(top1_N.sum()) / tokens,
@@ -200,6 +239,12 @@ def _metrics(sums_NM: Tensor, tokens_N: Tensor, *, with_teacher: bool) -> TextMe
 def _perplexity(nll_N: Tensor, tokens_N: Tensor) -> float:
     tokens = int(tokens_N.sum())
     return math.nan if not tokens else float((nll_N.sum() / tokens).exp())
+
+
+def _ppl_stderr(nll_N: Tensor, tokens_N: Tensor) -> float | None:
+    """Of e to the mean, linearised."""
+    stderr = _stderr(nll_N, tokens_N)
+    return None if stderr is None else stderr * _perplexity(nll_N, tokens_N)
 
 
 def _stderr(sums_N: Tensor, tokens_N: Tensor) -> float | None:

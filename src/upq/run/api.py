@@ -38,12 +38,14 @@ class Figures(TypedDict):
     compute: NotRequired[str]  # of a packed model: how its products were computed
     dtype: str  # that the model was computed in
     ppl: NotRequired[float]
+    ppl_stderr: NotRequired[float]  # of all standard errors: over rows; none of a single row
     tokens: NotRequired[int]  # that count as targets of `ppl`
     kld: NotRequired[float]  # KL(teacher ‖ model), nats a token
     kld_stderr: NotRequired[float]
     top1: NotRequired[float]  # share of positions where teacher and model choose the same token
     top1_stderr: NotRequired[float]
     teacher_ppl: NotRequired[float]
+    teacher_ppl_stderr: NotRequired[float]
     tasks: NotRequired[dict[str, dict[str, float]]]  # by task, with lm-eval's names of metrics
 
 
@@ -212,7 +214,7 @@ def evaluate(
 
     if compute not in kernels.COMPUTES:
         raise UPQError(f"--compute must be one of {', '.join(kernels.COMPUTES)}, got {compute!r}")
-    target = _device(device)
+    target = device_of(device)
     with quietly(), reporting(progress, stderr=True) as shown, kernels.computing(compute):
         kernels.compute(target)  # not every device has them all
         _verify(Path(model))
@@ -354,7 +356,7 @@ def _check_request(
         raise UPQError(f"--data-dir {data_dir}: no such directory")
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
     import torch
 
     if name not in ("auto", "cpu", "cuda"):

@@ -22,7 +22,7 @@ from upq.artifact.manifest import MANIFEST, read_manifest
 from upq.core.bounded import read_json
 from upq.core.config import Strict, decode, digest
 from upq.core.errors import UPQError
-from upq.core.memory import give_back
+from upq.core.memory import give_back, peak_memory_bytes
 from upq.core.progress import Progress
 from upq.data.config import Data
 from upq.data.sources import identity, sources_of
@@ -30,7 +30,7 @@ from upq.files.atomic import atomic_write, write_errors
 from upq.files.digests import digest_of
 from upq.files.lock import lock
 from upq.files.tensors import keys_required
-from upq.run.recipe import Recipe, flat, stages_at_top
+from upq.run.recipe import Recipe, flat, stages_at_top, stages_together
 from upq.stages import ModelState
 
 WORK = ".work"
@@ -39,7 +39,7 @@ Keep = Literal["latents", "codes"]
 CpuType = Literal["float32", "bfloat16"]
 
 
-class _Record(Strict):
+class Record(Strict):
     """`run.json`."""
 
     model: str  # digest over `files`
@@ -47,7 +47,16 @@ class _Record(Strict):
     recipe: dict[str, Any]
     sources: list[str] = Field(default_factory=list)  # what the recipe's sources were made of
     seconds: dict[str, float] = Field(default_factory=dict)  # by stage
+    peak_memory_bytes: dict[str, int] = Field(default_factory=dict)  # by stage: of the process up to its end
     cpu_dtype: CpuType = "float32"  # of products on the CPU, where nobody has named a type
+    shared: dict[str, str] = Field(default_factory=dict)  # by stage: its folder, where runs share them
+
+    def stages(self) -> list[str]:
+        """In their order."""
+        return list(stages_together(self.recipe, "run.json")["stages"])
+
+    def folder(self, out: Path, stage: str) -> Path:
+        return Path(self.shared.get(stage, out / WORK / stage))
 
 
 class Stamp(Strict):
@@ -131,6 +140,7 @@ class RunDirectory:
     cpu_dtype: CpuType  # what this CPU is faster in, or what the run began with
     sources: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def work(self) -> Path:
@@ -156,7 +166,7 @@ class RunDirectory:
             sweep(self.work)
             for path in (self.out / "exports").glob(".*.tmp"):
                 remove(path)
-        record = self._read_record()
+        record = read_record(self.out)
         self.sources = [identity(source) for source in sources_of(self.recipe.data)]
         if self._finished:
             manifest = read_manifest(self.out)
@@ -170,6 +180,7 @@ class RunDirectory:
         if record is not None:
             self._check_model(record.model, record.files)
             self.seconds = dict(record.seconds)
+            self.peak_memory_bytes = dict(record.peak_memory_bytes)
             if record.cpu_dtype != self.cpu_dtype:
                 progress.note(
                     f"{self.out}: goes on in {record.cpu_dtype} on the CPU, as it began, not {self.cpu_dtype}"
@@ -198,13 +209,16 @@ class RunDirectory:
 
     def write_record(self) -> None:
         if self.writes:
-            record = _Record(
+            shared = {} if self.shared is None else {n: str(p.folder.resolve()) for n, p in self.places().items()}
+            record = Record(
                 model=self.model_digest,
                 files=self.files,
                 recipe=self.recipe.model_dump(mode="json"),
                 sources=self.sources,
                 seconds=self.seconds,
+                peak_memory_bytes=self.peak_memory_bytes,
                 cpu_dtype=self.cpu_dtype,
+                shared=shared,
             )
             atomic_write(self.record, json.dumps(record.model_dump(mode="json"), indent=1))
 
@@ -217,6 +231,7 @@ class RunDirectory:
             yield
             failed = False
         finally:
+            self.peak_memory_bytes[name] = peak_memory_bytes()
             give_back()  # the next stage's peak is its own
             self.seconds[name] = before + time.monotonic() - began
             if self.record.is_file():
@@ -236,11 +251,6 @@ class RunDirectory:
             return
         if any(path.name != LOCK for path in out.iterdir()):
             raise UPQError(f"{out}: not empty, and no UPQ run is in it; name a new directory")
-
-    def _read_record(self) -> _Record | None:
-        if not self.record.is_file():
-            return None
-        return decode(_Record, read_json(self.record, remedy=f"delete {self.work} to begin anew"), str(self.record))
 
     def _keep(self, name: str) -> Keep:
         """What the next stage that starts from this one's blocks needs of them."""
@@ -288,6 +298,14 @@ class RunDirectory:
         costs += f", {', '.join(kept)} kept" if kept else ""
         remedy = "agree with --redo, give the same command as before, or another --out"
         raise UPQError(f"{self.out}: {what}; {costs}; {remedy}")
+
+
+def read_record(out: Path) -> Record | None:
+    """Of the run in `out` that has not ended, or whose work was kept."""
+    path = out / WORK / "run.json"
+    if not path.is_file():
+        return None
+    return decode(Record, read_json(path, remedy=f"delete {path.parent} to begin anew"), str(path))
 
 
 def sweep(folder: Path) -> None:

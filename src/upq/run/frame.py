@@ -28,8 +28,9 @@ from upq.core.scheme import QTensor
 from upq.data.packing import prepare
 from upq.data.sources import sources_of
 from upq.data.tokens import TokenSet
-from upq.evals.text import NotFinite, Streamed, TextMetrics, evaluate_text, streamed
+from upq.evals.text import ByToken, NotFinite, Streamed, TextMetrics, evaluate_text, streamed
 from upq.exports import ensure_export
+from upq.files.metrics import METRICS, read_metrics, write_metrics
 from upq.files.tensors import load_tensors
 from upq.kernels import computing
 from upq.model.activations import Allocate, allocator
@@ -143,16 +144,38 @@ class Frame:
             packed = load(self.staging, device=self.device)
             size = _size(packed, self.staging)
             packed.to(dtype)  # type: ignore[arg-type]
-            text = self._measured(packed, original, data)
+            by_token = ByToken(rows_NT)
+            text = self._measured(packed, original, data, by_token)
         self.progress.advance(1)
-        source = {"ppl": text.teacher_ppl, **_size(Source(self.model, dtype="auto").empty(), self.model)}
+        self._write_metrics(by_token)
+        source = {
+            "ppl": text.teacher_ppl,
+            "ppl_stderr": text.teacher_ppl_stderr,
+            **_size(Source(self.model, dtype="auto").empty(), self.model),
+        }
         models = {"source": source, **before, "artifact": {**_figures(text), **size, "compute": "reference"}}
         return {name: {**figures, "dtype": dtype_name(dtype)} for name, figures in models.items()}
 
     def publish(self, manifest: Manifest) -> None:
         """Move the artefact out of the work directory, the manifest last."""
         manifest = manifest.model_copy(update={"seconds": self.run.seconds, "peak_memory_bytes": peak_memory_bytes()})
+        clocks = [
+            {
+                "kind": "stage",
+                "stage": name,
+                "seconds": seconds,
+                "peak_memory_bytes": self.run.peak_memory_bytes.get(name),
+            }
+            for name, seconds in self.run.seconds.items()
+        ]
+        write_metrics(self.staging / METRICS, [*read_metrics(self.staging / METRICS), *clocks])
         publish(self.staging, self.run.out, manifest)
+
+    def _write_metrics(self, by_token: ByToken) -> None:
+        """What the stages have written, and how far the artefact is from the original, into the artefact."""
+        lines = [line for place in self.run.places().values() for line in read_metrics(place.folder / METRICS)]
+        checked = [{"kind": "position", "stage": "check", **each} for each in by_token.by_position()]
+        write_metrics(self.staging / METRICS, [*lines, *checked])
 
     def _built_on(
         self, store: BlockStore, model: Source, original: Streamed, data: TokenSet, allocate: Allocate
@@ -172,10 +195,13 @@ class Frame:
         weights, bits = (sum(each) for each in zip(*sizes, strict=True))
         return {**_figures(text), "bits_per_weight": bits / weights}
 
-    def _measured(self, model: PreTrainedModel | Streamed, original: Streamed, data: TokenSet) -> TextMetrics:
+    def _measured(
+        self, model: PreTrainedModel | Streamed, original: Streamed, data: TokenSet, keep: ByToken | None = None
+    ) -> TextMetrics:
         trim()  # its logits are the check's peak; what came before has left 350 MB at width 1024
         with computing("reference"):  # the figures are of the weights, and the same on every machine
-            return evaluate_text(model, data.validation_tokens_NT, teacher=original, mask_NT=data.validation_mask_NT)
+            mask_NT = data.validation_mask_NT
+            return evaluate_text(model, data.validation_tokens_NT, teacher=original, mask_NT=mask_NT, keep=keep)
 
     def _by_path(self, of_block: Callable[[int], Any]) -> Any:
         """Module path and what `of_block` gives by the names of a block's linears, read one block at a time."""
@@ -211,7 +237,8 @@ def with_weights(model: Source, index: int, qtensors: dict[str, QTensor]) -> nn.
 
 def _figures(text: TextMetrics) -> dict[str, Any]:
     """Keys as in `upq eval --json`."""
-    return {"ppl": text.ppl, "kld": text.kld, "top1": text.top1}
+    measures = ("ppl", "ppl_stderr", "kld", "kld_stderr", "top1", "top1_stderr", "tokens")
+    return {name: value for name in measures if (value := getattr(text, name)) is not None}
 
 
 def _size(model: PreTrainedModel, path: Path) -> dict[str, Any]:

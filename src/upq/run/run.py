@@ -30,6 +30,7 @@ from upq.data.tokens import TokenSet
 from upq.exports import exporter
 from upq.files.digests import model_digests
 from upq.files.lock import lock
+from upq.files.metrics import METRICS, Metrics
 from upq.model.coverage import coverage
 from upq.model.loading import context_of, load_config, load_tokenizer
 from upq.model.source import Source
@@ -181,6 +182,7 @@ class _Run:
             cpu_dtype=cpu_dtype,
             reading=frame.reading,
             rows=lambda: self.rows(state),
+            metrics=Metrics(place.folder / METRICS if self.processes.first else None, place.name),
         )
 
     def rows(self, state: ModelState) -> TokenSet:

@@ -26,6 +26,7 @@ from upq.core.scheme import QuantScheme
 from upq.core.signals import Stop
 from upq.data.config import Data, TextSource
 from upq.data.tokens import TokenSet
+from upq.files.metrics import Metrics
 from upq.model.activations import Allocate, allocator
 from upq.model.loading import load_config, text_config
 from upq.model.source import Source
@@ -141,6 +142,7 @@ class Job:
     cpu_dtype: torch.dtype  # of products on the CPU where `precision` is auto: what the stage began with
     reading: Reading
     rows: Callable[[], TokenSet]  # the packed text; the stage must have demanded rows
+    metrics: Metrics  # figures as they come; no result depends on them
 
     @property
     def sharded(self) -> bool:

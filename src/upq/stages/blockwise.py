@@ -74,6 +74,7 @@ class Blockwise(Stage):
             precision=job.settled(self.precision),
             activations=job.activations(),
             processes=job.processes,
+            metrics=job.metrics,
         )
         built_on = state.built_on if state.solved is None else (*state.built_on, state.solved)
         return replace(state, solved=store, built_on=built_on, norms=None)

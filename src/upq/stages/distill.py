@@ -123,6 +123,7 @@ class Distill(Settings, Stage):
                 sharded=job.sharded,
                 stop=job.stop,
                 name=job.name,
+                metrics=job.metrics,
             )
         norms_file = job.folder / "norms.safetensors"
         store = replace(state.solved, folder=job.folder, latents=job.keep == "latents" and self.train_weights)

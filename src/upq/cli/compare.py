@@ -1,0 +1,88 @@
+"""`upq compare`: two or more models on the same items."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from upq.cli.json_file import Target
+from upq.core.paths import local, local_or_hub
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def compare(
+    models: Annotated[
+        list[str], typer.Argument(metavar="A B …", help="Directories or hub ids: artefacts or originals; two or more.")
+    ],
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas: mmlu,ifeval,arc_easy.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Text, compared row by row; repeatable.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="ORIGINAL", help="Compare the KL to this model too, on --text.")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Local files of tasks (docs/tasks.md), not the hub's.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task (of each subject for mmlu).")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows or questions computed at a time.")] = 4,
+    answers: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep answers here; the same command goes on where it stopped.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page (HTML) as well.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
+) -> None:
+    """Compare models item by item: paired differences with 95 % intervals, which answers changed, loops and cuts."""
+    target, page = Target.of(json_file), Target.of(out, "--out")
+
+    from upq.cli.console import table
+    from upq.run.console import console, styled
+    from upq.run.reporter import loading, reporter
+
+    with loading():
+        from upq.report import page as pages
+        from upq.report.comparison import Request, compare
+        from upq.run.api import device_of
+        from upq.run.quiet import quiet_libraries
+
+    quiet_libraries()
+    if out is not None:
+        pages.check_packages()
+    request = Request(
+        tasks=tuple(name.strip() for name in (tasks or "").split(",") if name.strip()),
+        texts=tuple(local(each) for each in text or ()),
+        against=None if against is None else local_or_hub(against),
+        data_dir=None if data_dir is None else local(data_dir),
+        limit=limit,
+        batch_size=batch_size,
+        answers=None if answers is None else local(answers),
+        device=device_of(device),
+    )
+    with reporter(console(stderr=True)) as progress:
+        found = compare([local_or_hub(model) for model in models], request, progress)
+    shown = console()
+    shown.print(table("scores", found["scores"]["columns"], found["scores"]["rows"]))
+    shown.print(_differences(found["differences"]))
+    if request.tasks:
+        shown.print(f"{found['changed_all']} answers changed between right and wrong")
+    if page.path is not None:
+        page.write_text(pages.comparison(found))
+        shown.print(styled((str(page.path), "bold"), " is ready"), soft_wrap=True)
+    target.write(found)
+
+
+def _differences(found: dict[str, Any]) -> Table:
+    """Words wrap where the terminal is narrow, numbers do not."""
+    from rich.table import Table
+
+    made = Table(title="differences, the later model minus the earlier", title_justify="left", header_style="bold")
+    made.title_style = "bold"
+    for column in found["columns"]:
+        words = column in ("models", "measure", "verdict")
+        made.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+    for row in found["rows"]:
+        made.add_row(*row)
+    return made
