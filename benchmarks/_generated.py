@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from upq.data.generated import sample
+from upq.text.generation import Sampling
 
 BATCH = 128
 LONGEST = 192  # tokens of a text
@@ -15,9 +16,10 @@ LONGEST = 192  # tokens of a text
 
 def texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, tokens: int, seed: int) -> Iterator[str]:
     """Texts of at least `tokens` tokens in all."""
-    torch.manual_seed(seed)
+    seeds = count(seed * 1_000_003)  # one a text
     while tokens > 0:
-        for text in sample(model, tokenizer, [[tokenizer.bos_token_id]] * BATCH, LONGEST):
+        samplings = [Sampling(1.0, next(seeds)) for _ in range(BATCH)]
+        for text in sample(model, tokenizer, [[tokenizer.bos_token_id]] * BATCH, samplings, LONGEST):
             if text:
                 yield text
                 tokens -= len(tokenizer(text)["input_ids"])

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <random>
 #include <string>
@@ -176,7 +177,7 @@ double error_of(const std::vector<float>& found, const std::vector<double>& exac
 
 double dense_error(Random& random, const Kernels& kernels) {
     const Real real = random.one_of({Real::f32, Real::f16, Real::bf16});
-    const int rows = random.between(1, 9), columns = random.between(1, 300), tokens = random.between(1, 3);
+    const int rows = random.between(1, 9), columns = random.between(1, 300), tokens = random.between(1, 8);
     const std::vector<std::uint8_t> weight = stored(normals(random, rows * columns), real);
     const std::vector<float> x = normals(random, tokens * columns);
     std::vector<float> y(static_cast<std::size_t>(tokens * rows));
@@ -217,18 +218,57 @@ double gate_error(Random& random, const Kernels& kernels) {
     return error_of(out, exact);
 }
 
+// Keys and values of a head in the blocks of a cache, behind those of another head; what no position fills is NaN.
+struct Cache {
+    std::int64_t dim;
+    Stored stored;
+    std::vector<std::vector<std::uint8_t>> held{};
+    std::vector<const std::uint8_t*> blocks{};
+
+    Cached view() const {
+        const std::int64_t bytes = Cached::bytes(dim, stored);
+        return {blocks.data(), bytes, 2 * bytes, dim, stored};
+    }
+    void extend() {
+        auto& block = held.emplace_back(static_cast<std::size_t>(3 * Cached::bytes(dim, stored)));
+        for (std::size_t i = 0; i + 4 <= block.size(); i += 4) std::memcpy(&block[i], &nan, 4);
+        blocks.push_back(block.data());
+    }
+    // Returns the value that is held: the nearest of those that int8 can hold with this position's scale.
+    float put(bool key, std::int64_t position, std::int64_t d, float value) {
+        const std::int64_t bytes = Cached::bytes(dim, stored), at = position % key_block;
+        std::uint8_t* const head = held[static_cast<std::size_t>(position / key_block)].data() + (key ? bytes : 2 * bytes);
+        const std::int64_t i = key ? d * key_block + at : at * dim + d;
+        if (stored == Stored::f32) {
+            std::memcpy(head + 4 * i, &value, 4);
+            return value;
+        }
+        const float scale = 0.01f * static_cast<float>(at + 1);
+        const auto code = static_cast<std::int8_t>(std::lround(std::clamp(value / scale, -127.0f, 127.0f)));
+        std::memcpy(head + i, &code, 1);
+        std::memcpy(head + key_block * dim + 4 * at, &scale, 4);
+        return static_cast<float>(code) * scale;
+    }
+    static constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+};
+
 double attention_error(Random& random, const Kernels& kernels) {
     const int dim = random.between(1, 150), count = random.between(1, 4), end = random.between(1, 70);
     const Range seen{random.between(0, 1) ? random.between(0, end - 1) : 0, end};
-    const int blocks = (end + key_block - 1) / key_block;
     const float scaling = 1 / std::sqrt(static_cast<float>(dim));
-    const std::vector<float> queries = normals(random, count * dim, 3.0f), values = normals(random, end * dim);
-    std::vector<float> keys = normals(random, blocks * dim * key_block);
-    // what lies behind the last position must not matter
-    for (int d = 0; d < dim; ++d)
-        for (int p = end; p < blocks * key_block; ++p) keys[static_cast<std::size_t>((p / key_block * dim + d) * key_block + p % key_block)] = NAN;
-    std::vector<float> scores(static_cast<std::size_t>(count * (end + 2 * key_block))), out(queries.size());
-    kernels.attend({keys.data(), values.data(), dim}, queries.data(), count, seen, scaling, scores.data(), out.data());
+    const std::vector<float> queries = normals(random, count * dim, 3.0f);
+    std::vector<float> keys = normals(random, end * dim), values = normals(random, end * dim);
+    Cache cache{dim, random.one_of({Stored::f32, Stored::int8})};
+    for (int p = 0; p < end; ++p) {
+        if (p % key_block == 0) cache.extend();
+        for (int d = 0; d < dim; ++d)
+            for (auto* each : {&keys, &values}) {
+                float& value = (*each)[static_cast<std::size_t>(p * dim + d)];
+                value = cache.put(each == &keys, p, d, value);
+            }
+    }
+    std::vector<float> scratch(static_cast<std::size_t>(count * (end + 2 * key_block) + key_block * dim)), out(queries.size());
+    kernels.attend(cache.view(), queries.data(), count, seen, scaling, scratch.data(), out.data());
     std::vector<double> exact(out.size());
     for (int q = 0; q < count; ++q) {
         double sum = 0;
@@ -236,7 +276,7 @@ double attention_error(Random& random, const Kernels& kernels) {
             double score = 0;
             for (int d = 0; d < dim; ++d)
                 score += static_cast<double>(queries[static_cast<std::size_t>(q * dim + d)]) *
-                         keys[static_cast<std::size_t>((p / key_block * dim + d) * key_block + p % key_block)];
+                         keys[static_cast<std::size_t>(p * dim + d)];
             const double share = std::exp(score * scaling);
             sum += share;
             for (int d = 0; d < dim; ++d)
@@ -274,7 +314,7 @@ struct Weights {
     }
 };
 
-// The same tokens in one portion, in several, and again after others: the same logits, bit for bit.
+// The same tokens in one portion, in several beside another text's, and again after others: the same logits, bit for bit.
 bool decodes_alike(Random& random, const Kernels& kernels) {
     Weights weights{random};
     const std::int64_t kv_heads = random.between(1, 2), heads = kv_heads * random.between(1, 3), dim = 2 * random.between(1, 12);
@@ -297,18 +337,25 @@ bool decodes_alike(Random& random, const Kernels& kernels) {
     const std::vector<Rope> ropes{{frequencies.data(), dim / 2, 1.0f}, {frequencies.data(), random.between(1, static_cast<int>(dim / 2)), 1.2f}};
     Decoder decoder(
         {hidden, heads, kv_heads, dim, 2.0f, ropes}, weights.dense(vocabulary, hidden), blocks, weights.norm(hidden),
-        weights.linear(vocabulary, hidden)
+        weights.linear(vocabulary, hidden), random.one_of({Stored::f32, Stored::int8})
     );
     std::vector<std::int32_t> ids;
     for (int i = random.between(2, 200); i > 0; --i) ids.push_back(random.between(0, 19));
-    std::vector<float> whole(20), parts(20);
+    std::vector<float> whole(20), parts(40);
     const std::span<const std::int32_t> all(ids);
-    decoder.forward(kernels, all, Compute::w2a8, random.between(1, 3), whole.data());
-    decoder.truncate(random.between(0, static_cast<int>(ids.size()) - 1));
-    while (decoder.length() < static_cast<std::int64_t>(ids.size())) {
-        const auto rest = all.subspan(static_cast<std::size_t>(decoder.length()));
-        const auto portion = static_cast<std::size_t>(random.between(1, static_cast<int>(rest.size())));
-        decoder.forward(kernels, rest.first(portion), Compute::w2a8, random.between(1, 3), parts.data());
+    const Portion first[] = {{decoder.open(), all}};
+    const std::int32_t text = first[0].text, other = decoder.open();
+    decoder.forward(kernels, first, Compute::w2a8, random.between(1, 3), whole.data());
+    decoder.truncate(text, random.between(0, static_cast<int>(ids.size()) - 1));
+    while (decoder.length(text) < static_cast<std::int64_t>(ids.size())) {
+        const auto rest = all.subspan(static_cast<std::size_t>(decoder.length(text)));
+        const auto count = static_cast<std::size_t>(random.between(1, static_cast<int>(rest.size())));
+        const Portion portions[] = {{text, rest.first(count)}, {other, all.first(static_cast<std::size_t>(random.between(1, 9)) % ids.size() + 1)}};
+        decoder.forward(kernels, {portions, static_cast<std::size_t>(random.between(1, 2))}, Compute::w2a8, random.between(1, 3), parts.data());
+        if (random.between(0, 3) == 0) {
+            decoder.close(other);  // its blocks go to the next text
+            if (decoder.open() != other) return false;
+        }
     }
     return std::memcmp(whole.data(), parts.data(), sizeof(float) * whole.size()) == 0;
 }

@@ -18,13 +18,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import upq
+from upq.blockwise._widths import Sensitivity, allocate
 from upq.core.scheme import QuantScheme
 from upq.exports import export
+from upq.model.source import Source
 from upq.nn.blocks import model_weights
+from upq.run.run import check as run_check
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import _findings
+import systems
 from _design import GROUPS, ORIGINAL, ROWS, UNSEEDED, Task, budget, plan
 from _findings import CLAIMS, KL, KNOWLEDGE, Results, Run, difference
 from _rows import load_recipe
@@ -48,6 +52,23 @@ def test_every_name_is_a_row() -> None:
     named = {row for group in GROUPS.values() for row in group.rows.values()}
     named |= {row for claim in CLAIMS for c in claim.comparisons for row in (c.first, c.second)}
     assert named == {ORIGINAL, *ROWS}
+
+
+@pytest.mark.parametrize("name", systems.ROWS)
+def test_every_row_of_the_related_systems_fits_the_reference_model(name: str, tmp_path: Path) -> None:
+    """Also the exact mean of its widths, with errors that differ."""
+    study = systems.Study(SUBJECTS["reference"], tmp_path, 5, 4)
+    recipe, source = study.recipe(name, 0), Source(SUBJECTS["reference"].model)
+    run_check(source.config, recipe, source, name)
+    if (wanted := systems.ROWS[name].widths) is not None:
+        groups = [
+            Sensitivity(i, (str(size),), size * 65536, {2: 1.0 + i, 3: 0.5}) for i in range(5) for size in (2, 1, 4, 2)
+        ]
+        bits = allocate(groups, wanted["mean"])
+        total = sum(each.weights for each in groups)
+        assert sum(each.weights * b for each, b in zip(groups, bits, strict=True)) == pytest.approx(
+            wanted["mean"] * total
+        )
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -17,6 +17,7 @@ from pairwise import covering
 from tiny import tiny_model
 from upq.blockwise import METHODS, BlockStore, BlockTask, Method, Solution, walk
 from upq.blockwise._base import ORIGINAL, QUANTISED, shuffled_batches, start_scales
+from upq.blockwise._rounding import bracket
 from upq.blockwise.flexround import _Divided
 from upq.blockwise.gptq import gptq, objective
 from upq.core.errors import UPQError
@@ -28,8 +29,13 @@ from upq.model.activations import allocator
 from upq.model.source import Source
 
 IDS = torch.randint(2, 67, (24, 12), generator=torch.Generator().manual_seed(0))
-FAST = {"flexround": {"iterations": 60, "lr": 1e-2}, "block_ap": {"iterations": 60}}
-LEARNED = ("flexround", "block_ap")  # what is judged by the block's output
+FAST = {
+    "flexround": {"iterations": 60, "lr": 1e-2},
+    "block_ap": {"iterations": 60},
+    "adaround": {"iterations": 60, "lr": 1e-1},
+    "lora_round": {"iterations": 60, "lr": 1e-1},
+}
+LEARNED = ("flexround", "block_ap", "adaround", "lora_round")  # what is judged by the block's output
 # Blocks of 44 have no group of 8, 16, …; those of 48 have.
 WIDTHS = {PER_CHANNEL: 44, 16: 48}
 
@@ -550,3 +556,34 @@ class TestFromGptq:
         start = nearest(task, start_scales(task, scheme, "hessian", relative=True), scheme)
         found = dense(make("block_ap", **self.OPTIONS, iterations=2).solve(task, scheme))
         assert all(torch.equal(found[name], start[name]) for name in start)
+
+
+@pytest.mark.parametrize("harden", ["penalty", "progressive"])
+@pytest.mark.parametrize("learn_scale", [False, True])
+def test_learned_rounding_ends_on_one_of_two_levels(harden: str, learn_scale: bool, make_task: MakeTask) -> None:
+    """The two around the original weight, with the scale it started with or another."""
+    scheme, task, grid = QuantScheme(bits=2), make_task(), GRIDS.get("seq")
+    options = {"harden": harden, "learn_scale": learn_scale, "iterations": 25}
+    found = make("adaround", **options).solve(make_task(), scheme)
+    moved = 0
+    for name, params in start_scales(task, scheme, "mse").items():
+        w_OI = task.weights()[name]
+        q, nearest_q = found[name].qtensor(), grid.freeze(w_OI, params, scheme)
+        up_OI = q.codes_OI.int() - bracket(w_OI, params, scheme).lower_OI
+        assert set(up_OI.unique().tolist()) <= {0, 1}
+        moved += int((q.codes_OI != nearest_q.codes_OI).sum())
+        assert torch.equal(q.scale_OG, nearest_q.scale_OG) != learn_scale
+    assert moved
+
+
+def test_zero_points_have_a_rate_of_their_own(make_task: MakeTask) -> None:
+    scheme = QuantScheme(bits=2, grid="affine")
+    start = start_scales(make_task(), scheme, "mse")
+    kept, same, plain = (
+        make("block_ap", iterations=10, **options).solve(make_task(), scheme)
+        for options in ({"zero_lr": 0.0}, {"zero_lr": 3e-3}, {})
+    )
+    for name, params in start.items():
+        assert torch.equal(kept[name].params["zero"], params["zero"])
+        assert not torch.equal(plain[name].params["zero"], params["zero"])
+        assert torch.equal(same[name].latent_OI, plain[name].latent_OI)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tiny import tiny_model
-from upq.blockwise import METHODS, BlockStore, BlockTask, Solution, walk
+from upq.blockwise import METHODS, BlockStore, BlockTask, Order, Solution, walk
 from upq.blockwise._base import ORIGINAL
 from upq.blockwise.rtn import Rtn
 from upq.core.errors import UPQError
@@ -26,6 +26,7 @@ from upq.model.source import Source
 
 IDS = torch.randint(2, 67, (7, 12), generator=torch.Generator().manual_seed(0))  # 4 and 3 rows
 BLOCKS = 2
+WINDOWS = Order(window=2, overlap=1, grow=1, annealing=0.5)
 LEARNS = {"scale": "hessian", "iterations": 12, "batch_size": 3}
 # Name to method, its options, and calibration rows. Batches of 1 leave one of two processes without rows each time.
 WALKS: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -34,6 +35,7 @@ WALKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "gptq": ("gptq", {"scale": "hessian"}, 7),
     "flexround": ("flexround", {**LEARNS, "lr": 1e-2}, 7),
     "block_ap": ("block_ap", LEARNS, 7),
+    "adaround": ("adaround", LEARNS, 7),
     "relative": ("block_ap", {**LEARNS, "relative": True}, 7),
     "small-batches": ("flexround", {**LEARNS, "batch_size": 1, "lr": 1e-2}, 7),
     "one-row": ("block_ap", LEARNS, 1),
@@ -61,6 +63,7 @@ def solve(
     *,
     blocks: int = -1,
     activations: AbstractContextManager[Allocate] | None = None,
+    order: Order = Order(),  # noqa: B008
 ) -> BlockStore:
     """Walk `name` into `folder`/`name`, all blocks or so many more."""
     method, options, rows = WALKS[name]
@@ -76,6 +79,7 @@ def solve(
             progress=Stops(blocks),
             activations=activations,
             processes=processes,
+            order=order,
         )
     except KeyboardInterrupt:
         assert blocks > 0
@@ -147,6 +151,8 @@ def ranked(folder: Path) -> None:
     torch.distributed.barrier()
     solve("block_ap", model, folder / "killed", processes)
     solve("block_ap", model, folder / "on-disk", processes, activations=allocator(folder))
+    solve("block_ap", model, folder / "apart-two", processes, order=Order(apart=True))
+    solve("adaround", model, folder / "windows-two", processes, order=WINDOWS)
     solve("gptq", model, folder / "one-then-two", processes)
     solve("gptq", model, folder / "two-then-one", processes, blocks=1)
     method = Lengths(Lengths.Config())
@@ -204,6 +210,19 @@ def test_killed_and_resumed_is_never_killed(folder: Path) -> None:
         for other in ("killed", "on-disk"):
             assert (folder / other / "block_ap" / path.name).read_bytes() == path.read_bytes()
     assert len(list((folder / "killed" / "block_ap").iterdir())) == BLOCKS
+
+
+def test_blocks_apart_are_the_bytes_of_one_process(folder: Path) -> None:
+    """Each process solves blocks of its own, over all rows."""
+    one = solve("block_ap", Source(folder / "model"), folder / "apart-one", order=Order(apart=True))
+    for index in range(BLOCKS):
+        two = BlockStore(folder / "apart-two" / "block_ap", QuantScheme(bits=2))
+        assert two.path(index).read_bytes() == one.path(index).read_bytes()
+
+
+def test_two_processes_solve_windows_as_one_does(folder: Path) -> None:
+    one = solve("adaround", Source(folder / "model"), folder / "windows-one", order=WINDOWS)
+    assert_same(one, BlockStore(folder / "windows-two" / "adaround", QuantScheme(bits=2)))
 
 
 def test_another_number_of_processes_goes_on(folder: Path) -> None:

@@ -24,11 +24,13 @@ from upq.core.progress import Silent
 from upq.data import generated
 from upq.data.config import Generated, TextSource
 from upq.data.generated import sample, write_conversations
+from upq.decoding import batch
 from upq.model.loading import check_finite, generation_config, load_model
 from upq.model.sharding import load_original, make_mesh
 from upq.model.source import Source
 from upq.run.recipe import Recipe
 from upq.run.run import quantize
+from upq.text.generation import Sampling
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<s>' + m['role'] + ':' + m['content'] + '</s>' }}{% endfor %}"
@@ -93,10 +95,41 @@ def test_a_batch_that_is_there_stays_and_the_rest_is_the_same(tmp_path: Path) ->
     (tmp_path / "b").mkdir()
     name = min(first)
     (tmp_path / "b" / name).write_text(first[name])
-    torch.manual_seed(99)  # the caller's random state has no say
+    torch.manual_seed(99)  # torch's random state has no say
     again = read(write_conversations(tmp_path / "b", model, TOKENIZER, SECTION, seed=1, progress=Silent()))
     assert again == first
     assert read(write_conversations(tmp_path / "c", model, TOKENIZER, SECTION, seed=2, progress=Silent())) != first
+
+
+def side_by_side(folder: Path, model: PreTrainedModel, tokenizer: Any = TOKENIZER, *, size: int, **options: Any) -> Any:
+    """By the compiled decoder."""
+    texts = batch(model, size=size)
+    return write_conversations(folder, model, tokenizer, SECTION, seed=1, progress=Silent(), texts=texts, **options)
+
+
+def test_side_by_side_they_are_those_of_batches(tmp_path: Path) -> None:
+    """Whatever is written beside them, and from whatever batch on; up to the rounding of float32 in what draws them."""
+    model = various()
+    alone = read(write_conversations(tmp_path / "a", model, TOKENIZER, SECTION, seed=1, progress=Silent()))
+    assert len(alone) > 2
+    for size in (1, 3, 16):
+        assert read(side_by_side(tmp_path / f"{size}", model, size=size)) == alone
+    (tmp_path / "resumed").mkdir()
+    for name in sorted(alone)[1::2]:
+        (tmp_path / "resumed" / name).write_text(alone[name])
+    assert read(side_by_side(tmp_path / "resumed", model, size=3)) == alone
+
+
+def test_side_by_side_an_error_is_that_of_its_batch(tmp_path: Path) -> None:
+    """Not of a later one that has begun, and with the files of those before."""
+    found = []
+    for size in (1, 16):
+        with pytest.raises(UPQError, match="no V"):
+            side_by_side(tmp_path / f"{size}", various(), REFUSING, size=size)
+        found.append(read(tmp_path / f"{size}"))
+    assert found[0] == found[1]
+    with pytest.raises(UPQError, match="ends none of its answers"):
+        side_by_side(tmp_path / "none", tiny(1e-9), size=4)
 
 
 class Counting(Silent):
@@ -124,9 +157,10 @@ def test_conversations_are_whole_and_as_many_as_asked_for(tmp_path: Path) -> Non
 
 def test_samples_follow_the_models_own_distribution() -> None:
     """With the end token at weight 20 among 257 others of weight 1, an answer is empty with probability 20/277."""
-    answers = sample(tiny(20), TOKENIZER, [[5, 6]] * 4000, 1)
+    drawn = [Sampling(1.0, seed) for seed in range(4000)]
+    answers = sample(tiny(20), TOKENIZER, [[5, 6]] * 4000, drawn, 1)
     assert set(answers) == {""}  # one token: the end, or cut off
-    lengths = [len(a) for a in sample(tiny(20), TOKENIZER, [[5, 6, 7], [5]] * 1000, 200) if a]
+    lengths = [len(a) for a in sample(tiny(20), TOKENIZER, [[5, 6, 7], [5]] * 1000, drawn[:2000], 200) if a]
     assert sum(lengths) / len(lengths) == pytest.approx(276 / 20, rel=0.15)  # geometric, without the empty ones
 
 
@@ -141,7 +175,7 @@ def test_at_temperature_0_it_is_the_likeliest_token_each_time() -> None:
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     model.generation_config.eos_token_id = next(token for token in ids[6:] if token not in ids[2:6])
     end = ids.index(model.generation_config.eos_token_id, 2)
-    assert sample(model, TOKENIZER, [[5, 6]] * 2, 40, 0.0) == [TOKENIZER.decode(ids[2:end]).strip()] * 2
+    assert sample(model, TOKENIZER, [[5, 6]] * 2, [Sampling()] * 2, 40) == [TOKENIZER.decode(ids[2:end]).strip()] * 2
 
 
 @pytest.mark.parametrize(
@@ -247,8 +281,8 @@ def scripted(seed: int, folder: Path, processes: Processes = ALONE, batches: int
     """As `written`, by a model that follows the script."""
     tokens, sizes = script(seed)
 
-    def conversations(*_: Any) -> Iterator[list[dict[str, str]]]:
-        number = torch.initial_seed()  # the batch's own, where the run's is 0
+    def conversations(*given: Any) -> Iterator[list[dict[str, str]]]:
+        number = given[-1]
         if sizes[number] == FAILS:
             raise UPQError(f"batch {number} is refused")
         if sizes[number] != NONE:
@@ -362,7 +396,7 @@ REFUSING = byte_tokenizer(
     eos="</s>",
     chat_template="{% if 'V' in messages[0]['content'] %}{{ raise_exception('no V') }}{% endif %}" + TEMPLATE,
 )
-FEW = Generated(tokens=200, max_new_tokens=24, batch_size=2)
+FEW = Generated(tokens=300, max_new_tokens=24, batch_size=2)
 SHARDED = {
     "plain": (TOKENIZER, FEW),
     "likeliest": (TOKENIZER, FEW.model_copy(update={"tokens": 100, "answer_temperature": 0.0})),
@@ -463,7 +497,7 @@ def test_cases_in_shards_are_what_they_are_meant_to_be(
     assert len(found["plain", 0].files) >= 3
     assert found["refused", 0].files
     numbers = [int(name[:6]) for name in found["no prompts", 0].files]
-    assert len(numbers) < max(numbers)  # batches without a conversation
+    assert len(numbers) <= max(numbers)  # a batch without a conversation
 
 
 def test_a_model_in_shards_is_the_whole_one_and_stays_in_shards(in_shards: list[dict[Any, Any]]) -> None:

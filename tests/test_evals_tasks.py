@@ -23,9 +23,11 @@ for package in ("nltk", "langdetect", "immutabledict"):
 
 from lm_eval.api.model import LM  # noqa: E402
 
-from upq.evals import evaluate_tasks  # noqa: E402
+from upq.decoding import Unsuitable  # noqa: E402
+from upq.evals import evaluate_tasks, tasks  # noqa: E402
 from upq.evals.kept import KeptAnswers  # noqa: E402
 from upq.evals.tasks import _as_lm  # noqa: E402
+from upq.kernels import computing  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "eval"
 PROMPTS = [
@@ -229,6 +231,35 @@ def test_answers_at_the_length_limit(data_dir: Path, tokenizer: Any, first_token
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(1)
     scores = evaluate_tasks(model, tokenizer, ["ifeval"], data_dir=data_dir, batch_size=2)
     assert scores["ifeval"]["at_length_limit"] == share
+
+
+def test_answers_side_by_side_are_lm_evals(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same texts and counts as by lm-eval's own loop over transformers."""
+    write_rows(tmp_path, "gsm8k", *({**ROWS["gsm8k"][1], "context": f"{n} and {n * 'x'}?"} for n in range(5)))
+    model = tiny(tokenizer, 700, eos=0)
+    for weight in model.parameters():  # so that what it writes depends on the question
+        torch.nn.init.normal_(weight)
+
+    def answered(name: str) -> tuple[Any, list[str]]:
+        file = tmp_path / f"{name}.jsonl"
+        with monkeypatch.context() as patched:
+            patched.setattr(tasks, "_SIDE_BY_SIDE", 3)  # fewer than questions
+            if name == "transformers":
+                patched.setattr(tasks, "batch", refuses)
+            else:
+                patched.setattr(type(model), "forward", None)
+            options: dict[str, Any] = {"data_dir": tmp_path, "num_fewshot": 0, "answers": file, "batch_size": 2}
+            scores = evaluate_tasks(model, tokenizer, ["gsm8k"], **options)
+        return scores, sorted(file.read_text().splitlines())
+
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise Unsuitable("for comparison")
+
+    scores, texts = answered("compiled")
+    assert (scores, texts) == answered("transformers")
+    assert len({json.loads(line).get("answer") for line in texts}) > 3
+    with computing("reference"):
+        assert answered("reference") == (scores, texts)
 
 
 def test_prompts_that_do_not_fit_are_counted(data_dir: Path, tokenizer: Any) -> None:

@@ -146,3 +146,31 @@ def test_a_student_of_codes_takes_two_bits_a_weight() -> None:
     weights = sum(q.codes_OI.numel() for q in codes_of(student).values())
     rows = sum(len(q.scale_OG) for q in codes_of(student).values())
     assert sizes == {True: 4 * weights + 4 * rows, False: weights // 4 + 4 * rows}
+
+
+@pytest.mark.parametrize("latents", [False, True])
+def test_zero_points_that_do_not_train_are_those_that_were_stored(latents: bool, tmp_path: Path) -> None:
+    """Bit for bit, killed and resumed too, while scales learn."""
+    scheme, shared = QuantScheme(bits=2, grid="affine"), {"train_weights": latents, "scale_lr": 1e-2}
+    teacher, start = starts(scheme, latents=latents)
+
+    def trained(name: str, *steps: int, zeros: bool) -> tuple[dict[str, QTensor], dict[str, Tensor]]:
+        for total in steps:
+            student = make_student(teacher, start, train_norms=False)
+            config = make_config(**shared, train_zeros=zeros, checkpoint_every=2)
+            train(student, teacher, config, tmp_path / name, steps=total, data=Random())
+        params = {
+            f"{path}:{key}": p for path, each in trained_linears(student).items() for key, p in each.grid_params.items()
+        }
+        return codes_of(student), params
+
+    kept, params = trained("kept", 6, zeros=False)
+    moved, _ = trained("moved", 6, zeros=True)
+    for path, q in kept.items():
+        before = start[path].qtensor()
+        assert torch.equal(q.zero_OG, before.zero_OG)
+        assert torch.equal(params[f"{path}:zero"], start[path].params["zero"])
+        assert not torch.equal(q.scale_OG, before.scale_OG)
+    assert any(not torch.equal(moved[path].scale_OG, q.scale_OG) for path, q in kept.items())
+    resumed = trained("resumed", 2, 6, zeros=False)[1]
+    assert all(torch.equal(value, params[name]) for name, value in resumed.items())

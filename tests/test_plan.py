@@ -203,6 +203,8 @@ def test_training(settings: tuple[str, ...], tmp_path: Path) -> None:
         ("{name: flexround, iterations: 3, batch_size: 2}", ("int2.samples=20", "memory.activations=disk")),
         ("{name: flexround, iterations: 1, scale: max}", ("int2.samples=4",)),
         ("{name: block_ap, iterations: 3, batch_size: 2}", ("int2.samples=20",)),
+        ("{name: adaround, iterations: 3, batch_size: 2}", ("int2.samples=20",)),
+        ("{name: lora_round, iterations: 3, batch_size: 2}", ("int2.samples=20", "int2.window=2")),
         ("{name: block_ap, iterations: 3, batch_size: 2, start: gptq, scale: hessian}", ("int2.samples=20",)),
         ("{name: block_ap, iterations: 3, batch_size: 16}", ("int2.samples=40", "int2.precision=bf16")),
     ],
@@ -216,6 +218,7 @@ def test_blockwise(method: str, settings: tuple[str, ...], tmp_path: Path) -> No
             Source(folder), torch.randint(600, (stage.samples, T)),
             cls(stage.method.options(cls.Config, "")), BlockStore(tmp_path / "s", stage.scheme()), given=None,
             precision=stage.precision, seed=0, progress=Silent(), activations=allocator(tmp_path if on_disk else None),
+            order=stage.order,
         )  # fmt: skip
     need = needed(config(2), chosen)["int2"]
     assert need.memory == pytest.approx(tally.peak, rel=LAW)

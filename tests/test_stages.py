@@ -29,9 +29,11 @@ CHAIN: dict[str, dict[str, Any]] = {
         "samples": 8,
         "method": {"name": "flexround", "scale": "max", "iterations": 2},
     },
+    "widths": {"mean": 3, "samples": 2},
     "int2": {
         "stage": "blockwise",
         "bits": 2,
+        "mixed": True,
         "samples": 8,
         "method": {"name": "block_ap", "scale": "max", "iterations": 2},
     },
@@ -219,7 +221,7 @@ def test_runs_that_share_a_work_folder_solve_the_blocks_once(
         seen = now
     assert weights(tmp_path / "0.001") == weights(finished)
     kinds = [path.name.partition("-")[0] for path in work.iterdir()]
-    assert [kinds.count(name) for name in CHAIN] == [1, 1, 1, 4, 4]
+    assert [kinds.count(name) for name in CHAIN] == [1, 1, 1, 1, 4, 4]
 
 
 def test_two_runs_at_once_in_a_shared_folder(victim: Victim, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -240,7 +242,10 @@ def test_a_finished_run_with_a_shared_folder_says_what_is_kept_there(
     victim: Victim, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     quantize(victim.model, recipe(), tmp_path / "out", work=tmp_path / "work")
-    changed, message = recipe(again={"tokens": 512}), r"again would be done anew.*, generate, int4, int2, distill kept;"
+    changed, message = (
+        recipe(again={"tokens": 512}),
+        r"again would be done anew.*, generate, int4, widths, int2, distill kept;",
+    )
     with pytest.raises(UPQError, match=message):
         quantize(victim.model, changed, tmp_path / "out", work=tmp_path / "work")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -12,11 +13,12 @@ from transformers import GenerationConfig
 from tiny import byte_tokenizer, tiny_model
 from upq import decoding
 from upq.core.errors import UPQError
+from upq.core.scramble import uniform
 from upq.data.conversations import ChatTemplate
 from upq.data.generated import Frame, sample
 from upq.data.rows import Message
 from upq.text.date import TODAY, fixed_date
-from upq.text.generation import end_tokens
+from upq.text.generation import Sampling, end_tokens, next_tokens
 from upq.world.answers import answers
 
 # What such files hold that changes what is generated, or how.
@@ -39,16 +41,48 @@ TOKENIZER = byte_tokenizer(bos="<s>", eos="</s>", chat_template="{% for m in mes
 PROMPTS = [[256, 1, 2, 3], [256, 9]]
 
 
+HOW = [[Sampling(heat, row) for row in range(2)] for heat in (0.0, 1.0)]
+
+
+def test_numbers_of_a_seed_are_splitmix64s() -> None:
+    """Its published first numbers of the seed 1234567; of many seeds at once, at any step."""
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    seeds, steps = np.full(4, 1234567, np.uint64), np.arange(4, dtype=np.uint64)
+    assert uniform(seeds, steps).tolist() == [(number >> 11) / 2**53 for number in published]
+    other = uniform(np.array([5, 1234567], np.uint64), np.array([2**40, 3], np.uint64))
+    assert other[1] == (published[3] >> 11) / 2**53
+    assert uniform(np.array([2**64 - 1], np.uint64), np.array([0], np.uint64))[0] < 1
+
+
+def test_a_token_depends_on_its_logits_and_its_seed_alone() -> None:
+    logits_BV = torch.randn(9, 50, generator=torch.Generator().manual_seed(0))
+    how = [Sampling(0.7 * (i % 3), seed=i) for i in range(9)]
+    steps = list(range(9))
+    together = next_tokens(logits_BV, how, steps)
+    assert together == [next_tokens(logits_BV[i : i + 1], how[i : i + 1], [i])[0] for i in range(9)]
+    assert [together[i] for i in (0, 3, 6)] == logits_BV[::3].argmax(-1).tolist()
+    assert len({next_tokens(logits_BV[1:2], [Sampling(3.0, 1)], [step])[0] for step in range(60)}) > 10
+    logits_BV[1, 3] = torch.nan
+    with pytest.raises(UPQError, match="logits hold NaN"):
+        next_tokens(logits_BV, how, steps)
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: next(iter(settings)))
 def test_settings_of_the_file_change_nothing(settings: dict[str, Any]) -> None:
     model = tiny_model("llama", vocab_size=258)
     model.generation_config = GenerationConfig(eos_token_id=list(range(60, 90)))
     torch.manual_seed(0)
-    wanted = [sample(model, TOKENIZER, PROMPTS, 12, t) for t in (0.0, 1.0)], answers(model, TOKENIZER, ["ab", "c"])
+    wanted = (
+        [sample(model, TOKENIZER, PROMPTS, how, 12) for how in HOW],
+        answers(model, TOKENIZER, ["ab", "c"]),
+    )
     changed = GenerationConfig(eos_token_id=list(range(60, 90)), **settings)
     model.generation_config = changed
     torch.manual_seed(0)
-    found = [sample(model, TOKENIZER, PROMPTS, 12, t) for t in (0.0, 1.0)], answers(model, TOKENIZER, ["ab", "c"])
+    found = (
+        [sample(model, TOKENIZER, PROMPTS, how, 12) for how in HOW],
+        answers(model, TOKENIZER, ["ab", "c"]),
+    )
     assert found == wanted
     assert any(map(any, wanted[0]))  # some answer ended
     assert model.generation_config is changed  # for its own user as it was
@@ -59,7 +93,7 @@ def test_each_step_reads_one_token_whatever_the_files_say() -> None:
     model.generation_config = GenerationConfig(use_cache=False)
     widths: list[int] = []
     model.model.layers[0].register_forward_pre_hook(lambda _module, inputs: widths.append(inputs[0].shape[1]))
-    sample(model, TOKENIZER, [[256, 1, 2]], 4)
+    sample(model, TOKENIZER, [[256, 1, 2]], [Sampling()], 4)
     assert widths == [3, 1, 1, 1]
 
 
@@ -141,8 +175,8 @@ def test_what_is_written_behind_the_closing_text_is_left_out(special: bool) -> N
             return rows
 
     model: Any = Model()
-    assert sample(model, tokenizer, [[1], [1]], 99, closing="[/INST]") == ["Write a poem."] * 2
+    assert sample(model, tokenizer, [[1], [1]], HOW[0], 99, closing="[/INST]") == ["Write a poem."] * 2
     assert model.length == tokenizer(" Write a poem. [/INST]", return_length=True)["length"][0]
-    assert sample(model, tokenizer, [[1]], 99) == [
+    assert sample(model, tokenizer, [[1]], [Sampling()], 99) == [
         "Write a poem.  Roses are red." if special else "Write a poem. [/INST] Roses are red."
     ]

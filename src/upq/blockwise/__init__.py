@@ -3,6 +3,7 @@
 from upq.blockwise._base import METHODS, BlockTask, Calibration, Method, Work, pass_work
 from upq.blockwise._store import BlockStore
 from upq.blockwise._walker import walk
+from upq.blockwise._windows import Order, spans
 from upq.nn.fake_quant import Solution
 
 __all__ = [
@@ -11,8 +12,10 @@ __all__ = [
     "BlockTask",
     "Calibration",
     "Method",
+    "Order",
     "Solution",
     "Work",
     "pass_work",
+    "spans",
     "walk",
 ]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import BaseModel
@@ -44,6 +44,11 @@ class BlockTask:
     block: nn.Module
     seed: int
     processes: Processes = ALONE
+    widths: Mapping[str, int] = field(default_factory=dict)  # bits of weights that do not have the stage's
+    warm: Mapping[str, Params] = field(default_factory=dict)  # grid parameters that an earlier window has learned
+    # What the original's block reads, and the share of the steps in which the inputs go over from that to `inputs_NTH`.
+    originals_NTH: Activations | None = None
+    annealing: float = 0.0
     figures: dict[str, float] = field(default_factory=dict)  # of a method's own objective, for the metrics
 
     @property
@@ -73,6 +78,10 @@ class BlockTask:
         """Weights (E·O, I) by name."""
         return {matrix.name: matrix.read(self.block) for matrix in self.step.matrices}
 
+    def scheme(self, name: str, scheme: QuantScheme) -> QuantScheme:
+        """The stage's `scheme`, with the bits of this weight."""
+        return replace(scheme, bits=self.widths.get(name, scheme.bits))
+
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Names of the weights in the order in which a forward pass of the block multiplies with them.
 
@@ -99,13 +108,24 @@ class BlockTask:
         """What each token's error counts for. Every process must ask for it."""
         return tokens_of(self.targets_NTH, self.inputs_NTH, self.processes)
 
-    def loss(self, weights: dict[str, Tensor], rows: Tensor | slice, *, relative: bool = False) -> Tensor:
+    def original_share(self, done: float) -> float:
+        """Of the inputs, after this share of the steps: MREM's annealed teacher forcing (arXiv 2109.15082)."""
+        return max(1 - done / self.annealing, 0.0) if self.annealing else 0.0
+
+    def loss(
+        self, weights: dict[str, Tensor], rows: Tensor | slice, *, relative: bool = False, original: float = 0.0
+    ) -> Tensor:
         """Mean squared difference of the block's output with `weights` from the original block's; differentiable.
 
-        Over `rows` of this process. `relative`: each token's over its own size (Tokens), which is how the norms after
+        Over `rows` of this process. `original`: the share of the original's states in the inputs.
+        `relative`: each token's over its own size (Tokens), which is how the norms after
         it will see it; those with massive states count as much as all others.
         """
-        out_BTH = self.step.run(self.block, rows, weights=weights, stream=QUANTISED)
+        hidden_BTH: Tensor | None = None
+        if original:
+            assert self.originals_NTH is not None
+            hidden_BTH = self.inputs_NTH[rows].lerp(self.originals_NTH[rows], original)
+        out_BTH = self.step.run(self.block, rows, weights=weights, stream=QUANTISED, hidden_BTH=hidden_BTH)
         squares_BTH = (out_BTH - self.targets_NTH[rows]).square()
         if not relative:
             return squares_BTH.mean()
@@ -113,7 +133,12 @@ class BlockTask:
         return (squares_BTH.flatten(2).mean(-1) * weights_BT).mean()
 
     def batch_loss(
-        self, weights: Callable[[], dict[str, Tensor]], index_B: Tensor, *, relative: bool = False
+        self,
+        weights: Callable[[], dict[str, Tensor]],
+        index_B: Tensor,
+        *,
+        relative: bool = False,
+        original: float = 0.0,
     ) -> Tensor | None:
         """This process's part of the `loss` of a batch, given by its indices among all rows; None where it has none.
 
@@ -124,7 +149,7 @@ class BlockTask:
         mine_B = self.processes.mine(index_B)
         if not len(mine_B):
             return None
-        return len(mine_B) / len(index_B) * self.loss(weights(), mine_B, relative=relative)
+        return len(mine_B) / len(index_B) * self.loss(weights(), mine_B, relative=relative, original=original)
 
     def error(self, weights: dict[str, Tensor], *, relative: bool = False, batch_size: int = 8) -> float:
         """`loss` over all calibration rows."""
@@ -241,6 +266,7 @@ class Method(Protocol):
     """Law: on its own objective, never worse than nearest rounding from the same scale start."""
 
     Config: type[BaseModel]
+    learns: ClassVar[bool] = False  # step by step on the block's output, so windows and annealed inputs matter
 
     def __init__(self, config: Any) -> None: ...
 
@@ -274,22 +300,27 @@ def start_scales(
     """Grid parameters for each weight: its range, the search of least weight error, or weighed by E[x²].
 
     `relative`: of tokens as BlockTask.second_moments weighs them. Weights of experts that no token reached are not
-    weighed.
+    weighed. Weights that an earlier window has solved keep what it found.
     """
     weights, grid = task.weights(), GRIDS.get(scheme.grid)
+    if task.warm:
+        fresh = replace(task, warm={})
+        rest = {} if task.warm.keys() == weights.keys() else start_scales(fresh, scheme, start, relative=relative)
+        clones = {name: {key: value.clone() for key, value in each.items()} for name, each in task.warm.items()}
+        return {name: clones.get(name) or rest[name] for name in weights}
     if start == "max":
-        return {name: grid.init(w_OI, scheme) for name, w_OI in weights.items()}
+        return {name: grid.init(w_OI, task.scheme(name, scheme)) for name, w_OI in weights.items()}
     moments: dict[str, Tensor] = {}
     if start == "hessian":
         moments = task.second_moments(tuple(weights), full=False, relative=relative)
     found = dict[str, Params]()
     for name, w_OI in weights.items():
-        moment, experts = moments.get(name), task.matrices[name].experts
+        moment, experts, own = moments.get(name), task.matrices[name].experts, task.scheme(name, scheme)
         if moment is None:
-            found[name] = search_scale(w_OI, scheme)
+            found[name] = search_scale(w_OI, own)
             continue
         parts = [
-            search_scale(w_OI, scheme, moment_I if moment_I.any() else None)
+            search_scale(w_OI, own, moment_I if moment_I.any() else None)
             for w_OI, moment_I in zip(w_OI.chunk(max(1, experts)), moment if experts else moment[None], strict=True)
         ]
         found[name] = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}

@@ -1,4 +1,4 @@
-"""Gradient descent on one block's output error: what flexround and block_ap share."""
+"""Gradient descent on one block's output error: what the learned methods share."""
 
 from __future__ import annotations
 
@@ -23,31 +23,48 @@ def reconstruct(
     relative: bool,
     iterations: int,
     batch_size: int,
+    final_lr: float = 0.0,
+    hard: Callable[[], dict[str, Tensor]] | None = None,
+    penalty: Callable[[float], Tensor | None] | None = None,
+    before_step: Callable[[float], None] | None = None,
 ) -> tuple[float, float]:
     """Adam with cosine decay to 0 on the squared error of the block's output, `relative` or not (BlockTask.loss).
 
     `weights` gives the differentiable quantised weights. Leaves the parameters at the better of start and end and
     returns the errors over all calibration rows before and after. Where several processes share these, a batch is still
     the one that a single process takes: its rows are computed where they lie, and the gradients added up.
+
+    `final_lr`: where the cosine ends, as a share of each rate. `hard` gives the weights by which start and end are
+    judged, where those that learn are not yet on the grid. `penalty` is added to the loss, and `before_step` called,
+    with the share of the steps that are done.
     """
     learned: list[Tensor] = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
     start = [p.detach().clone() for p in learned]
+    judged = hard or weights
     with torch.no_grad():
-        before = task.error(weights(), relative=relative)
+        before = task.error(judged(), relative=relative)
     # Fused, a step on 34 million weights takes 0.02 s of one core, else 0.19.
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / iterations)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(math.pi * i / iterations))
+    )
     rows = task.rows()
-    for index_B in shuffled_batches(rows, min(batch_size, rows), iterations, task.seed):
-        loss = task.batch_loss(weights, index_B, relative=relative)
+    for step, index_B in enumerate(shuffled_batches(rows, min(batch_size, rows), iterations, task.seed)):
+        done = step / iterations
+        if before_step is not None:
+            before_step(done)
+        loss = task.batch_loss(weights, index_B, relative=relative, original=task.original_share(done))
         if loss is not None:
             loss.backward()  # type: ignore[no-untyped-call]
+        # Of no rows, so it is one process's: the gradients are added up.
+        if penalty is not None and task.processes.first and (extra := penalty(done)) is not None:
+            extra.backward()  # type: ignore[no-untyped-call]
         task.processes.sum(*_gradients(learned))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # before the next forward pass, which needs the room
         schedule.step()
     with torch.no_grad():
-        after = task.error(weights(), relative=relative)
+        after = task.error(judged(), relative=relative)
         if not math.isfinite(after) and not math.isfinite(before):
             raise UPQError(f"block {task.index}: the output is not finite even before training; check the weights")
         if not after <= before:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,14 @@ class BlockStore:
     folder: Path
     scheme: QuantScheme
     latents: bool = True
+    widths: tuple[Mapping[str, int], ...] = ()  # by block and name, bits of weights that have another number
+
+    def widths_of(self, index: int) -> Mapping[str, int]:
+        return self.widths[index] if self.widths else {}
+
+    def scheme_of(self, index: int, name: str) -> QuantScheme:
+        """Of a weight: the store's scheme with its own bits."""
+        return replace(self.scheme, bits=self.widths_of(index).get(name, self.scheme.bits))
 
     def coded(self, index: int) -> dict[str, Coded]:
         """The linears of a block as codes, whatever is kept of them."""
@@ -73,9 +81,12 @@ class BlockStore:
         parts = _by_linear(load_tensors(self.path(index))[0])
         with keys_required(self.path(index)):
             if self.latents:
-                return {name: Solution(part["latent"], _params(part), self.scheme) for name, part in parts.items()}
+                return {
+                    name: Solution(part["latent"], _params(part), self.scheme_of(index, name))
+                    for name, part in parts.items()
+                }
             return {
-                name: Coded(part["packed"], int(part["columns"]), _params(part), self.scheme)
+                name: Coded(part["packed"], int(part["columns"]), _params(part), self.scheme_of(index, name))
                 for name, part in parts.items()
             }
 
@@ -87,12 +98,10 @@ class BlockStore:
         with keys_required(self.path(index)):
             return {
                 name: QTensor(
-                    unpack(part["packed"], self.scheme.bits, int(part["columns"])),
-                    part["scale"],
-                    part["zero"],
-                    self.scheme,
+                    unpack(part["packed"], scheme.bits, int(part["columns"])), part["scale"], part["zero"], scheme
                 )
                 for name, part in parts.items()
+                for scheme in (self.scheme_of(index, name),)
             }
 
     def weights(self, index: int) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,21 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from upq.blockwise._base import ORIGINAL, QUANTISED, BlockTask, Method
+from upq.blockwise._cfp import truncated
 from upq.blockwise._finite import watched
 from upq.blockwise._sinks import sinks
 from upq.blockwise._store import BlockStore, Report
+from upq.blockwise._windows import Order, Pending, WindowStep, finals, spans
 from upq.core.errors import UPQError
 from upq.core.memory import trim
 from upq.core.precision import Precision, computes_in_bf16
 from upq.core.processes import ALONE, Processes
 from upq.core.progress import Progress
 from upq.files.metrics import NOWHERE, Metrics
-from upq.grids import SMALLEST_SCALE
+from upq.grids import SMALLEST_SCALE, Params
 from upq.model.activations import Allocate, allocator
 from upq.model.matrices import Matrix
 from upq.model.source import Source
 from upq.model.walker import Step
 from upq.model.walker import walk as run_blocks
+from upq.nn.fake_quant import Solution
+
+_AHEAD = 2  # a third stream: the original's, at the end of a window
 
 
 def walk(
@@ -42,6 +48,8 @@ def walk(
     activations: AbstractContextManager[Allocate] | None = None,
     processes: Processes = ALONE,
     metrics: Metrics = NOWHERE,
+    order: Order = Order(),  # noqa: B008  (frozen)
+    truncate: bool = False,
 ) -> None:
     """Solve every block of `source` that `store` does not hold yet.
 
@@ -52,8 +60,12 @@ def walk(
     them.
 
     Several `processes` walk together, each with its share of the calibration rows: the solutions are those of a single
-    one but for the rounding of sums over rows. The first one writes, and all others go on with what it wrote.
-    Each block that is solved has a line of `metrics`.
+    one but for the rounding of sums over rows. The first one writes, and all others go on with what it wrote. With
+    `order.apart` each solves blocks of its own over all rows instead, and writes them: the bytes are those of one.
+
+    Each block that is solved has a line of `metrics`; with `order.apart` those of the first process.
+
+    `truncate` cuts outliers of the weights off before a block is solved (upq.blockwise._cfp).
 
     Raises UPQError, in all processes, where a block writes NaN or infinity: it names block and linear, and such a block
     is not stored.
@@ -61,13 +73,37 @@ def walk(
     done = processes.of_first(store.done(len(source)))
     with processes.shared_errors():
         metrics.begin("block", done)
-    streams = 2 if method.needs_inputs and done < len(source) else 0
+    missing = done < len(source)
+    streams = (2 if order.plain else 3) if method.needs_inputs and missing else 0
     bf16 = computes_in_bf16(precision, source.device, source.text.hidden_size)
     with activations or allocator(None) as allocate:
         with processes.shared_errors():
-            share_NT = processes.share(calibration_NT)
+            share_NT = calibration_NT if order.apart else processes.share(calibration_NT)
             steps = run_blocks(source, share_NT, streams=streams, allocate=allocate, bf16=bf16)
-        stage = _Stage(source, method, store, given, seed, progress, processes, metrics)
+        if order.apart:
+            with processes.shared_errors():
+                stage = _Stage(
+                    source,
+                    method,
+                    store,
+                    given,
+                    seed,
+                    progress,
+                    ALONE,
+                    truncate,
+                    metrics if processes.first else NOWHERE,
+                )
+                for step in steps:
+                    mine = step.index % processes.world == processes.rank
+                    stage.block(step, solved=not mine or store.path(step.index).is_file(), apart=True)
+            with processes.shared_errors():
+                if store.done(len(source)) < len(source):
+                    raise UPQError(f"{store.folder}: blocks of other processes are not there; all machines must see it")
+            return
+        stage = _Stage(source, method, store, given, seed, progress, processes, truncate, metrics)
+        if not order.plain and missing:
+            stage.windows(list(steps), order)
+            return
         for step in steps:
             if streams or step.index >= done:
                 stage.block(step, solved=step.index < done)
@@ -84,32 +120,183 @@ class _Stage:
     seed: int
     progress: Progress
     processes: Processes
+    truncate: bool
     metrics: Metrics
 
-    def block(self, step: Step, *, solved: bool) -> None:
-        """Solve one block, or take it `solved` from the store, and go through it. Nothing of the block stays."""
-        source, store, processes, index = self.source, self.store, self.processes, step.index
-        at = f"{store.folder.name}: block {index}"
+    def block(self, step: Step, *, solved: bool, apart: bool = False) -> None:
+        """Solve one block, or take it `solved` from the store, and go through it. Nothing of the block stays.
+
+        `apart`: the next block will read what the original's writes.
+        """
+        at = self._at(step)
         trim()  # after a block of a 1B is rounded, 400 MB stay in the heap
-        with processes.shared_errors():
-            block = source.block(index)
+        with self.processes.shared_errors():
+            block = self.source.block(step.index)
             trim()  # and after one is read, 200
             if step.states:
-                with watched(block, step.matrices, f"{at}, of the original model", "is it whole?"):
+                with self._original(step, block):
                     step.advance(block, stream=ORIGINAL)
-        if self.given is not None:
-            _put(block, step.matrices, self.given, index, processes)
         if not solved:
-            task = BlockTask(step, block, self.seed * 1_000_003 + index, processes)
-            report, massive = _solve(task, self.method, store, source, at, self.metrics)
-            self._note_unreached(index, report)
-            self._note_massive(index, massive)
-            self.progress.advance(1, **_error_of(report))
-        if step.states:
-            _put(block, step.matrices, store, index, processes)
-            remedy = f"delete {store.path(index)}"
-            with processes.shared_errors(), watched(block, step.matrices, f"{at}, stored", remedy):
-                step.advance(block, stream=QUANTISED)
+            self._begin(step, block)
+            task = BlockTask(step, block, self._seed(step.index), self.processes, self.store.widths_of(step.index))
+            began = time.monotonic()
+            massive = sinks(task) if step.states else None
+            solutions = self.method.solve(task, self.store.scheme)
+            self._finish(task, solutions, massive, began)
+            del task, solutions
+        if step.states and apart:
+            block = self.source.block(step.index)
+            step.advance(block, stream=QUANTISED)
+        elif step.states:
+            self._go_on(step, block, at)
+
+    def windows(self, steps: list[Step], order: Order) -> None:
+        """Solve windows of blocks. What is learned of a block that a later window has too, it goes on from.
+
+        The original's stream that gives the targets runs ahead of the two others, to the end of the window.
+        """
+        found, pending = spans(len(self.source), order), Pending(self.store)
+        parts = finals(found, len(self.source))
+        carries = [span.stop > part.stop for span, part in zip(found, parts, strict=True)]
+        at_end = [n for n, span in enumerate(found) if self._solved(n, span, parts[n], carries[n], pending)]
+        done, ahead = self.processes.of_first(max(at_end, default=-1)), 0
+        for n, (span, part) in enumerate(zip(found, parts, strict=True)):
+            for index in range(ahead, span.stop):
+                with self.processes.shared_errors():
+                    block = self.source.block(index)
+                    with self._original(steps[index], block):
+                        steps[index].advance(block, stream=_AHEAD)
+            ahead = span.stop
+            solutions: dict[int, dict[str, Solution]] = {}
+            began, figures = time.monotonic(), dict[str, float]()
+            if n > done:
+                before = pending.of(n - 1) if n and carries[n - 1] else None
+                joined = [steps[i] for i in span]
+                solutions = self._window(n, joined, order, before, found[n - 1] if n else span, figures)
+                if carries[n]:
+                    with self.processes.shared_errors():
+                        if self.processes.first:
+                            for index in span:
+                                pending.of(n).save(index, solutions[index], {})
+            for index in part:
+                waiting = pending.of(n) if carries[n] else None
+                self._final(steps[index], solutions.get(index), waiting, began, figures)
+            with self.processes.shared_errors():
+                if self.processes.first and n and carries[n - 1]:
+                    shutil.rmtree(pending.of(n - 1).folder, ignore_errors=True)
+
+    def _solved(self, n: int, span: range, part: range, carries: bool, pending: Pending) -> bool:
+        """Whether all that window `n` leaves is on disk."""
+        return pending.whole(n, span) if carries else all(self.store.path(index).is_file() for index in part)
+
+    def _window(
+        self,
+        n: int,
+        steps: list[Step],
+        order: Order,
+        before: BlockStore | None,
+        span_before: range,
+        figures: dict[str, float],
+    ) -> dict[int, dict[str, Solution]]:
+        blocks, warm, widths = nn.ModuleList(), dict[str, Params](), dict[str, int]()
+        for place, step in enumerate(steps):
+            with self.processes.shared_errors():
+                blocks.append(self.source.block(step.index))
+            if before is not None and step.index in span_before:
+                with self.processes.shared_errors():  # all read what the first has written
+                    for name, solution in before.solutions(step.index).items():
+                        matrix = next(each for each in step.matrices if each.name == name)
+                        assert isinstance(solution, Solution)
+                        matrix.write(blocks[place], solution.latent_OI)
+                        warm[f"{place}.{name}"] = {
+                            key: value.to(self.source.device) for key, value in solution.params.items()
+                        }
+            else:
+                self._begin(step, blocks[place])
+            widths |= {f"{place}.{name}": bits for name, bits in self.store.widths_of(step.index).items()}
+        joined = WindowStep.of(tuple(steps), targets=_AHEAD, inputs=QUANTISED)
+        task = BlockTask(
+            joined,
+            blocks,
+            self._seed(n),
+            self.processes,
+            widths,
+            warm,
+            originals_NTH=steps[0].states[ORIGINAL],
+            annealing=order.annealing,
+            figures=figures,
+        )
+        found: dict[int, dict[str, Solution]] = {step.index: {} for step in steps}
+        for name, solution in self.method.solve(task, self.store.scheme).items():
+            at, _, rest = name.partition(".")
+            found[steps[int(at)].index][rest] = solution
+        return found
+
+    def _final(
+        self,
+        step: Step,
+        solutions: dict[str, Solution] | None,
+        pending: BlockStore | None,
+        began: float,
+        figures: dict[str, float],
+    ) -> None:
+        """Write a block that no later window has, unless it is there, and let the streams go through it."""
+        with self.processes.shared_errors():
+            block = self.source.block(step.index)
+            with self._original(step, block):
+                step.advance(block, stream=ORIGINAL)
+        if not self.processes.of_first(self.store.path(step.index).is_file()):
+            if self.given is not None:
+                _put(block, step.matrices, self.given, step.index, self.processes)
+            if solutions is None:
+                assert pending is not None
+                with self.processes.shared_errors():
+                    solutions = {
+                        name: each for name, each in pending.solutions(step.index).items() if isinstance(each, Solution)
+                    }
+            widths = self.store.widths_of(step.index)
+            task = BlockTask(step, block, self._seed(step.index), self.processes, widths, figures=figures)
+            self._finish(task, solutions, sinks(task), began)
+        self._go_on(step, block, self._at(step))
+        step.forget()
+
+    def _begin(self, step: Step, block: nn.Module) -> None:
+        """What is to be solved: the weights of the stage before, or the original's."""
+        if self.given is not None:
+            _put(block, step.matrices, self.given, step.index, self.processes)
+        if self.truncate:
+            for matrix in step.matrices:
+                matrix.write(block, truncated(matrix.read(block)))
+
+    def _finish(
+        self, task: BlockTask, solutions: dict[str, Solution], massive: dict[str, Any] | None, began: float
+    ) -> None:
+        index = task.index
+        report = _measure(task, solutions, massive, self.store, self.source, self._at(task.step))
+        with task.processes.shared_errors():
+            if task.processes.first:
+                figures = {**_error_of(report), **task.figures, "seconds": round(time.monotonic() - began, 3)}
+                self.metrics.append("block", index, durable=True, **figures)
+                self.store.save(index, solutions, report, massive)
+        self._note_unreached(index, report)
+        self._note_massive(index, massive)
+        self.progress.advance(1, **_error_of(report))
+
+    def _go_on(self, step: Step, block: nn.Module, at: str) -> None:
+        """The quantised stream, through what is stored."""
+        _put(block, step.matrices, self.store, step.index, self.processes)
+        remedy = f"delete {self.store.path(step.index)}"
+        with self.processes.shared_errors(), watched(block, step.matrices, f"{at}, stored", remedy):
+            step.advance(block, stream=QUANTISED)
+
+    def _seed(self, index: int) -> int:
+        return self.seed * 1_000_003 + index
+
+    def _at(self, step: Step) -> str:
+        return f"{self.store.folder.name}: block {step.index}"
+
+    def _original(self, step: Step, block: nn.Module) -> AbstractContextManager[None]:
+        return watched(block, step.matrices, f"{self._at(step)}, of the original model", "is it whole?")
 
     def _note_unreached(self, index: int, report: Report) -> None:
         for name, figures in report.items():
@@ -131,17 +318,19 @@ class _Stage:
         )
 
 
-def _solve(
-    task: BlockTask, method: Method, store: BlockStore, source: Source, at: str, metrics: Metrics
-) -> tuple[Report, dict[str, Any] | None]:
-    """Solve one block and write it. What that took is free again on return, before the next block is read.
+def _measure(
+    task: BlockTask,
+    solutions: dict[str, Solution],
+    massive: dict[str, Any] | None,
+    store: BlockStore,
+    source: Source,
+    at: str,
+) -> Report:
+    """The report of a solved block. `massive` gets the error of its tokens.
 
-    The report has for each weight the relative error of its weight against the original's and, where it is known, of
+    It has for each weight the relative error of its weight against the original's and, where it is known, of
     the block's output: of all tokens but those with massive states, which are spoken of apart (`sinks`).
     """
-    began = time.monotonic()
-    massive = sinks(task) if task.step.states else None
-    solutions = method.solve(task, store.scheme)
     remedy = f"choose another {store.folder.name}.method, with another --out"
     weights = {name: s.qtensor().dequantize() for name, s in solutions.items()}
     squares = torch.zeros(2, 2, dtype=torch.float64)
@@ -167,12 +356,7 @@ def _solve(
             found["block"] = of_others
         if massive is not None:
             massive["error"] = of_massive
-    with task.processes.shared_errors():
-        if task.processes.first:
-            figures = {**_error_of(report), **task.figures, "seconds": round(time.monotonic() - began, 3)}
-            metrics.append("block", task.index, durable=True, **figures)
-            store.save(task.index, solutions, report, massive)
-    return report, massive
+    return report
 
 
 def _error_of(report: Report) -> dict[str, float]:

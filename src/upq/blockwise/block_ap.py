@@ -26,11 +26,11 @@ from upq.blockwise._base import (
     start_scales,
     start_work,
 )
-from upq.blockwise._reconstruct import reconstruct, reconstruct_memory, reconstruct_work
+from upq.blockwise._reconstruct import Groups, reconstruct, reconstruct_memory, reconstruct_work
 from upq.blockwise.gptq import compensated_block, gptq_memory, gptq_work
 from upq.core.config import Strict
 from upq.core.scheme import QuantScheme
-from upq.grids import GRIDS
+from upq.grids import GRIDS, ZERO
 from upq.model.sizes import Bytes, Sizes, largest
 from upq.nn.fake_quant import Solution, rms
 
@@ -46,8 +46,11 @@ class BlockAp(Method):
         batch_size: int = Field(4, ge=1)
         lr: float = Field(1e-2, gt=0)  # of the weights, in units of each matrix's RMS
         scale_lr: float = Field(3e-3, gt=0)  # on the grid's own parameters
+        zero_lr: float | None = Field(None, ge=0)  # on zero points, in codes; None: scale_lr
+        final_lr: float = Field(0.0, ge=0, le=1)  # where the cosine ends, as a share of the rates
 
     needs_inputs = True
+    learns = True
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -83,12 +86,13 @@ class BlockAp(Method):
     def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
         grid = GRIDS.get(scheme.grid)
         relative = self.config.relative
+        schemes = {name: task.scheme(name, scheme) for name in task.matrices}
         params = start_scales(task, scheme, self.config.scale, relative=relative)
         nearest = {name: w_OI.clone() for name, w_OI in task.weights().items()}
         latents, bound = nearest, math.inf
         if self.config.start == "gptq":
             with torch.no_grad():
-                rounded = {name: grid.fake(w_OI, params[name], scheme) for name, w_OI in nearest.items()}
+                rounded = {name: grid.fake(w_OI, params[name], schemes[name]) for name, w_OI in nearest.items()}
                 bound = task.error(rounded, relative=relative)
             del rounded
             latents = compensated_block(task, params, scheme, damp=self.config.damp, relative=relative)
@@ -100,23 +104,28 @@ class BlockAp(Method):
                 tensor.requires_grad_()
 
         def quantised() -> dict[str, Tensor]:
-            return {name: grid.fake(latents[name], params[name], scheme) for name in latents}
+            return {name: grid.fake(latents[name], params[name], schemes[name]) for name in latents}
 
-        scales = [p for each in params.values() for p in each.values()]
+        apart = self.config.zero_lr is not None
+        named = [item for each in params.values() for item in each.items()]
+        scales = [p for key, p in named if not (apart and key == ZERO)]
+        zeros = [p for key, p in named if apart and key == ZERO]
+        groups: Groups = [{"params": [latent], "lr": self.config.lr * rms(latent)} for latent in latents.values()]
+        groups.append({"params": scales, "lr": self.config.scale_lr})
+        if zeros:
+            groups.append({"params": zeros, "lr": self.config.zero_lr})
         _, after = reconstruct(
             task,
             quantised,
-            [
-                *({"params": [latent], "lr": self.config.lr * rms(latent)} for latent in latents.values()),
-                {"params": scales, "lr": self.config.scale_lr},
-            ],
+            groups,
             relative=relative,
             iterations=self.config.iterations,
             batch_size=self.config.batch_size,
+            final_lr=self.config.final_lr,
         )
         if not after <= bound:  # GPTQ's start has no guarantee of its own
             latents, params = nearest, start_params
         return {
-            name: Solution(latents[name].detach(), {k: v.detach() for k, v in params[name].items()}, scheme)
+            name: Solution(latents[name].detach(), {k: v.detach() for k, v in params[name].items()}, schemes[name])
             for name in latents
         }

@@ -53,6 +53,7 @@ class FlexRound(Method):
         lr: float = Field(3e-3, gt=0)
 
     needs_inputs = True
+    learns = True
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -81,6 +82,7 @@ class FlexRound(Method):
 
     def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
         grid, weights = GRIDS.get(scheme.grid), task.weights()
+        schemes = {name: task.scheme(name, scheme) for name in weights}
         params = start_scales(task, scheme, self.config.scale, relative=self.config.relative)
         s2 = {name: torch.zeros_like(w_OI) for name, w_OI in weights.items()}
         s3 = {name: torch.zeros_like(w_OI[:, :1]) for name, w_OI in weights.items()}
@@ -90,7 +92,7 @@ class FlexRound(Method):
             return found
 
         def quantised() -> dict[str, Tensor]:
-            return {name: grid.fake(divided(name), params[name], scheme) for name in weights}
+            return {name: grid.fake(divided(name), params[name], schemes[name]) for name in weights}
 
         learned = [*s2.values(), *s3.values(), *(p for each in params.values() for p in each.values())]
         for tensor in learned:
@@ -104,6 +106,6 @@ class FlexRound(Method):
             batch_size=self.config.batch_size,
         )
         return {
-            name: Solution(divided(name).detach(), {k: v.detach() for k, v in params[name].items()}, scheme)
+            name: Solution(divided(name).detach(), {k: v.detach() for k, v in params[name].items()}, schemes[name])
             for name in weights
         }

@@ -51,8 +51,9 @@ class Gptq(Method):
         scales = start_scales(task, scheme, self.config.scale, relative=relative)
         latents = compensated_block(task, scales, scheme, damp=self.config.damp, relative=relative)
         grid = GRIDS.get(scheme.grid)
+        schemes = {name: task.scheme(name, scheme) for name in latents}
         return {
-            name: Solution(grid.fake(latent_OI, scales[name], scheme), scales[name], scheme)
+            name: Solution(grid.fake(latent_OI, scales[name], schemes[name]), scales[name], schemes[name])
             for name, latent_OI in latents.items()
         }
 
@@ -87,7 +88,7 @@ def compensated_block(
         # The groups before this one are already rounded in the block, so their error is part of the input.
         moments = task.second_moments(group[:1], full=True, relative=relative)[group[0]]
         for name in group:
-            matrix = task.matrices[name]
+            matrix, own = task.matrices[name], task.scheme(name, scheme)
             of_experts = zip(
                 original[name].chunk(max(1, matrix.experts)),
                 moments if matrix.experts else moments[None],
@@ -95,12 +96,12 @@ def compensated_block(
                 strict=True,
             )
             try:
-                parts = [compensated(w, h, params, scheme, damp=damp) for w, h, params in of_experts]
+                parts = [compensated(w, h, params, own, damp=damp) for w, h, params in of_experts]
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 where = f"block {task.index}, {name}"
                 raise UPQError(f"gptq: {where}: the Hessian is singular; raise damp above {damp}") from None
             latents[name] = torch.cat(parts)
-            matrix.write(task.block, grid.fake(latents[name], scales[name], scheme))
+            matrix.write(task.block, grid.fake(latents[name], scales[name], own))
     return {name: latents[name] for name in original}
 
 

@@ -41,4 +41,4 @@ class Rtn(Method):
 
     def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
         scales = start_scales(task, scheme, self.config.scale)
-        return {name: Solution(w_OI, scales[name], scheme) for name, w_OI in task.weights().items()}
+        return {name: Solution(w_OI, scales[name], task.scheme(name, scheme)) for name, w_OI in task.weights().items()}

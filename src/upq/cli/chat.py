@@ -86,8 +86,8 @@ class _Talk:
 
         self._console, self._options, self._start = console, options, start
         self._sides = [
-            Side(name, model, tokenizer, list(start))
-            for name, model, tokenizer in zip(names, models, tokenizers, strict=True)
+            Side(title, model, tokenizer, list(start))
+            for title, model, tokenizer in zip(_titles(names), models, tokenizers, strict=True)
         ]
 
     def reset(self) -> None:
@@ -118,6 +118,12 @@ class _Talk:
                 ]
         for side, reply in zip(self._sides, replies, strict=True):
             side.history += [asked, {"role": "assistant", "content": reply}]
+
+
+def _titles(names: list[str]) -> list[str]:
+    """The last parts of the paths, where these differ."""
+    last = [name.rstrip("/").rpartition("/")[2] for name in names]
+    return last if len(set(last)) == len(last) else names
 
 
 def _tokenizer(model: str) -> PreTrainedTokenizerBase:

@@ -13,6 +13,7 @@ from upq.core.errors import UPQError
 
 M = TypeVar("M", bound=BaseModel)
 _FREE: dict[str, Any] = {"free": True}
+_NEUTRAL: dict[str, Any] = {"neutral": True}
 _ERRORS, _SHOWN = 1000, 200  # errors that are looked at, characters of a value in a message
 
 
@@ -25,9 +26,19 @@ def free(default: Any, **constraints: Any) -> Any:
     return Field(default, json_schema_extra=_FREE, **constraints)
 
 
+def neutral(default: Any, **constraints: Any) -> Any:
+    """A setting that was not always there, and that changes no result at its default: work from before still holds."""
+    return Field(default, json_schema_extra=_NEUTRAL, **constraints)
+
+
 def fixed(settings: BaseModel) -> dict[str, Any]:
-    """The settings that a result depends on, as JSON types: all but the free ones."""
-    kept = {name for name, info in type(settings).model_fields.items() if info.json_schema_extra != _FREE}
+    """The settings that a result depends on, as JSON types: all but the free ones and neutral ones at their default."""
+    kept = {
+        name
+        for name, info in type(settings).model_fields.items()
+        if info.json_schema_extra != _FREE
+        and not (info.json_schema_extra == _NEUTRAL and getattr(settings, name) == info.default)
+    }
     return settings.model_dump(mode="json", include=kept)
 
 

@@ -4,6 +4,9 @@ The model is given the chat template up to where the user's words begin and goes
 (Magpie, arXiv 2406.08464). Sampling is from the model's own distribution (LLM-QAT, arXiv 2305.17888), of answers too
 unless the recipe asks for the likeliest ones.
 
+Where the compiled decoder takes the model, conversations are written side by side: one that ends leaves, and one of the
+next batch takes its place. Else a batch is written by transformers until its longest text ends.
+
 Shape suffixes: B = samples of a batch, T = tokens.
 """
 
@@ -11,23 +14,34 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from upq.core.errors import UPQError
 from upq.core.processes import ALONE, Processes
 from upq.core.progress import Progress
+from upq.core.scramble import scramble
 from upq.data.config import Generated
 from upq.data.conversations import ChatTemplate
 from upq.data.rows import Message
 from upq.files.atomic import atomic_write, write_errors
-from upq.text.generation import end_tokens, own_distribution, written
+from upq.text.generation import Chosen, Over, Request, Sampling, end_tokens, own_distribution, written
 from upq.text.tokenizer import check_tokens
 
 _MARK = "\ue000"  # private use: occurs in no template
@@ -36,6 +50,19 @@ _EMPTY_IN_A_ROW = 8  # batches without a single finished conversation, after whi
 _CALLS = 2  # of the model for a batch: prompts, then answers
 
 Conversation = list[dict[str, str]]
+
+
+class Texts(Protocol):
+    """Texts that are written side by side (`upq.decoding.Batch`)."""
+
+    @property
+    def free(self) -> int:
+        """Texts that can be added."""
+
+    def add(self, request: Request[Any]) -> None: ...
+
+    def step(self) -> Iterable[tuple[Any, list[int]]]:
+        """A token for each; those that end."""
 
 
 def write_conversations(
@@ -48,26 +75,31 @@ def write_conversations(
     progress: Progress,
     processes: Processes = ALONE,
     sharded: bool = False,
+    texts: Texts | None = None,
 ) -> Path:
     """Conversations of one turn in `folder`, a file of JSON lines for each batch, of `section.tokens` tokens in all.
 
     Law (tests/test_data_generated.py): the files are byte for byte those of one process that was never interrupted,
-    for any number of processes, whatever files are there already. Each batch has a seed of its own.
+    for any number of processes, whatever files are there already. Each conversation has a seed of its own.
 
     Process r writes batches r, r + world, …; sizes are exchanged each round, so all processes stop after the same one.
-    `sharded`: each process holds a part of `model`. `progress` advances by tokens. Raises UPQError, in all processes,
-    where the model has no chat template or ends no answer.
+    `texts`: what writes; None for transformers. `sharded`: each process holds a part of `model`. `progress` advances by
+    tokens. Raises UPQError, in all processes, where the model has no chat template or ends no answer.
     """
     assert section.tokens is not None
     with processes.shared_errors(), write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     sampler = _Sampler(model, tokenizer, section.max_new_tokens, processes if sharded else ALONE)
+    talks: Callable[[int], Iterable[Conversation]] = partial(_conversations, sampler, tokenizer, section, seed)
+    if texts is not None:
+        ends = end_tokens(model.generation_config, tokenizer)
+        mine = (number for number in count(processes.rank, processes.world) if not _file(folder, number).is_file())
+        talks = _Stream(texts, tokenizer, section, frozenset(ends), seed, mine)
     done = number = empty = 0
     needed: list[Path] = []  # a batch without a finished conversation has no file: the data would not have an empty one
     while done < section.tokens:
-        mine = number + processes.rank
         with processes.shared_errors():
-            written = _write_batch(_file(folder, mine), sampler, tokenizer, section, seed=seed * 1_000_003 + mine)
+            written = _write_batch(folder, number + processes.rank, sampler, tokenizer, talks)
         for size in processes.each(written):
             if size:
                 needed.append(_file(folder, number))
@@ -108,35 +140,30 @@ class _Sampler:
         self._model, self._tokenizer, self._company = model, tokenizer, company
         self._max_new_tokens, self._calls = max_new_tokens, 0
 
-    def __call__(self, prompts: list[list[int]], temperature: float, *, closing: str = "") -> list[str]:
+    def __call__(self, prompts: list[list[int]], samplings: list[Sampling], *, closing: str = "") -> list[str]:
         self._calls += 1
-        return sample(
-            self._model,
-            self._tokenizer,
-            prompts,
-            self._max_new_tokens,
-            temperature,
-            closing=closing,
-            company=self._company,
-        )
+        model, tokenizer, limit = self._model, self._tokenizer, self._max_new_tokens
+        return sample(model, tokenizer, prompts, samplings, limit, closing=closing, company=self._company)
 
     def pad_calls(self, calls: int) -> None:
         """Call without prompts until there have been `calls` since the last time."""
         while self._calls < calls:
-            self([], 1.0)
+            self([], [])
         self._calls = 0
 
 
 def _write_batch(
-    path: Path, sampler: _Sampler, tokenizer: PreTrainedTokenizerBase, section: Generated, *, seed: int
+    folder: Path,
+    number: int,
+    sampler: _Sampler,
+    tokenizer: PreTrainedTokenizerBase,
+    talks: Callable[[int], Iterable[Conversation]],
 ) -> int:
     """Tokens in the batch's file, which is written unless it is there."""
+    path = _file(folder, number)
     try:
-        if not path.is_file():
-            torch.manual_seed(seed)
-            talks = _conversations(sampler, tokenizer, section)
-            if text := "".join(json.dumps({"messages": talk}) + "\n" for talk in talks):
-                atomic_write(path, text)
+        if not path.is_file() and (text := "".join(json.dumps({"messages": talk}) + "\n" for talk in talks(number))):
+            atomic_write(path, text)
     except UPQError:
         sampler.pad_calls(_CALLS)
         raise
@@ -145,17 +172,116 @@ def _write_batch(
     return sum(len(_tokens(tokenizer, json.loads(line)["messages"])) for line in lines)
 
 
-def _conversations(sampler: _Sampler, tokenizer: PreTrainedTokenizerBase, section: Generated) -> Iterator[Conversation]:
-    """One batch. What was cut off at the limit is left out: the template would end it where the model did not."""
+def _conversations(
+    sampler: _Sampler, tokenizer: PreTrainedTokenizerBase, section: Generated, seed: int, number: int
+) -> Iterator[Conversation]:
+    """One batch by transformers. What was cut off is left out: the template would end it where the model did not."""
     frame = Frame.of(tokenizer)
-    header_ids = tokenizer(frame.header, add_special_tokens=False)["input_ids"]
-    asked = sampler([header_ids] * section.batch_size, section.temperature, closing=frame.closing)
+    asking, answering = zip(*(_samplings(section, seed, number, i) for i in range(section.batch_size)), strict=True)
+    header_ids = _header(tokenizer, frame)
+    asked = sampler([header_ids] * section.batch_size, list(asking), closing=frame.closing)
     turns = [[{"role": "user", "content": prompt}] for prompt in asked if prompt]
     prompts = [_tokens(tokenizer, turn, prompt=True) for turn in turns]
-    answers = sampler(prompts, section.answer_temperature, closing=frame.ending)
+    how = [sampling for sampling, prompt in zip(answering, asked, strict=True) if prompt]
+    answers = sampler(prompts, how, closing=frame.ending)
     for turn, answer in zip(turns, answers, strict=True):
         if answer:
             yield [*turn, {"role": "assistant", "content": answer}]
+
+
+def _samplings(section: Generated, seed: int, number: int, i: int) -> tuple[Sampling, Sampling]:
+    """Of the prompt and of the answer of conversation `i` of a batch."""
+    place = 2 * (number * section.batch_size + i)
+    asking, answering = scramble(np.array([place, place + 1], np.uint64), seed).tolist()
+    return Sampling(section.temperature, asking), Sampling(section.answer_temperature, answering)
+
+
+def _header(tokenizer: PreTrainedTokenizerBase, frame: Frame) -> list[int]:
+    ids: list[int] = tokenizer(frame.header, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+@dataclass(slots=True)
+class _Open:
+    """A batch that is being written: its conversations, or errors, by number."""
+
+    left: int
+    talks: dict[int, Conversation] = field(default_factory=dict)
+    errors: dict[int, UPQError] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """Which text of which conversation."""
+
+    batch: int
+    i: int
+    asked: str | None = None  # the prompt, where this is its answer
+
+
+class _Stream:
+    """The conversations of batch after batch. Where texts are free, conversations of later batches begin."""
+
+    def __init__(
+        self,
+        texts: Texts,
+        tokenizer: PreTrainedTokenizerBase,
+        section: Generated,
+        ends: frozenset[int],
+        seed: int,
+        numbers: Iterator[int],
+    ) -> None:
+        """`numbers`: of the batches to write, in order."""
+        self._texts, self._tokenizer, self._section, self._seed = texts, tokenizer, section, seed
+        self._frame, self._ends = Frame.of(tokenizer), ends
+        self._closing = _unless_end(tokenizer, self._frame.closing, ends)
+        self._ending = _unless_end(tokenizer, self._frame.ending, ends)
+        self._answers = deque[Request[_Turn]]()
+        self._open = dict[int, _Open]()
+        self._prompts = self._all_prompts(numbers)
+
+    def __call__(self, number: int) -> list[Conversation]:
+        """All of a batch, in order. Raises the first of its errors."""
+        while number not in self._open or self._open[number].left:
+            while self._texts.free:
+                self._texts.add(self._answers.popleft() if self._answers else next(self._prompts))
+            for turn, ids in self._texts.step():
+                self._ended(turn, ids)
+        done = self._open.pop(number)
+        if done.errors:
+            raise done.errors[min(done.errors)]
+        return [talk for _, talk in sorted(done.talks.items())]
+
+    def _all_prompts(self, numbers: Iterator[int]) -> Iterator[Request[_Turn]]:
+        header = _header(self._tokenizer, self._frame)
+        for number in numbers:
+            self._open[number] = _Open(self._section.batch_size)
+            for i in range(self._section.batch_size):
+                yield self._request(_Turn(number, i), header, self._closing)
+
+    def _request(self, turn: _Turn, ids: list[int], closing: str) -> Request[_Turn]:
+        asking, answering = _samplings(self._section, self._seed, turn.batch, turn.i)
+        over = Over(self._tokenizer, self._ends, (closing,) if closing else ())
+        sampling = asking if turn.asked is None else answering
+        return Request(turn, tuple(ids), self._section.max_new_tokens, over, sampling)
+
+    def _ended(self, turn: _Turn, ids: list[int]) -> None:
+        """A prompt gets its answer. What was cut off, or cannot be a conversation, ends it."""
+        batch = self._open[turn.batch]
+        closing = self._closing if turn.asked is None else self._ending
+        try:
+            words = _finished(self._tokenizer, ids, set(self._ends), closing)
+            if words and turn.asked is None:
+                prompt = _tokens(self._tokenizer, [{"role": "user", "content": words}], prompt=True)
+                self._answers.append(self._request(_Turn(turn.batch, turn.i, words), prompt, self._ending))
+                return
+        except UPQError as error:
+            batch.errors[turn.i] = error
+            words = ""
+        batch.left -= 1
+        if words and turn.asked is not None:
+            talk = [{"role": "user", "content": turn.asked}, {"role": "assistant", "content": words}]
+            batch.talks[turn.i] = talk
 
 
 @dataclass(frozen=True)
@@ -224,26 +350,23 @@ def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
+    samplings: list[Sampling],
     max_new_tokens: int,
-    temperature: float = 1.0,
     *,
     closing: str = "",
     company: Processes = ALONE,
 ) -> list[str]:
     """What the model writes after each prompt up to an end token; empty where none came within `max_new_tokens`.
 
-    At temperature 0 the likeliest token each time. `closing`: a text that ends what is written as an end token does.
-    `company` are those that hold a part of the model each: all of them have to call, and run it as often as the one
-    that writes longest, on a single token where they have no prompts.
+    `closing`: a text that ends what is written as an end token does. `company` are those that hold a part of the model
+    each: all of them have to call, and run it as often as the one that writes longest, on a single token where they
+    have no prompts.
     """
     if not any(company.each(len(prompts))):
         return []
     ends = end_tokens(model.generation_config, tokenizer)
-    if closing and tokenizer.convert_tokens_to_ids(closing) in ends:
-        closing = ""
-    settings = own_distribution(
-        ends, tokenizer, max_new_tokens=max_new_tokens if prompts else 1, temperature=temperature
-    )
+    closing = _unless_end(tokenizer, closing, ends)
+    settings = own_distribution(ends, tokenizer, max_new_tokens=max_new_tokens if prompts else 1)
     asked = prompts or [[cast(int, settings.pad_token_id)]]
     closed = [_Closed(tokenizer, closing, max(map(len, asked)))] if closing else []
     found = written(
@@ -252,20 +375,24 @@ def sample(
         settings,
         synced_gpus=company.world > 1,
         stopping_criteria=StoppingCriteriaList(closed),
+        logits_processor=LogitsProcessorList([Chosen(samplings or [Sampling()])]),
     )
     return [_finished(tokenizer, ids, set(ends), closing) for ids in found[: len(prompts)]]
+
+
+def _unless_end(tokenizer: PreTrainedTokenizerBase, closing: str, ends: Container[int]) -> str:
+    """What ends a text as an end token does; empty where it is one."""
+    return "" if closing and tokenizer.convert_tokens_to_ids(closing) in ends else closing
 
 
 class _Closed(StoppingCriteria):
     """Ends each row that has written `closing` behind its first `width` tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, closing: str, width: int) -> None:
-        self._tokenizer, self._closing, self._width = tokenizer, closing, width
-        self._longest = len(closing.encode()) + 1  # a token has a byte or more; one may begin before the text
+        self._over, self._width = Over(tokenizer, frozenset(), (closing,)), width
 
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Any:
-        last_BT = input_ids[:, max(self._width, input_ids.shape[1] - self._longest) :]
-        closed = [self._closing in _text(self._tokenizer, ids) for ids in last_BT.tolist()]
+        closed = [self._over.stopped(ids) for ids in input_ids[:, self._width :].tolist()]
         return torch.tensor(closed, device=input_ids.device)
 
 

@@ -27,6 +27,7 @@ from upq.core.config import digest
 from upq.core.errors import UPQError
 from upq.core.paths import local
 from upq.core.progress import Progress, Silent
+from upq.core.scramble import scramble
 from upq.data import tokens
 from upq.data.config import Data, OnBadRow, TextSource
 from upq.data.encoding import Encoded, Encoder, tokenizer_identity
@@ -353,7 +354,7 @@ def _set_aside(
     cost = np.bincount(inverse, weights=lengths_D).astype(np.int64)  # with all repetitions
     taken = np.zeros(len(unique), np.bool_)
     have = 0
-    for n in np.argsort(tokens.scramble(unique, seed), kind="stable"):
+    for n in np.argsort(scramble(unique, seed), kind="stable"):
         if have >= asked * t:
             break
         if total - cost[n] >= needed:

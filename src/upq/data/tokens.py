@@ -9,13 +9,14 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from upq.core.scramble import scramble
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +69,6 @@ class TokenSet:
         return self.tokens_NT[torch.from_numpy(rows.copy())].long()
 
 
-def scramble(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
-    """Pseudo-random 64-bit numbers, one for each value (splitmix64): the same on every machine and in every version."""
-    with np.errstate(over="ignore"):
-        z = (values + np.uint64(1) + _mix(np.uint64(seed % 2**64))) * np.uint64(0x9E3779B97F4A7C15)
-        mixed: NDArray[np.uint64] = _mix(z)
-        return mixed
-
-
 @lru_cache(maxsize=4)
 def permutation(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """The order of `n` rows in an epoch."""
@@ -83,13 +76,6 @@ def permutation(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
     order = np.argsort(scramble(np.arange(n, dtype=np.uint64), per_epoch), kind="stable")
     order.setflags(write=False)
     return order
-
-
-def _mix(z: Any) -> Any:
-    with np.errstate(over="ignore"):
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
 
 
 def read(path: Path, key: str, seed: int) -> TokenSet | None:

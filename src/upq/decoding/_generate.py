@@ -26,6 +26,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from upq.decoding._parts import Unsuitable, parts
 from upq.decoding._session import Session
+from upq.kernels import compute
 
 _log = logging.getLogger("upq")
 
@@ -71,6 +72,8 @@ class _Generate:
         return _Generate, (self._model,)  # a copy or a pickle starts without session, lock and warnings
 
     def session(self) -> Session:
+        if (how := compute()) == "reference":
+            raise Unsuitable(f"the kernels are set to {how}")
         found = parts(self._model)
         if self._session is None or not self._session.is_of(found):
             self._session = None  # its cache goes before the new one comes

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, SiLUActivation
 
-from upq.kernels import Weight, compute
+from upq.kernels import Weight
 from upq.kernels.decoder import Activation, Block, Experts, Linear, Mlp, Norm, Parts, Rope
 from upq.model.layout import layout_of
 from upq.model.windows import window
@@ -59,8 +59,8 @@ class Unsuitable(Exception):
     """Why the compiled decoder leaves something to transformers, in a few words."""
 
 
-def parts(model: PreTrainedModel) -> Parts:
-    """The parts as they are now. Raises Unsuitable."""
+def parts(model: PreTrainedModel, *, dense: bool = False) -> Parts:
+    """The parts as they are now. `dense`: also of a model without packed linears. Raises Unsuitable."""
     family = COMPILED.get(model.config.model_type)
     if family is None:
         raise Unsuitable(f"the family {model.config.model_type} is not compiled")
@@ -73,7 +73,7 @@ def parts(model: PreTrainedModel) -> Parts:
     decoder: Any = model.get_submodule(layout.decoder)
     _check_children(decoder, {"embed_tokens", "layers", "norm", "rotary_emb"})
     layers = decoder.layers[: config.num_hidden_layers]
-    if not any(type(module) in (PackedLinear, PackedExperts) for module in layers.modules()):
+    if not dense and not any(type(module) in (PackedLinear, PackedExperts) for module in layers.modules()):
         raise Unsuitable("its linears are not packed")
     head_dim = layers[0].self_attn.head_dim
     ropes = _ropes(decoder.rotary_emb, None if family.partial_rotary else head_dim)
@@ -94,8 +94,6 @@ def parts(model: PreTrainedModel) -> Parts:
 
 def _check_state(model: PreTrainedModel) -> None:
     """Raise for everything that makes transformers' own forward pass compute something else."""
-    if (how := compute()) == "reference":
-        raise Unsuitable(f"the kernels are set to {how}")
     if model.device.type != "cpu":
         raise Unsuitable(f"the model is on {model.device.type}")
     if model.dtype not in _DTYPES:
@@ -194,15 +192,21 @@ def _experts(module: Any) -> Experts:
     router, gate_up, down = module.gate, module.experts.gate_up_proj, module.experts.down_proj
     if type(router).__name__ != "Qwen3MoeTopKRouter" or type(module.experts).__name__ != "Qwen3MoeExperts":
         raise Unsuitable(f"experts of the type {type(module.experts).__name__}")
-    if type(gate_up) is not PackedExperts or type(down) is not PackedExperts:
-        raise Unsuitable("experts that are not packed")
     return Experts(
         router_EH=router.weight,
-        gate_up=gate_up.kernel_weights(),
-        down=down.kernel_weights(),
+        gate_up=_of_each(gate_up),
+        down=_of_each(down),
         chosen=router.top_k,
         normalised=bool(router.norm_topk_prob),
     )
+
+
+def _of_each(experts: Any) -> tuple[Weight | torch.Tensor, ...]:
+    if type(experts) is PackedExperts:
+        return experts.kernel_weights()
+    if type(experts) is nn.Parameter:
+        return experts.unbind()
+    raise Unsuitable(f"experts of the type {type(experts).__name__}")
 
 
 def _activation(module: Any) -> Activation:

@@ -26,6 +26,7 @@ class Session:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self._decoder = Decoder(parts)
+        self._text = self._decoder.open()
         self._identity = identity(parts)
         self._ids: list[int] = []
         self._computed_by: tuple[str, str] | None = None
@@ -39,7 +40,7 @@ class Session:
         how = (compute(), cpu.instruction_set())
         kept = shared(self._ids, ids) if how == self._computed_by else 0
         kept = min(kept, len(ids) - 1)  # the last token is computed in any case: its logits are not kept
-        self._decoder.truncate(kept)
+        self._decoder.truncate(self._text, kept)
         del self._ids[kept:]
         self._computed_by = how
         return self.extend_V(ids[kept:])
@@ -50,7 +51,7 @@ class Session:
         assert ids
         for start in range(0, len(ids), _PORTION):
             portion = ids[start : start + _PORTION]
-            found_V = self._decoder.forward(portion, compute=self._computed_by[0])  # type: ignore[arg-type]
+            found_V = self._decoder.forward({self._text: portion}, compute=self._computed_by[0])[0]  # type: ignore[arg-type]
             self._ids += portion
         return found_V
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from upq.core.config import Plugin, Strict, free
+from upq.core.config import Plugin, Strict, free, neutral
 from upq.core.precision import Precision
 
 
@@ -27,6 +27,7 @@ class Distill(Strict):
     beta2: float = Field(0.95, gt=0, lt=1)
     clip: float = Field(1.0, gt=0)  # gradient norm
     train_weights: bool = True  # False: codes stay as the block-wise stage has left them, and scales alone learn
+    train_zeros: bool = neutral(True)  # False: zero points keep the values that the block-wise stage has stored
     train_norms: bool = False
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments in float32, or in 8 bits (torchao)
     gradient_checkpointing: bool = free(False)  # keep the blocks' inputs for the backward pass and run each block again

@@ -34,6 +34,7 @@ from upq.distill.student import checkpoint_blocks, norm_weight, norms, trained_l
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher
 from upq.files.metrics import NOWHERE, Metrics
 from upq.files.tensors import keys_required, load_metadata, load_tensors, save_tensors
+from upq.grids import ZERO
 from upq.losses import LOSSES, Loss
 from upq.model.head import Head
 from upq.model.layout import layout_of
@@ -156,6 +157,10 @@ class Training:
         taught = teacher if needed and not isinstance(teacher, CachedTeacher) else None
         if config.gradient_checkpointing:
             checkpoint_blocks(student)
+        if not config.train_zeros:
+            for layer in trained_linears(student).values():
+                if ZERO in layer.grid_params:
+                    layer.grid_params[ZERO].requires_grad_(False)
         objective = Objective(student, taught, loss, chunk=config.chunk_tokens, hidden=config.hidden)
         sharded = sharded and self.accelerator.num_processes > 1
         if sharded:
@@ -253,7 +258,7 @@ def _groups(student: PreTrainedModel, config: Distill, width: int) -> list[dict[
         for layer in layers
         if isinstance(layer, FakeQuantLinear)
     ]
-    scales = [p for layer in layers for p in layer.grid_params.values()]
+    scales = [p for layer in layers for p in layer.grid_params.values() if p.requires_grad]
     groups.append({"params": scales, "lr": config.scale_lr})
     if config.train_norms:
         weights = [norm_weight(norm) for norm in norms(student).values()]

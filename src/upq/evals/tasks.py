@@ -12,7 +12,7 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from upq.core.errors import UPQError
 from upq.core.progress import Progress, Silent
+from upq.decoding import Unsuitable, batch
 from upq.evals import mini
 from upq.evals.choices import score
 from upq.evals.items import Item, items_of
@@ -31,12 +32,14 @@ from upq.evals.kept import KeptAnswers
 from upq.evals.local_tasks import local_names, write_local_tasks
 from upq.model.loading import embedding_rows
 from upq.text.date import fixed_date
-from upq.text.generation import end_tokens, generating, own_distribution
+from upq.text.generation import Over, Request, end_tokens, generating, own_distribution
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
 _IFEVAL_PACKAGES = ("nltk", "langdetect", "immutabledict")
+_SIDE_BY_SIDE = 32  # answers that are written at a time, at least
+_GREEDY = {"until", "max_gen_toks", "do_sample", "temperature"}  # settings of a task
 _NOISY = ("lm_eval", "transformers", "datasets", "huggingface_hub")
 
 
@@ -327,7 +330,28 @@ def _harness_class(progress: Progress | None) -> type[Any]:
             return found
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return self._unless_kept("generate_until", requests, super().generate_until)
+            compiled = _side_by_side(self, requests)
+            return self._unless_kept("generate_until", requests, compiled or super().generate_until)
+
+        def upq_answered(self, context: str, settings: Any, answer: list[int], limit: int, stop: list[str]) -> str:
+            """The text of an answer as lm-eval cuts it, counted and kept."""
+            from lm_eval.models.utils import postprocess_generated_text
+
+            text = str(postprocess_generated_text(self.tok_decode(answer), stop, None))
+            self._count(answer, limit, stop)
+            self.cache_hook.add_partial("generate_until", (context, settings), text)
+            self._done(1)
+            return text
+
+        def _count(self, answer: list[int], limit: int, stop: list[str]) -> None:
+            ends = end_tokens(self.model.generation_config, self.tokenizer)
+            text = self.tok_decode(answer)
+            finished = not set(ends).isdisjoint(answer) or any(text.find(s) >= 0 for s in stop if s)
+            at_limit = not finished and len(answer) == limit
+            self.upq_counts.answers += 1
+            self.upq_counts.at_limit += at_limit
+            if self.upq_kept is not None:
+                self.upq_kept.at_limit.append(at_limit)
 
         def tok_batch_encode(
             self,
@@ -347,17 +371,48 @@ def _harness_class(progress: Progress | None) -> type[Any]:
             with generating(self.model, own_distribution(ends, self.tokenizer)):  # the rest is the task's to set
                 tokens = super()._model_generate(context, max_length=max_length, stop=stop, **options)
             for answer in tokens[:, context.shape[1] :].tolist():
-                text = self.tok_decode(answer)
-                finished = not set(ends).isdisjoint(answer) or any(text.find(s) >= 0 for s in stop if s)
-                at_limit = not finished and len(answer) == max_length - context.shape[1]
-                self.upq_counts.answers += 1
-                self.upq_counts.at_limit += at_limit
-                if self.upq_kept is not None:
-                    self.upq_kept.at_limit.append(at_limit)
+                self._count(answer, max_length - context.shape[1], stop)
             self._done(len(context))
             return tokens
 
     return Harness
+
+
+def _side_by_side(harness: Any, requests: Sequence[Any]) -> Callable[..., list[str]] | None:
+    """lm-eval's `generate_until` through the compiled decoder, or None where it does not take model or requests.
+
+    An answer that ends leaves its place to the next question. Only greedy answers: others are drawn as lm-eval draws.
+    """
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+    settings = [normalize_gen_kwargs(request.args[1], harness.max_gen_toks) for request in requests]
+    if any(each.keys() - _GREEDY or each["do_sample"] for each in settings):
+        return None
+    try:
+        texts = batch(harness.model, size=max(harness.batch_size, _SIDE_BY_SIDE))
+    except Unsuitable:
+        return None
+    ends = frozenset(end_tokens(harness.model.generation_config, harness.tokenizer))
+    eos = harness.tok_decode(harness.eot_token_id, skip_special_tokens=False)
+
+    def generate_until(requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        asked = [normalize_gen_kwargs(request.args[1], harness.max_gen_toks) for request in requests]
+        stops = [handle_stop_sequences(each["until"], eos=eos) for each in asked]
+
+        def prompts() -> Iterator[Request[int]]:
+            for number, (request, each, stop) in enumerate(zip(requests, asked, stops, strict=True)):
+                limit = each["max_gen_toks"]
+                ids, _ = harness.tok_batch_encode([request.args[0]], left_truncate_len=harness.max_length - limit)
+                over = Over(harness.tokenizer, ends, tuple(filter(None, stop)))
+                yield Request(number, tuple(ids[0].tolist()), limit, over)
+
+        answers = dict[int, str]()
+        for number, written in texts.write(prompts()):
+            context, own = requests[number].args
+            answers[number] = harness.upq_answered(context, own, written, asked[number]["max_gen_toks"], stops[number])
+        return [answers[number] for number in range(len(requests))]
+
+    return generate_until
 
 
 def _check_room(harness: Any, name: str, tasks: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from upq.core.registry import Registry
 from upq.core.scheme import QTensor, QuantScheme
 
 Params = dict[str, Tensor]  # learnable parameters of a grid, each (O, G) float32
+ZERO = "zero"  # the parameter that is a zero point, in grids that learn one
 
 # Below 2^-20 a float16 scale keeps fewer than five significant bits, and exporters halve it once more.
 SMALLEST_SCALE = 2.0**-20

@@ -109,11 +109,35 @@ class Dimensions:
         self, hidden: int, heads: int, kv_heads: int, head_dim: int, embedding_scale: float, ropes: Sequence[Rope], /
     ) -> None: ...
 
+class Stored:
+    float32: Stored
+    int8: Stored
+
 class Decoder:
     def __init__(
-        self, dimensions: Dimensions, embedding: Canonical | Dense, blocks: Sequence[Block], norm: Norm, head: Linear, /
+        self,
+        dimensions: Dimensions,
+        embedding: Canonical | Dense,
+        blocks: Sequence[Block],
+        norm: Norm,
+        head: Linear,
+        stored: Stored,
+        /,
     ) -> None: ...
     @property
-    def length(self) -> int: ...
-    def truncate(self, length: int, /) -> None: ...
-    def forward(self, ids: int, tokens: int, compute: Compute, threads: int, isa: int, logits: int, /) -> None: ...
+    def cached_bytes(self) -> int: ...
+    def open(self) -> int: ...
+    def close(self, text: int, /) -> None: ...
+    def length(self, text: int, /) -> int: ...
+    def truncate(self, text: int, length: int, /) -> None: ...
+    def forward(
+        self,
+        texts: Sequence[int],
+        counts: Sequence[int],
+        ids: int,
+        compute: Compute,
+        threads: int,
+        isa: int,
+        logits: int,
+        /,
+    ) -> None: ...

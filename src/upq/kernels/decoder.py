@@ -1,4 +1,4 @@
-"""A whole decoder on the CPU, compiled: one call a token, without Python in between.
+"""A whole decoder on the CPU, compiled: one call a step for any number of texts, without Python in between.
 
 `Parts` says what it computes: which norms a block has and where, one or several linears for what reads the same values,
 factors, windows, tables of positions, an MLP or experts. There are no families here.
@@ -12,9 +12,9 @@ E = experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -68,8 +68,8 @@ class Experts:
     """
 
     router_EH: Tensor
-    gate_up: tuple[Weight, ...]  # of each expert: rows of the gate, then of up
-    down: tuple[Weight, ...]
+    gate_up: tuple[Weight | Tensor, ...]  # of each expert: rows of the gate, then of up
+    down: tuple[Weight | Tensor, ...]
     chosen: int
     normalised: bool  # the shares of the chosen sum to one
 
@@ -79,8 +79,7 @@ class Experts:
     @property
     def nbytes(self) -> int:
         """What a token reads."""
-        of_one = self.gate_up[0].matrix().nbytes + self.down[0].matrix().nbytes
-        return self.router_EH.nbytes + self.chosen * of_one
+        return self.router_EH.nbytes + self.chosen * self.mlps()[0].nbytes
 
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -141,42 +140,67 @@ class Parts:
 
     @property
     def cache_bytes(self) -> int:
-        """Keys and values of one position."""
+        """Keys and values of one position, in float32."""
         return 2 * 4 * len(self.blocks) * self.kv_heads * self.head_dim
 
 
+Stored = Literal["float32", "int8"]
+STORED: tuple[Stored, ...] = get_args(Stored)
+
+
 class Decoder:
-    """`forward` appends tokens and gives the logits that follow the last one; `truncate` takes tokens back.
+    """`forward` appends tokens to texts and gives the logits that follow each; `truncate` takes tokens back.
+
+    A text is a number that `open` gives and `close` takes. `cache`: how keys and values are stored; int8 takes a
+    quarter of the memory, and a float32 scale for each position and head. The cache lies in blocks of 16 positions,
+    so a text holds at most 15 that it does not use.
 
     One thread at a time: the key-value cache is its state.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, *, cache: Stored = "float32") -> None:
         _check(parts)
+        if cache not in STORED:
+            raise UPQError(f"keys and values are stored as {' or '.join(STORED)}, not {cache!r}")
         self.parts = parts
+        self.cache = cache
         self._held: list[object] = []  # what the compiled decoder points to
         self._decoder = self._build()
         self._vocabulary = _shape(parts.embedding)[0]
 
+    def open(self) -> int:
+        """A new text, without tokens."""
+        return self._decoder.open()
+
+    def close(self, text: int) -> None:
+        """Its part of the cache is free for others."""
+        self._decoder.close(text)
+
+    def length(self, text: int) -> int:
+        """Positions of a text in the cache."""
+        return self._decoder.length(text)
+
+    def truncate(self, text: int, length: int) -> None:
+        """Drop all positions of a text from `length` on."""
+        self._decoder.truncate(text, length)
+
     @property
-    def length(self) -> int:
-        """Positions in the cache."""
-        return self._decoder.length
+    def cached_bytes(self) -> int:
+        """Memory of the cache, in use or free."""
+        return self._decoder.cached_bytes
 
-    def truncate(self, length: int) -> None:
-        """Drop all positions from `length` on."""
-        self._decoder.truncate(length)
-
-    def forward(self, ids: Sequence[int], *, compute: cpu.Compute = "w2a8") -> Tensor:
-        """Logits (V,), float32."""
+    def forward(self, portions: Mapping[int, Sequence[int]], *, compute: cpu.Compute = "w2a8") -> Tensor:
+        """Logits (B, V), float32: after each text, gone on with by its portion of tokens."""
         extension = cpu.extension()
-        if not ids or min(ids) < 0 or max(ids) >= self._vocabulary:
+        ids = [token for portion in portions.values() for token in portion]
+        if not all(portions.values()) or not ids or min(ids) < 0 or max(ids) >= self._vocabulary:
             raise UPQError(f"token ids must be at least one, from 0 to {self._vocabulary - 1}")
         tokens = torch.tensor(ids, dtype=torch.int32)
-        logits = torch.empty(_shape(self.parts.head.weight)[0])
+        logits = torch.empty(len(portions), _shape(self.parts.head.weight)[0])
         self._decoder.forward(
+            list(portions),
+            [len(portion) for portion in portions.values()],
             tokens.data_ptr(),
-            len(ids),
             getattr(extension.Compute, compute),
             torch.get_num_threads(),
             cpu.isa(cpu.instruction_set()),
@@ -197,7 +221,9 @@ class Decoder:
         norm, head = self._norm(parts.norm), self._linear(parts.head)
         table = parts.embedding
         rows = self._canonical(table) if isinstance(table, Weight) else self._dense(table)
-        decoder: _cpu.Decoder = extension.Decoder(dimensions, rows, blocks, norm, head)
+        decoder: _cpu.Decoder = extension.Decoder(
+            dimensions, rows, blocks, norm, head, getattr(extension.Stored, self.cache)
+        )
         return decoder
 
     def _block(self, block: Block) -> _cpu.Block:

@@ -73,6 +73,7 @@ class Replay:
         handed_on = all(call.hidden_BTH is calls[0].hidden_BTH for call in calls)
         fixed = not any(_depends_on_values(call, other) for call, other in zip(calls, others, strict=True))
         self.by_shape = bool(self._tables) and handed_on and fixed
+        self.handed_on = handed_on  # a block gets what the one before it wrote, as it is
 
     @torch.no_grad()
     def call(self, index: int, ids_BT: Tensor, hidden_BTH: Tensor | None = None) -> Call:
@@ -143,12 +144,21 @@ class Step:
     # Calls by number of rows, where they follow from it. Without hidden states.
     _known: dict[int, Call] = field(default_factory=dict)
 
-    def run(self, block: nn.Module, rows: Rows, *, weights: dict[str, Tensor] | None = None, stream: int = 0) -> Tensor:
+    def run(
+        self,
+        block: nn.Module,
+        rows: Rows,
+        *,
+        weights: dict[str, Tensor] | None = None,
+        stream: int = 0,
+        hidden_BTH: Tensor | None = None,
+    ) -> Tensor:
         """The block's output (B, T, H) for some rows of a stream, with `weights` in place of its own.
 
-        Differentiable with respect to `weights` (E·O, I), by their names.
+        `hidden_BTH`: in place of what the stream has. Differentiable with respect to `weights` (E·O, I), by their
+        names, and `hidden_BTH`. Raises UPQError where blocks hand on more than hidden states, and these are given.
         """
-        return self._run(block, self._call(rows, stream), weights)
+        return self._run(block, self._call(rows, stream, hidden_BTH), weights)
 
     @torch.no_grad()
     def advance(self, block: nn.Module, *, stream: int = 0) -> None:
@@ -160,6 +170,10 @@ class Step:
             if mappings := {name: each for name, each in call.kwargs.items() if isinstance(each, MutableMapping)}:
                 self.carried[stream][rows.start, rows.stop] = mappings
 
+    def forget(self) -> None:
+        """Free what is kept of the calls: the block is done with."""
+        self._known.clear()
+
     def _run(self, block: nn.Module, call: Call, weights: dict[str, Tensor] | None) -> Tensor:
         args = (call.hidden_BTH, *call.args)
         with self.autocast():
@@ -168,17 +182,24 @@ class Step:
             named = {m.parameter: m.shaped(weights[m.name]) for m in self.matrices if m.name in weights}
             return hidden_states(functional_call(block, named, args, call.kwargs))
 
-    def _call(self, rows: Rows, stream: int) -> Call:
+    def _call(self, rows: Rows, stream: int, given_BTH: Tensor | None = None) -> Call:
         replay = self.replay
         assert replay is not None
-        hidden_BTH = self.states[stream][rows].to(replay.dtype)
+        hidden_BTH = (self.states[stream][rows] if given_BTH is None else given_BTH).to(replay.dtype)
         if replay.by_shape:
             known = self._known.get(len(hidden_BTH))
             if known is None:
-                known = replay.call(self.index, self.tokens_NT[rows], hidden_BTH)
-                self._known[len(hidden_BTH)] = Call(hidden_BTH[:0], known.args, known.kwargs)
+                known = replay.call(self.index, self.tokens_NT[rows], hidden_BTH.detach())
+                self._known[len(hidden_BTH)] = Call(hidden_BTH.detach()[:0], known.args, known.kwargs)
             return Call(hidden_BTH, known.args, known.kwargs)
-        call = replay.call(self.index, self.tokens_NT[rows], hidden_BTH)
+        call = replay.call(self.index, self.tokens_NT[rows], hidden_BTH.detach())
+        if given_BTH is not None:
+            if not replay.handed_on or any(isinstance(each, MutableMapping) for each in call.kwargs.values()):
+                raise UPQError(
+                    "blocks of this model hand on more than hidden states: no window, no annealing; "
+                    "set window=1 and annealing=0"
+                )
+            return Call(hidden_BTH, call.args, call.kwargs)
         carried = self.carried[stream] if self.index else {}
         if carried:
             for name, handed_on in _rows_of(carried, rows).items():

@@ -200,7 +200,7 @@ def check(config: PretrainedConfig, recipe: Recipe, model: Source, name: str) ->
     seq_len, limit = recipe.data.seq_len, context_of(config)
     if limit is not None and seq_len > limit:
         raise UPQError(f"data.seq_len={seq_len} is more than the model's {limit}; lower it")
-    codes_alone = ""  # the stage that has left no weights to train
+    codes_alone, widths = "", False  # the stage that has left no weights to train, and whether one chose widths
     for stage_name, stage in recipe.stages.items():
         stage.check(stage_name, model, recipe.data)
         demands = stage.demands(recipe.data)
@@ -209,6 +209,9 @@ def check(config: PretrainedConfig, recipe: Recipe, model: Source, name: str) ->
                 f"{stage_name} trains weights, and {codes_alone} before it leaves codes alone; set"
                 f" {stage_name}.train_weights=false, or change their order"
             )
+        if demands.widths and not widths:
+            raise UPQError(f"{stage_name}.mixed: no stage before it chooses widths; put one of the kind `widths` there")
+        widths = widths or stage.chooses_widths
         if stage.solves or stage.trains:
             codes_alone = stage_name if demands.codes_alone else codes_alone if not stage.solves else ""
     for plugin in recipe.export:

@@ -47,12 +47,14 @@ class Memory(Strict):
 class Demands:
     """What a stage needs: `rows` of packed text, and of the blocks solved before it the `start`.
 
-    `codes_alone`: it has no weights to leave behind, so no stage that trains weights can follow.
+    `codes_alone`: it has no weights to leave behind, so no stage that trains weights can follow. `widths`: a stage
+    before it must have chosen them.
     """
 
     rows: int = 0
     start: Start | None = None
     codes_alone: bool = False
+    widths: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class ModelState:
     built_on: tuple[BlockStore, ...] = ()  # blocks that a later block-wise stage started from
     norms: Path | None = None  # trained norms, by parameter name
     skipped_steps: tuple[int, ...] = ()  # of trainings: their loss or gradient was not finite
+    widths: tuple[Mapping[str, int], ...] = ()  # by block and weight, the bits that a stage has chosen
 
     def dump(self, work: Path) -> dict[str, Any]:
         """As JSON types; paths are relative to `work`, so that the folder can be moved."""
@@ -98,6 +101,7 @@ class ModelState:
             "built_on": [_store(store, work) for store in self.built_on],
             "norms": None if self.norms is None else _relative(self.norms, work),
             "skipped_steps": list(self.skipped_steps),
+            "widths": [dict(each) for each in self.widths],
         }
 
     @classmethod
@@ -105,7 +109,8 @@ class ModelState:
         """What `dump` gave."""
 
         def store(raw: Mapping[str, Any]) -> BlockStore:
-            return BlockStore(work / raw["folder"], QuantScheme(**raw["scheme"]), raw["latents"])
+            scheme, widths = QuantScheme(**raw["scheme"]), tuple(raw.get("widths", ()))
+            return BlockStore(work / raw["folder"], scheme, raw["latents"], widths)
 
         return cls(
             raw["digest"],
@@ -114,6 +119,7 @@ class ModelState:
             tuple(store(each) for each in raw["built_on"]),
             None if raw["norms"] is None else work / raw["norms"],
             tuple(raw["skipped_steps"]),
+            tuple(raw.get("widths", ())),
         )
 
 
@@ -122,7 +128,8 @@ def _relative(path: str | Path, work: Path) -> str:
 
 
 def _store(store: BlockStore, work: Path) -> dict[str, Any]:
-    return {"folder": _relative(store.folder, work), "scheme": asdict(store.scheme), "latents": store.latents}
+    plain = {"folder": _relative(store.folder, work), "scheme": asdict(store.scheme), "latents": store.latents}
+    return plain | ({"widths": [dict(each) for each in store.widths]} if store.widths else {})
 
 
 @dataclass(frozen=True)
@@ -190,6 +197,7 @@ class Stage(Strict):
     savings: ClassVar[tuple[Saving, ...]] = ()  # own settings that save memory
     solves: ClassVar[bool] = False  # it leaves blocks as codes
     trains: ClassVar[bool] = False  # it starts from solved blocks
+    chooses_widths: ClassVar[bool] = False  # of weights, for stages after it
 
     def scheme(self) -> QuantScheme | None:
         """Of the codes that it leaves; None for a stage that solves no blocks."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from upq.blockwise import Calibration, Work, pass_work
+from upq.blockwise import Calibration, Work, pass_work, spans
 from upq.core.precision import compute_dtype, computes_in_bf16
 from upq.core.scheme import QuantScheme
 from upq.data.config import Generated
@@ -65,26 +65,32 @@ def data_need(*, rows: int, seq_len: int) -> Need:
 def blockwise_need(
     stage: Blockwise, sizes: Sizes, machine: Machine, *, seq_len: int, on_disk: bool, latents: bool
 ) -> Need:
-    """One block and two streams of hidden states, in memory or on disk. `latents`: they are kept for a training."""
+    """A window of blocks and the streams of hidden states, in memory or on disk. `latents`: kept for a training."""
     bf16 = computes_in_bf16(stage.precision, machine.device, sizes.hidden)
     method = stage.solver()
-    rows = -(-stage.samples // machine.processes)
+    order = stage.order
+    windows = [len(span) for span in spans(sizes.blocks, order)]
+    widest, solved_times = max(windows), sum(windows) / sizes.blocks
+    rows = stage.samples if order.apart else -(-stage.samples // machine.processes)
     calibration = Calibration(rows, seq_len, bf16)
-    streams = 2.0 * FP32 * seq_len * sizes.hidden if method.needs_inputs else 0.0
+    count = 2 if order.plain else 3
+    streams = count * FP32 * seq_len * sizes.hidden if method.needs_inputs else 0.0
     passing = sizes.forward(min(8, rows), seq_len) if method.needs_inputs else Bytes()
     # After it is solved: its dequantised weights, and of the largest the original's and their difference.
     solved = sizes.matrices() + tensors(3, FP32 * sizes.largest) + passing
-    block = sizes.matrices() + Bytes(FP32 * (sizes.block - sizes.linears))
-    held = Bytes() if on_disk else tensors(2, streams * rows / 2)
-    work = method.work(sizes, calibration) + Work(0.0, 140.0 * sizes.linears)
+    block = (sizes.matrices() + Bytes(FP32 * (sizes.block - sizes.linears))) * widest
+    held = Bytes() if on_disk else tensors(count, streams * rows / count)
+    work = method.work(sizes, calibration) * solved_times + Work(0.0, 140.0 * sizes.linears)
     if method.needs_inputs:
-        work += pass_work(sizes, calibration) * 3
+        work += pass_work(sizes, calibration) * (1 + count)
+    if order.apart:  # the other processes solve the other blocks
+        work = work * (1 / machine.processes)
     # Beside codes lie scales and zero points as they were computed.
     stored = 0 if latents else 6 * sizes.groups(stage.scheme())
     left = (sizes.solved(stage.scheme(), latents=latents) + stored) * sizes.blocks
     return need(
         stage.samples * seq_len,
-        block + held + largest(method.memory(sizes, calibration), solved),
+        block + held + largest(method.memory(sizes, calibration) * widest, solved),
         left + (streams * stage.samples if on_disk else 0),
         flops=work.flops * sizes.blocks,
         moved=work.moved * sizes.blocks,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from upq.blockwise import METHODS, BlockStore, Method, walk
-from upq.core.config import Plugin
+from upq.blockwise import METHODS, BlockStore, Method, Order, spans, walk
+from upq.core.config import Plugin, neutral
+from upq.core.errors import UPQError
 from upq.core.precision import Precision
 from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.data.config import Data
@@ -31,6 +32,13 @@ class Blockwise(Stage):
     method: Plugin
     samples: int = Field(128, ge=1)  # calibration sequences of data.seq_len tokens
     precision: Precision = "auto"  # of the products; weights and hidden states are float32
+    window: int = neutral(1, ge=1)  # blocks that are solved together
+    overlap: int = neutral(0, ge=0)  # of them with the next window
+    grow: int = neutral(0, ge=0)  # windows at either end that grow from one block to so many
+    inputs: Literal["quantised", "original"] = neutral("quantised")  # what a block reads while it is solved
+    annealing: float = neutral(0.0, ge=0, le=1)  # share of the steps in which inputs go from original to quantised
+    mixed: bool = neutral(False)  # each weight has the bits that a stage `widths` has chosen for it
+    truncate: bool = neutral(False)  # cut outliers of the weights off before they are solved
 
     solves: ClassVar[bool] = True
 
@@ -41,17 +49,34 @@ class Blockwise(Stage):
         cls = METHODS.get(self.method.name)
         return cls(self.method.options(cls.Config, f"method {self.method.name}"))
 
+    @property
+    def order(self) -> Order:
+        return Order(self.window, self.overlap, self.grow, self.annealing, self.inputs == "original")
+
     def check(self, name: str, model: Source, data: Data) -> None:
-        self.solver()
+        method, order = self.solver(), self.order
+        try:
+            spans(len(model), order)
+        except UPQError as error:
+            raise UPQError(f"{name}.{error}") from None
+        if not order.plain and order.apart:
+            raise UPQError(f"{name}.inputs=original solves each block alone; set window=1, grow=0 and annealing=0")
+        if not (order.plain or method.learns):
+            learning = ", ".join(each for each in METHODS.names() if METHODS.get(each).learns)
+            raise UPQError(
+                f"{name}: {self.method.name} does not learn on a block's output, so window, grow and annealing change"
+                f" nothing; leave them out, or set {name}.method to one of {learning}"
+            )
         for index in range(len(model)):
             for matrix in model.matrices(index):
                 self.scheme().groups(matrix.inputs)
 
     def demands(self, data: Data) -> Demands:
-        return Demands(rows=self.samples, start="codes")
+        return Demands(rows=self.samples, start="codes", widths=self.mixed)
 
     def cost(self, name: str, blocks: int, reading: Reading) -> dict[str, tuple[int, float]]:
-        passes = 3.0 * self.samples + self.solver().cost
+        solved = sum(len(span) for span in spans(blocks, self.order)) / blocks
+        passes = 3.0 * self.samples + self.solver().cost * solved
         return {name: (blocks, blocks * reading.seq_len * passes)}
 
     def need(self, name: str, sizes: Sizes, machine: Machine, planned: Planned) -> dict[str, Need]:
@@ -60,7 +85,8 @@ class Blockwise(Stage):
         return {name: blockwise_need(self, sizes, machine, seq_len=seq_len, on_disk=on_disk, latents=latents)}
 
     def run(self, job: Job, state: ModelState) -> ModelState:
-        store = BlockStore(job.folder, self.scheme(), latents=job.keep == "latents")
+        widths = state.widths if self.mixed else ()
+        store = BlockStore(job.folder, self.scheme(), latents=job.keep == "latents", widths=widths)
         model = job.source()
         job.progress.start(job.name, done=store.done(len(model)))
         walk(
@@ -75,6 +101,8 @@ class Blockwise(Stage):
             activations=job.activations(),
             processes=job.processes,
             metrics=job.metrics,
+            order=self.order,
+            truncate=self.truncate,
         )
         built_on = state.built_on if state.solved is None else (*state.built_on, state.solved)
         return replace(state, solved=store, built_on=built_on, norms=None)

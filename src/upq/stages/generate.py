@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from upq.data.config import Data, Generated, TextSource
 from upq.data.generated import check, write_conversations
+from upq.decoding import Batch, Unsuitable, batch
 from upq.files.atomic import atomic_write
 from upq.model.loading import check_finite, generation_config, load_model, load_tokenizer
 from upq.model.sharding import load_original, make_mesh
@@ -64,6 +65,7 @@ class Generate(Generated, Stage):
             progress=job.progress,
             processes=job.processes,
             sharded=job.sharded,
+            texts=_side_by_side(job, model, section.batch_size),
         )
         # One file for each amount: a later run may want more of the same batches.
         written = job.folder / f"conversations-{section.tokens}.jsonl"
@@ -71,6 +73,15 @@ class Generate(Generated, Stage):
             if job.processes.first:
                 atomic_write(written, b"".join(file.read_bytes() for file in sorted(batches.iterdir())))
         return replace(state, text=(*state.text, TextSource(path=str(written), weight=self.weight)))
+
+
+def _side_by_side(job: Job, model: PreTrainedModel, size: int) -> Batch[Any] | None:
+    """The compiled decoder, where it takes the model."""
+    try:
+        return batch(model, size=size)
+    except Unsuitable as reason:
+        job.progress.note(f"{job.name}: transformers writes, batch by batch, not the compiled decoder: {reason}")
+        return None
 
 
 def _original(job: Job, mesh: DeviceMesh | None) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <utility>
 
@@ -32,7 +33,7 @@ struct Strided {
 
 std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 
-std::int64_t up_to_blocks(std::int64_t positions) { return (positions + key_block - 1) / key_block * key_block; }
+std::int64_t blocks_of(std::int64_t positions) { return (positions + key_block - 1) / key_block; }
 
 // body(token) for every token; fewer than 8 for each thread are not worth waking it.
 template <class Body>
@@ -69,6 +70,22 @@ void look_up(const Canonical& table, std::int64_t id, std::int64_t columns, floa
         const float zero = table.zeros ? widen(table.zeros, table.real, g) : table.zero;
         out[i] = (static_cast<float>(code) - zero) * widen(table.scales, table.real, g);
     }
+}
+
+// n values to int8, `step` apart, and their scale; zeros where they are all below 2^-120, as in tokens.hpp.
+void quantize(const float* x, std::int64_t n, std::int64_t step, std::int8_t* codes, float* scale) {
+    float peak = 0.0f;
+    bool finite = true;
+    for (std::int64_t i = 0; i < n; ++i) {
+        peak = std::max(peak, std::abs(x[i]));
+        finite &= std::isfinite(x[i]);
+    }
+    const bool held = finite && peak >= 0x1p-120f;
+    *scale = held ? peak / 127.0f : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+    const float inverse = held ? 127.0f / peak : 0.0f;
+    constexpr float shift = 12582912.0f;  // rounds to the nearest integer
+    for (std::int64_t i = 0; i < n; ++i)
+        codes[i * step] = static_cast<std::int8_t>(held ? x[i] * inverse + shift - shift : 0.0f);
 }
 
 // The pairs (i, i + pairs) of a head, turned by the angles of a position.
@@ -126,25 +143,35 @@ std::int64_t Linear::rows() const {
 
 std::int64_t Mlp::width() const { return gate_up.front().rows() / (gate_up.size() == 1 ? 2 : 1); }
 
+// A token on its way through the blocks.
+struct Row {
+    std::int32_t text, id;
+    std::int64_t position;
+    std::int64_t ends;  // number of the portion whose last token it is; or -1
+};
+
 // One call of forward(): how it computes, and what it computes on.
 struct Decoder::Run {
     Decoder& self;
     const Kernels& kernels;
     Compute compute;
     int threads;
+    std::int64_t longest;  // positions that a token sees at most
     const Dimensions& dims = self.dimensions_;
+    std::span<const Row> rows{};  // of the chunk
 
-    // Of up to chunk_tokens tokens. `scores` has a row for every query of a key-value head and thread.
-    std::vector<float> x, normed, qkv, attended, gate_up, inner, added, scores;
+    // Of up to chunk_tokens tokens. `scratch` is what the attention of a key-value head takes, for every thread.
+    std::vector<float> x, normed, qkv, attended, gate_up, inner, added, scratch;
+    std::vector<float> last;  // hidden states of the last token of each portion
     std::vector<std::vector<float>> cosines, sines;  // of each table of positions
     // Where there are experts: what the router says, the tokens of one expert, and what it makes of them.
     std::vector<float> routed, gathered, made;
     std::vector<Share> shares;
     std::vector<std::int64_t> order, members;
 
-    Run(Decoder& decoder, const Kernels& with, Compute how, int team, std::int64_t tokens)
-        : self(decoder), kernels(with), compute(how), threads(team), cosines(dims.ropes.size()), sines(dims.ropes.size()) {
-        const std::int64_t count = std::min(tokens, chunk_tokens), positions = decoder.length_ + tokens;
+    Run(Decoder& decoder, const Kernels& with, Compute how, int team, std::int64_t tokens, std::int64_t portions, std::int64_t positions)
+        : self(decoder), kernels(with), compute(how), threads(team), longest(positions), cosines(dims.ropes.size()), sines(dims.ropes.size()) {
+        const std::int64_t count = std::min(tokens, chunk_tokens);
         std::int64_t width = 0, chosen = 0, experts = 0;
         for (const Block& block : self.blocks_) {
             const auto* choice = std::get_if<Experts>(&block.mlp);
@@ -154,52 +181,60 @@ struct Decoder::Run {
             chosen = std::max(chosen, choice->chosen);
             experts = std::max(experts, choice->router.rows);
         }
-        for (auto* rows : {&x, &normed, &added}) rows->resize(size(count * dims.hidden));
+        for (auto* each : {&x, &added}) each->resize(size(count * dims.hidden));
+        normed.resize(size(std::max(count, portions) * dims.hidden));
+        last.resize(size(portions * dims.hidden));
         attended.resize(size(count * dims.heads * dims.head_dim));
         qkv.resize(size(count * (dims.heads + 2 * dims.kv_heads) * dims.head_dim));
         gate_up.resize(size(2 * width));
         inner.resize(size(width));
         for (std::size_t i = 0; i < dims.ropes.size(); ++i)
-            for (auto* rows : {&cosines[i], &sines[i]}) rows->resize(size(count * dims.ropes[i].pairs));
-        scores.resize(size(team * scores_of_a_thread(positions)));
+            for (auto* each : {&cosines[i], &sines[i]}) each->resize(size(count * dims.ropes[i].pairs));
+        scratch.resize(size(team * scratch_of_a_thread()));
         if (!chosen) return;
         routed.resize(size(count * experts));
-        for (auto* rows : {&gathered, &made}) rows->resize(size(count * dims.hidden));
+        for (auto* each : {&gathered, &made}) each->resize(size(count * dims.hidden));
         shares.resize(size(count * chosen));
     }
 
-    std::int64_t scores_of_a_thread(std::int64_t positions) const {
-        return dims.heads / dims.kv_heads * (positions + 2 * key_block);
+    std::int64_t scratch_of_a_thread() const {
+        return dims.heads / dims.kv_heads * (longest + 2 * key_block) + key_block * dims.head_dim;
     }
 
-    // A portion of the tokens through all blocks, and into the cache.
-    void chunk(std::span<const std::int32_t> ids) {
-        const auto tokens = static_cast<std::int64_t>(ids.size());
+    // Some tokens through all blocks, and into the cache.
+    void chunk(std::span<const Row> part) {
+        rows = part;
+        const auto tokens = static_cast<std::int64_t>(rows.size());
         for_tokens(tokens, threads, [&](std::int64_t t) {
-            const std::int64_t id = ids[size(t)];
+            const auto [text, id, position, ends] = rows[size(t)];
             float* row = &x[size(t * dims.hidden)];
             std::visit([&](const auto& table) { look_up(table, id, dims.hidden, row); }, self.embedding_);
             for (std::int64_t i = 0; i < dims.hidden; ++i) row[i] *= dims.embedding_scale;
-            for (std::size_t i = 0; i < dims.ropes.size(); ++i) angles(i, self.length_ + t, t);
+            for (std::size_t i = 0; i < dims.ropes.size(); ++i) angles(i, position, t);
         });
         for (std::size_t layer = 0; layer < self.blocks_.size(); ++layer) {
             const Block& block = self.blocks_[layer];
             attention(block, layer, tokens);
             add(block.after_attention, block.residual, tokens);
-            const float* rows = norms(block.before_mlp, tokens);
+            const float* fed = norms(block.before_mlp, tokens);
             if (const auto* mlp = std::get_if<Mlp>(&block.mlp))
-                feed(*mlp, block.activation, rows, tokens, &added[0]);
+                feed(*mlp, block.activation, fed, tokens, &added[0]);
             else
-                feed(std::get<Experts>(block.mlp), block.activation, rows, tokens);
+                feed(std::get<Experts>(block.mlp), block.activation, fed, tokens);
             add(block.after_mlp, block.residual, tokens);
         }
-        self.length_ += tokens;
+        for (std::int64_t t = 0; t < tokens; ++t)
+            if (const std::int64_t portion = rows[size(t)].ends; portion >= 0)
+                std::copy_n(&x[size(t * dims.hidden)], dims.hidden, &last[size(portion * dims.hidden)]);
     }
 
-    void head(std::int64_t token, float* logits) {
-        norm(self.norm_, &x[size(token * dims.hidden)], &normed[0], dims.hidden);
+    // The logits after each portion.
+    void head(std::int64_t portions, float* logits) {
+        for_tokens(portions, threads, [&](std::int64_t i) {
+            norm(self.norm_, &last[size(i * dims.hidden)], &normed[size(i * dims.hidden)], dims.hidden);
+        });
         const Target target{&self.head_, logits};
-        products(&normed[0], 1, dims.hidden, {&target, 1});
+        products(&normed[0], portions, dims.hidden, {&target, 1});
     }
 
    private:
@@ -218,18 +253,18 @@ struct Decoder::Run {
         const Strided q = heads[0], k = heads[1], v = heads[2];
         for_tokens(tokens, threads, [&](std::int64_t t) { place(block, layer, t, q[t], k[t], v[t]); });
 
-        const std::int64_t group = dims.heads / dims.kv_heads, all = self.length_ + tokens;
-        const std::int64_t units = tokens * dims.kv_heads;
-        const int useful = useful_threads(2 * tokens * dims.heads * dim * all, threads);
-        parallel(useful, [&](int thread, int team) {
+        const std::int64_t group = dims.heads / dims.kv_heads, units = tokens * dims.kv_heads;
+        std::int64_t seen = 0;
+        for (const Row& row : rows) seen += row.position + 1;
+        parallel(useful_threads(2 * seen * dims.heads * dim, threads), [&](int thread, int team) {
             const Range mine = share(units, thread, team);
             for (std::int64_t i = mine.begin; i < mine.end; ++i) {
-                const std::int64_t token = i / dims.kv_heads, head = i % dims.kv_heads, position = self.length_ + token;
-                const std::int64_t begin = block.window ? std::max<std::int64_t>(0, position - block.window + 1) : 0;
+                const std::int64_t token = i / dims.kv_heads, head = i % dims.kv_heads;
+                const Row& row = rows[size(token)];
+                const std::int64_t begin = block.window ? std::max<std::int64_t>(0, row.position - block.window + 1) : 0;
                 kernels.attend(
-                    {self.keys(layer, head), self.values(layer, head), dim}, q[token] + head * group * dim, group,
-                    {begin, position + 1}, block.scaling, &scores[size(thread * scores_of_a_thread(all))],
-                    &attended[size(i * group * dim)]
+                    self.cached(row.text, layer, head), q[token] + head * group * dim, group, {begin, row.position + 1},
+                    block.scaling, &scratch[size(thread * scratch_of_a_thread())], &attended[size(i * group * dim)]
                 );
             }
         });
@@ -257,7 +292,7 @@ struct Decoder::Run {
 
     // Norms and positions of a token's heads; its keys and values to their places in the cache.
     void place(const Block& block, std::size_t layer, std::int64_t token, float* q, float* k, const float* v) {
-        const std::int64_t dim = dims.head_dim, position = self.length_ + token;
+        const std::int64_t dim = dims.head_dim, position = rows[size(token)].position;
         norm(block.of_queries, q, q, dims.heads * dim);
         norm(block.of_keys, k, k, dims.kv_heads * dim);
         if (block.rope >= 0) {
@@ -268,9 +303,22 @@ struct Decoder::Run {
             for (std::int64_t h = 0; h < dims.kv_heads; ++h) rotate(k + h * dim, cosine, sine, pairs);
         }
         for (std::int64_t h = 0; h < dims.kv_heads; ++h) {
-            float* column = self.keys(layer, h) + position / key_block * key_block * dim + position % key_block;
-            for (std::int64_t d = 0; d < dim; ++d) column[d * key_block] = k[h * dim + d];
-            std::copy_n(v + h * dim, dim, self.values(layer, h) + position * dim);
+            const Cached cache = self.cached(rows[size(token)].text, layer, h);
+            std::uint8_t* const held = const_cast<std::uint8_t*>(cache.blocks[position / key_block]);
+            store(held + cache.keys, k + h * dim, position % key_block, 1, key_block);
+            store(held + cache.values, v + h * dim, position % key_block, dim, 1);
+        }
+    }
+
+    // One head's keys or values of a position; the first `at` places on, the others `step` apart.
+    void store(std::uint8_t* held, const float* x, std::int64_t position, std::int64_t at, std::int64_t step) const {
+        const std::int64_t dim = dims.head_dim;
+        if (self.stored_ == Stored::f32) {
+            float* const first = reinterpret_cast<float*>(held) + position * at;
+            for (std::int64_t d = 0; d < dim; ++d) first[d * step] = x[d];
+        } else {
+            float* const scales = reinterpret_cast<float*>(held + key_block * dim);
+            quantize(x, dim, step, reinterpret_cast<std::int8_t*>(held) + position * at, scales + position);
         }
     }
 
@@ -376,42 +424,87 @@ struct Decoder::Run {
 };
 
 Decoder::Decoder(
-    const Dimensions& dimensions, const Table& embedding, std::vector<Block> blocks, const Norm& norm, const Linear& head
+    const Dimensions& dimensions, const Table& embedding, std::vector<Block> blocks, const Norm& norm, const Linear& head,
+    Stored stored
 )
-    : dimensions_(dimensions), embedding_(embedding), blocks_(std::move(blocks)), norm_(norm), head_(head) {}
+    : dimensions_(dimensions), embedding_(embedding), blocks_(std::move(blocks)), norm_(norm), head_(head), stored_(stored) {}
 
-void Decoder::truncate(std::int64_t length) { length_ = std::clamp<std::int64_t>(length, 0, length_); }
+std::int32_t Decoder::open() {
+    const auto found = std::find_if(texts_.begin(), texts_.end(), [](const Text& text) { return !text.open; });
+    const auto number = static_cast<std::int32_t>(found - texts_.begin());
+    if (found == texts_.end()) texts_.emplace_back();
+    texts_[size(number)].open = true;
+    return number;
+}
+
+void Decoder::close(std::int32_t text) {
+    shorten(texts_[size(text)], 0);
+    texts_[size(text)].open = false;
+}
+
+void Decoder::truncate(std::int32_t text, std::int64_t length) { shorten(texts_[size(text)], length); }
 
 void Decoder::forward(
-    const Kernels& kernels, std::span<const std::int32_t> ids, Compute compute, int threads, float* logits
+    const Kernels& kernels, std::span<const Portion> portions, Compute compute, int threads, float* logits
 ) {
-    const auto tokens = static_cast<std::int64_t>(ids.size());
-    if (tokens == 0) return;
-    reserve(length_ + tokens);
-    Run run(*this, kernels, compute, threads, tokens);
-    for (std::int64_t at = 0; at < tokens; at += chunk_tokens)
-        run.chunk(ids.subspan(size(at), size(std::min(tokens - at, chunk_tokens))));
-    run.head((tokens - 1) % chunk_tokens, logits);
+    std::vector<Row> rows;
+    std::int64_t longest = 0;
+    for (std::size_t i = 0; i < portions.size(); ++i) {
+        const auto [number, ids] = portions[i];
+        Text& text = texts_[size(number)];
+        const auto end = text.length + static_cast<std::int64_t>(ids.size());
+        reserve(text, end);
+        longest = std::max(longest, end);
+        for (std::size_t t = 0; t < ids.size(); ++t) {
+            const bool last = t + 1 == ids.size();
+            rows.push_back({number, ids[t], text.length + static_cast<std::int64_t>(t), last ? static_cast<std::int64_t>(i) : -1});
+        }
+    }
+    if (rows.empty()) return;
+    const auto tokens = static_cast<std::int64_t>(rows.size()), count = static_cast<std::int64_t>(portions.size());
+    Run run(*this, kernels, compute, threads, tokens, count, longest);
+    for (std::int64_t first = 0; first < tokens; first += chunk_tokens)
+        run.chunk(std::span<const Row>(rows).subspan(size(first), size(std::min(tokens - first, chunk_tokens))));
+    run.head(count, logits);
+    for (const auto& [number, ids] : portions) texts_[size(number)].length += static_cast<std::int64_t>(ids.size());
 }
 
-void Decoder::reserve(std::int64_t positions) {
-    if (positions <= capacity_) return;
-    const std::int64_t wanted = up_to_blocks(std::max(positions, 2 * capacity_)), dim = dimensions_.head_dim;
-    const std::int64_t arrays = static_cast<std::int64_t>(blocks_.size()) * 2 * dimensions_.kv_heads;
-    Pages larger(size(arrays * wanted * dim) * sizeof(float));
-    const auto *from = reinterpret_cast<const float*>(cache_.data());
-    auto *to = reinterpret_cast<float*>(larger.data());
-    for (std::int64_t i = 0; i < arrays && length_ > 0; ++i)
-        std::copy_n(from + i * capacity_ * dim, up_to_blocks(length_) * dim, to + i * wanted * dim);
-    cache_ = std::move(larger);
-    capacity_ = wanted;
+std::int64_t Decoder::cached_bytes() const {
+    std::int64_t bytes = 0;
+    for (const Pages& pages : memory_) bytes += static_cast<std::int64_t>(pages.bytes());
+    return bytes;
 }
 
-float* Decoder::keys(std::size_t layer, std::int64_t head) const {
-    const std::int64_t array = static_cast<std::int64_t>(layer) * 2 * dimensions_.kv_heads + head;
-    return reinterpret_cast<float*>(cache_.data()) + array * capacity_ * dimensions_.head_dim;
+// Memory comes a quarter of what there is at a time, and a huge page at least.
+void Decoder::reserve(Text& text, std::int64_t positions) {
+    while (static_cast<std::int64_t>(text.blocks.size()) < blocks_of(positions)) {
+        if (free_.empty()) {
+            constexpr std::int64_t least = 2 << 20;
+            const std::int64_t bytes = block_bytes(), count = (std::max(least, cached_bytes() / 4) + bytes - 1) / bytes;
+            free_.reserve(free_.size() + size(count));
+            memory_.emplace_back(size(count * bytes));
+            for (std::int64_t i = count - 1; i >= 0; --i) free_.push_back(memory_.back().data() + i * bytes);
+        }
+        text.blocks.push_back(free_.back());
+        free_.pop_back();
+    }
 }
 
-float* Decoder::values(std::size_t layer, std::int64_t head) const { return keys(layer, dimensions_.kv_heads + head); }
+void Decoder::shorten(Text& text, std::int64_t length) {
+    text.length = std::clamp<std::int64_t>(length, 0, text.length);
+    for (; static_cast<std::int64_t>(text.blocks.size()) > blocks_of(text.length); text.blocks.pop_back())
+        free_.push_back(text.blocks.back());
+}
+
+std::int64_t Decoder::block_bytes() const {
+    const std::int64_t heads = static_cast<std::int64_t>(blocks_.size()) * 2 * dimensions_.kv_heads;
+    return heads * Cached::bytes(dimensions_.head_dim, stored_);
+}
+
+Cached Decoder::cached(std::int32_t text, std::size_t layer, std::int64_t head) const {
+    const std::int64_t heads = dimensions_.kv_heads, bytes = Cached::bytes(dimensions_.head_dim, stored_);
+    const std::int64_t keys = (static_cast<std::int64_t>(layer) * 2 * heads + head) * bytes;
+    return {at(text).blocks.data(), keys, keys + heads * bytes, dimensions_.head_dim, stored_};
+}
 
 }  // namespace upq::cpu

@@ -1,5 +1,5 @@
-// A whole decoder-only transformer with its key-value cache: one call a token, without Python. What its blocks have is
-// data: norms, fused or separate linears, factors, windows, tables of positions, an MLP or experts.
+// A whole decoder-only transformer with the key-value caches of its texts: one call a step, without Python. What its
+// blocks have is data: norms, fused or separate linears, factors, windows, tables of positions, an MLP or experts.
 //
 // The caller keeps alive what it points to: upq/kernels/decoder.py.
 
@@ -74,34 +74,64 @@ struct Dimensions {
     std::vector<Rope> ropes;
 };
 
-// Logits depend on the tokens alone: the portions they came in and the number of threads change no bit.
+// Tokens that a text goes on with.
+struct Portion {
+    std::int32_t text;
+    std::span<const std::int32_t> ids;
+};
+
+// Logits depend on the tokens of their text alone: the portions these came in, the texts beside it and the number of
+// threads change no bit.
 class Decoder {
    public:
-    Decoder(const Dimensions& dimensions, const Table& embedding, std::vector<Block> blocks, const Norm& norm, const Linear& head);
+    Decoder(
+        const Dimensions& dimensions, const Table& embedding, std::vector<Block> blocks, const Norm& norm, const Linear& head,
+        Stored stored
+    );
+    Decoder(const Decoder&) = delete;
+    Decoder& operator=(const Decoder&) = delete;
 
-    std::int64_t length() const { return length_; }  // positions in the cache
+    // The number of a new text, the lowest that is free.
+    std::int32_t open();
+    // The text and what it has in the cache are gone.
+    void close(std::int32_t text);
 
-    // Drop all positions from `length` on.
-    void truncate(std::int64_t length);
+    std::int64_t length(std::int32_t text) const { return at(text).length; }  // positions in the cache
 
-    // Append tokens; the logits that follow the last one, [vocabulary]. Throws std::bad_alloc: a part of the tokens may
-    // have been appended by then, as length() says.
-    void forward(const Kernels& kernels, std::span<const std::int32_t> ids, Compute compute, int threads, float* logits);
+    // Drop all positions of a text from `length` on.
+    void truncate(std::int32_t text, std::int64_t length);
+
+    // Append tokens to different texts; for each the logits that follow its last one, [portions][vocabulary]. Throws
+    // std::bad_alloc; then no token has been appended.
+    void forward(const Kernels& kernels, std::span<const Portion> portions, Compute compute, int threads, float* logits);
+
+    std::int64_t cached_bytes() const;  // of the cache, in use or free
 
    private:
     struct Run;
 
-    void reserve(std::int64_t positions);
-    float* keys(std::size_t layer, std::int64_t head) const;
-    float* values(std::size_t layer, std::int64_t head) const;
+    // Block b of a text's cache holds the positions from b · key_block on: [layer][keys, values][head], see Cached.
+    struct Text {
+        bool open = false;
+        std::int64_t length = 0;
+        std::vector<std::uint8_t*> blocks;
+    };
+
+    const Text& at(std::int32_t text) const { return texts_[static_cast<std::size_t>(text)]; }
+    void reserve(Text& text, std::int64_t positions);
+    void shorten(Text& text, std::int64_t length);
+    std::int64_t block_bytes() const;
+    Cached cached(std::int32_t text, std::size_t layer, std::int64_t head) const;
 
     Dimensions dimensions_;
     Table embedding_;
     std::vector<Block> blocks_;
     Norm norm_;
     Linear head_;
-    std::int64_t length_ = 0, capacity_ = 0;  // capacity: whole blocks of keys
-    Pages cache_;                             // [layer][keys, values][head][capacity · head_dim], see Cached
+    Stored stored_;
+    std::vector<Text> texts_;
+    std::vector<Pages> memory_;         // in which all blocks of the cache lie
+    std::vector<std::uint8_t*> free_;   // blocks of no text
 };
 
 }  // namespace upq::cpu

@@ -80,6 +80,7 @@ void bind_decoder(nb::module_& m) {
             }
         );
     nb::enum_<Activation>(m, "Activation").value("silu", Activation::silu).value("gelu_tanh", Activation::gelu_tanh);
+    nb::enum_<Stored>(m, "Stored").value("float32", Stored::f32).value("int8", Stored::int8);
     bind_block<Mlp, Experts>(m);
     nb::class_<Rope>(m, "Rope").def(
         "__init__", [](Rope* self, std::uintptr_t frequencies, std::int64_t pairs, float scaling) {
@@ -95,19 +96,22 @@ void bind_decoder(nb::module_& m) {
             }
         );
     nb::class_<Decoder>(m, "Decoder")
-        .def(nb::init<const Dimensions&, const Canonical&, std::vector<Block>, const Norm&, const Linear&>())
-        .def(nb::init<const Dimensions&, const Dense&, std::vector<Block>, const Norm&, const Linear&>())
-        .def_prop_ro("length", &Decoder::length)
+        .def(nb::init<const Dimensions&, const Canonical&, std::vector<Block>, const Norm&, const Linear&, Stored>())
+        .def(nb::init<const Dimensions&, const Dense&, std::vector<Block>, const Norm&, const Linear&, Stored>())
+        .def("open", &Decoder::open)
+        .def("close", &Decoder::close)
+        .def("length", &Decoder::length)
         .def("truncate", &Decoder::truncate)
+        .def_prop_ro("cached_bytes", &Decoder::cached_bytes)
         .def(
             "forward",
-            [](Decoder& self, std::uintptr_t ids, std::size_t tokens, Compute compute, int threads, std::size_t isa,
-               std::uintptr_t logits) {
+            [](Decoder& self, const std::vector<std::int32_t>& texts, const std::vector<std::size_t>& counts,
+               std::uintptr_t ids, Compute compute, int threads, std::size_t isa, std::uintptr_t logits) {
                 nb::gil_scoped_release release;
-                self.forward(
-                    *available().at(isa), {at<std::int32_t>(ids), tokens}, compute, threads,
-                    reinterpret_cast<float*>(logits)
-                );
+                std::vector<Portion> portions;
+                const std::int32_t* next = at<std::int32_t>(ids);
+                for (std::size_t i = 0; i < texts.size(); next += counts[i++]) portions.push_back({texts[i], {next, counts[i]}});
+                self.forward(*available().at(isa), portions, compute, threads, reinterpret_cast<float*>(logits));
             }
         );
 }

@@ -79,11 +79,22 @@ struct Dense {
 // their scores need no sum across lanes.
 inline constexpr int key_block = 16;
 
-// What a decoder has cached for one key-value head.
+// How keys and values are cached: float32, or int8 with a scale for each position.
+enum class Stored : int { f32, int8 };
+
+// What a decoder has cached for one key-value head of one text: blocks of key_block positions, which may lie anywhere.
+// In each, keys [dim][key_block] and values [key_block][dim]; behind either, where they are int8, a float32 scale for
+// each position.
 struct Cached {
-    const float* keys;    // [ceil(positions / key_block)][dim][key_block]
-    const float* values;  // [positions][dim]
+    const std::uint8_t* const* blocks;
+    std::int64_t keys, values;  // bytes from the start of a block to this head's
     std::int64_t dim;
+    Stored stored;
+
+    // Bytes of the keys, or of the values, of a head in one block.
+    [[gnu::always_inline]] static std::int64_t bytes(std::int64_t dim, Stored stored) {
+        return key_block * (stored == Stored::f32 ? 4 * dim : dim + 4);
+    }
 };
 
 // The tokens of a call: (M, I), contiguous.

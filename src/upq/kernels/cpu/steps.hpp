@@ -37,15 +37,67 @@ float dot_row(const void* row, Real real, const float* x, std::int64_t n) {
     return sum;
 }
 
-// y[t][r] = Σ w[r]·x[t] for rows [rows.begin, rows.end).
+// The sum over the lanes, halves added to halves.
+template <class Isa>
+float sum_lanes(typename Isa::Floats v) {
+    alignas(64) float line[Isa::lanes];
+    Isa::store(line, v);
+    for (int half = Isa::lanes / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) line[i] += line[i + half];
+    return line[0];
+}
+
+// M tokens with R rows, a sum in registers for each pair. Every sum takes the columns in the same order, whatever M and R.
+template <class Isa, Real real, int M, int R>
+[[gnu::flatten]] void dense_tile(const Dense& w, const float* x, std::int64_t row, float* y) {
+    constexpr int V = Isa::lanes;
+    const std::int64_t n = w.columns, real_bytes = real == Real::f32 ? 4 : 2;
+    const auto* rows = static_cast<const std::uint8_t*>(w.data) + row * n * real_bytes;
+    typename Isa::Floats sums[M][R];
+    unroll<M>([&](auto m) { unroll<R>([&](auto r) { sums[m][r] = Isa::splat(0.0f); }); });
+    std::int64_t i = 0;
+    for (; i + V <= n; i += V) {
+        typename Isa::Floats tokens[M];
+        unroll<M>([&](auto m) { tokens[m] = Isa::load(x + m * n + i); });
+        unroll<R>([&](auto r) {
+            const auto held = load_reals<Isa>(rows + r * n * real_bytes, real, i);
+            unroll<M>([&](auto m) { sums[m][r] = Isa::fma(held, tokens[m], sums[m][r]); });
+        });
+    }
+    unroll<M>([&](auto m) {
+        unroll<R>([&](auto r) {
+            float sum = sum_lanes<Isa>(sums[m][r]);
+            for (std::int64_t j = i; j < n; ++j) sum += widen(rows + r * n * real_bytes, real, j) * x[m * n + j];
+            y[m * w.rows + r] = sum;
+        });
+    });
+}
+
+// `rows` with all tokens; 12 or 24 sums are held at a time.
+template <class Isa, Real real>
+void dense_rows(const Dense& w, const float* x, std::int64_t tokens, Range rows, float* y) {
+    constexpr int R = 4, most = Isa::tile_tokens > 4 ? 6 : 3;
+    using Tile = decltype(&dense_tile<Isa, real, 1, 1>);
+    Tile tall[most], flat[most];  // by number of tokens, from 1
+    unroll<most>([&](auto m) {
+        tall[m] = dense_tile<Isa, real, m + 1, R>;
+        flat[m] = dense_tile<Isa, real, m + 1, 1>;
+    });
+    for (std::int64_t r = rows.begin, step; r < rows.end; r += step) {
+        step = rows.end - r < R ? 1 : R;
+        for (std::int64_t t = 0; t < tokens; t += most) {
+            const std::int64_t count = tokens - t < most ? tokens - t : most;
+            (step == R ? tall : flat)[count - 1](w, x + t * w.columns, r, y + t * w.rows + r);
+        }
+    }
+}
+
+// y[t][r] = Σ w[r]·x[t] for rows [rows.begin, rows.end). An output depends on its token and its row alone.
 template <class Isa>
 void dense(const Dense& w, const float* x, std::int64_t tokens, Range rows, float* y) {
-    const std::int64_t row_bytes = w.columns * (w.real == Real::f32 ? 4 : 2);
-    for (std::int64_t r = rows.begin; r < rows.end; ++r) {
-        const auto* row = static_cast<const std::uint8_t*>(w.data) + r * row_bytes;
-        for (std::int64_t t = 0; t < tokens; ++t)
-            y[t * w.rows + r] = dot_row<Isa>(row, w.real, x + t * w.columns, w.columns);
-    }
+    if (w.real == Real::f32) return dense_rows<Isa, Real::f32>(w, x, tokens, rows, y);
+    if (w.real == Real::f16) return dense_rows<Isa, Real::f16>(w, x, tokens, rows, y);
+    dense_rows<Isa, Real::bf16>(w, x, tokens, rows, y);
 }
 
 // y = weight · x / √(mean(x²) + ε); y may be x.
@@ -151,17 +203,38 @@ template <class Isa>
         for (std::int64_t p = 0; p < positions; ++p) out[d] += shares[p] * values[p * dim + d];
 }
 
+// Keys or values of one block in float32: where they lie, or in `scratch`. `by_feature`: keys.
+template <class Isa>
+const float* in_float(const std::uint8_t* at, std::int64_t dim, Stored stored, bool by_feature, float* scratch) {
+    if (stored == Stored::f32) return reinterpret_cast<const float*>(at);
+    const auto* codes = reinterpret_cast<const std::int8_t*>(at);
+    const auto* scales = reinterpret_cast<const float*>(at + key_block * dim);
+    if (by_feature)
+        for (std::int64_t d = 0; d < dim; ++d)
+            for (int p = 0; p < key_block; ++p)
+                scratch[d * key_block + p] = static_cast<float>(codes[d * key_block + p]) * scales[p];
+    else
+        for (int p = 0; p < key_block; ++p)
+            for (std::int64_t d = 0; d < dim; ++d)
+                scratch[p * dim + d] = static_cast<float>(codes[p * dim + d]) * scales[p];
+    return scratch;
+}
+
 // softmax(scaling · q·kᵀ) · v over the positions `seen`, for `count` queries [count][dim] that share a head's keys and
-// values: each block of these is read once for all. `scores` takes count · (positions + 2 · key_block) floats.
+// values: each block of these is read once for all. `scratch` takes count · (positions + 2 · key_block) floats for the
+// scores and key_block · dim for a block.
 template <class Isa>
 void attend(
-    const Cached& cache, const float* queries, std::int64_t count, Range seen, float scaling, float* scores, float* out
+    const Cached& cache, const float* queries, std::int64_t count, Range seen, float scaling, float* scratch, float* out
 ) {
     const std::int64_t dim = cache.dim, first = seen.begin / key_block * key_block;
     const std::int64_t stride = (seen.end - first + key_block - 1) / key_block * key_block;
-    for (std::int64_t block = first; block < seen.end; block += key_block)
+    float *const scores = scratch, *const held = scratch + count * stride;
+    for (std::int64_t block = first; block < seen.end; block += key_block) {
+        const float* keys = in_float<Isa>(cache.blocks[block / key_block] + cache.keys, dim, cache.stored, true, held);
         for (std::int64_t q = 0; q < count; ++q)
-            score<Isa>(queries + q * dim, cache.keys + block * dim, dim, scaling, scores + q * stride + block - first);
+            score<Isa>(queries + q * dim, keys, dim, scaling, scores + q * stride + block - first);
+    }
     for (std::int64_t q = 0; q < count; ++q) {
         float* row = scores + q * stride;
         for (std::int64_t i = 0; i < seen.begin - first; ++i) row[i] = -std::numeric_limits<float>::infinity();
@@ -169,10 +242,14 @@ void attend(
         softmax(row, stride);
     }
     for (std::int64_t i = 0; i < count * dim; ++i) out[i] = 0.0f;
-    for (std::int64_t p = seen.begin; p < seen.end; p += key_block) {
-        const std::int64_t positions = seen.end - p < key_block ? seen.end - p : key_block;
+    for (std::int64_t block = first; block < seen.end; block += key_block) {
+        const float* values = in_float<Isa>(cache.blocks[block / key_block] + cache.values, dim, cache.stored, false, held);
+        const std::int64_t begin = block < seen.begin ? seen.begin : block;
+        const std::int64_t end = seen.end < block + key_block ? seen.end : block + key_block;
         for (std::int64_t q = 0; q < count; ++q)
-            weigh<Isa>(scores + q * stride + p - first, cache.values + p * dim, positions, dim, out + q * dim);
+            weigh<Isa>(
+                scores + q * stride + begin - first, values + (begin - block) * dim, end - begin, dim, out + q * dim
+            );
     }
 }
 

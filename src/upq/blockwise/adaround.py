@@ -1,0 +1,40 @@
+"""BRECQ (arXiv 2102.05426) and TesseraQ (arXiv 2410.19103): learn for each weight which of its two levels it takes.
+
+`harden: progressive` is TesseraQ's: at each of twenty points the weights nearest to a level go there for good, and the
+others learn on. `harden: penalty` is BRECQ's: λ Σ 1 - |2h - 1|^β beside the error, none in the first fifth of the
+steps, then β falls linearly from 20 to 2. The scale learns too (TesseraQ's dequantisation scale, as the grid's
+logarithm). The error is not weighed by Fisher information: BRECQ's released runs do not either.
+"""
+
+from __future__ import annotations
+
+from upq.blockwise import _rounding
+from upq.blockwise._base import METHODS, BlockTask, Calibration, Method, Work
+from upq.core.scheme import QuantScheme
+from upq.model.sizes import Bytes, Sizes
+from upq.nn.fake_quant import Solution
+
+
+@METHODS.register("adaround")
+class AdaRound(Method):
+    class Config(_rounding.Rounding):
+        pass
+
+    needs_inputs = True
+    learns = True
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @property
+    def cost(self) -> float:
+        return _rounding.cost(self.config)
+
+    def memory(self, sizes: Sizes, calibration: Calibration) -> Bytes:
+        return _rounding.memory(self.config, sizes, calibration)
+
+    def work(self, sizes: Sizes, calibration: Calibration) -> Work:
+        return _rounding.work(self.config, sizes, calibration)
+
+    def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
+        return _rounding.solve(task, scheme, self.config, lambda _name, v_OI: _rounding.Learned(v_OI))
