@@ -76,7 +76,7 @@ $(ENGINES)/.installed: pyproject.toml constraints.txt
 	$(ENGINES)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(ENGINES)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps humming-kernels
 	CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF" \
-	$(ENGINES)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[bench,dev,export,engines]"
+	$(ENGINES)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[bench,dev,export,phones,engines]"
 	touch $@
 
 clean:

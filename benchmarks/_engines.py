@@ -108,11 +108,27 @@ def _mlx(out: Path, texts: list[list[int]]) -> Run:
     return Run([torch.from_numpy(np.array(logits.astype(mx.float32)))[0] for logits in computed], dtype)
 
 
+def _mnn(out: Path, texts: list[list[int]]) -> Run:
+    import MNN.llm as mnn
+
+    model = mnn.create(str(out / "config.json"))
+    model.set_config({"all_logits": True, "thread_num": 1})
+    model.load()
+
+    def logits(ids: list[int]) -> Tensor:
+        model.reset()
+        found = model.forward(ids)
+        return torch.from_numpy(found.read().copy()).view(tuple(found.shape)[1:])
+
+    return Run([logits(ids) for ids in texts], torch.float32)
+
+
 _ENGINES: dict[str, Callable[[Path, list[list[int]]], Run]] = {
     "compressed-tensors": _transformers,
     "dense": _transformers,
     "gguf": _llama_cpp,
     "mlx": _mlx,
+    "mnn": _mnn,
     "onnx": _onnxruntime,
     "openvino": _openvino,
     "torchao": _transformers,
@@ -122,6 +138,7 @@ _PACKAGES = {
     "dense": ("transformers",),
     "gguf": ("llama-cpp-python",),
     "mlx": ("mlx", "mlx-lm"),
+    "mnn": ("MNN",),
     "onnx": ("onnxruntime",),
     "openvino": ("openvino",),
     "torchao": ("transformers", "torchao"),

@@ -59,6 +59,8 @@ ROWS = (
     Row("onnx, int8 activations", "onnx", {"activations": "int8"}, kl=ROUNDED),
     Row("openvino", "openvino"),
     Row("mlx", "mlx", kl=HALF),
+    Row("mnn", "mnn", {"activations": "float"}),
+    Row("mnn, int8 activations", "mnn", kl=ROUNDED),
     Row("torchao", "torchao"),
     Row("dense, float32", "dense", {"dtype": "fp32"}),
     Row("dense, as the model", "dense"),

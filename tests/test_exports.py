@@ -47,7 +47,7 @@ def name(request: pytest.FixtureRequest) -> str:
     found: str = request.param
     for package in EXPORTS.get(found).packages:
         if _version(package) is None:
-            pytest.skip(f"{package} is not installed: pip install 'upq[export]'")
+            pytest.skip(f"{package} is not installed: pip install {EXPORTS.get(found).install}")
     return found
 
 
@@ -268,7 +268,7 @@ def test_an_unknown_format_lists_the_known_ones() -> None:
         exporter("zip")
 
 
-@pytest.mark.parametrize("name", ["onnx", "openvino"])
+@pytest.mark.parametrize("name", ["coreml", "mnn", "onnx", "openvino"])
 def test_a_graph_of_another_block_is_refused(make: Make, name: str) -> None:
     source = Source.open(make())
     source.config.model_type = "gemma3_text"

@@ -1,8 +1,8 @@
-"""The forward pass of Llama's block and its kin, once, for engines that are given a graph: ONNX Runtime and OpenVINO.
+"""The forward pass of Llama's block and its kin, once, for engines that are given a graph: ONNX Runtime and others.
 
 Written in some twenty operations that every graph format has. What it computes is what transformers' own model computes
-(the tests of both formats compare logits, token by token with a cache too): embedding, blocks of attention and gated
-MLP, norm, head.
+(the tests of the formats compare logits, token by token with a cache too): embedding, blocks of attention and gated
+MLP, norm, head. An engine with an attention or a cache of its own says so in a subclass of `Decoder`.
 
 Shape suffixes: N = texts, T = tokens, P = tokens before them, S = P + T, H = heads, K = key-value heads, J = H/K,
 D = head size, F = hidden size, V = vocabulary.
@@ -142,10 +142,10 @@ def check(source: Source) -> None:
 
 def decoder(graph: Graph[V], source: Source, inputs: Inputs[V]) -> Outputs[V]:
     """The whole model, from ids to logits."""
-    return _Decoder(graph, source, inputs).run()
+    return Decoder(graph, source, inputs).run()
 
 
-class _Decoder(Generic[V]):
+class Decoder(Generic[V]):
     def __init__(self, graph: Graph[V], source: Source, inputs: Inputs[V]) -> None:
         self.g, self.source, self.inputs = graph, source, inputs
         self.shape = Shape.of(source.config)
@@ -157,15 +157,20 @@ class _Decoder(Generic[V]):
         x = self.g.embed(self.inputs.ids_NT, f"{layout.embedding}.weight")
         for i in range(self.shape.blocks):
             path = f"{layout.blocks}.{i}"
-            read = self._norm(x, f"{path}.input_layernorm")
+            read = self.norm(x, f"{path}.input_layernorm")
             mixed, cache = self._attention(read, f"{path}.self_attn", i)
             x = self.g.add(x, mixed)
             present.append(cache)
-            x = self.g.add(x, self._mlp(self._norm(x, f"{path}.post_attention_layernorm"), f"{path}.mlp"))
+            x = self.g.add(x, self._mlp(self.norm(x, f"{path}.post_attention_layernorm"), f"{path}.mlp"))
         head = layout.embedding if self.source.tied else layout.head
-        return Outputs(self.g.linear(self._norm(x, f"{layout.decoder}.norm"), f"{head}.weight"), present)
+        x = self.norm(self.shown(x), f"{layout.decoder}.norm")
+        return Outputs(self.g.linear(x, f"{head}.weight"), present)
 
-    def _norm(self, x: V, path: str) -> V:
+    def shown(self, x: V) -> V:
+        """Of the last block's output, the tokens whose logits are wanted: all."""
+        return x
+
+    def norm(self, x: V, path: str) -> V:
         g = self.g
         mean_square = g.mean(g.multiply(x, x))
         scale = g.rsqrt(g.add(mean_square, g.constant(torch.tensor([self.shape.eps]))))
@@ -181,25 +186,35 @@ class _Decoder(Generic[V]):
         return self._linear(self.g.multiply(gate, self._linear(x, f"{path}.up_proj")), f"{path}.down_proj")
 
     def _attention(self, x: V, path: str, block: int) -> tuple[V, tuple[V, V]]:
-        g, s, past = self.g, self.shape, self.inputs.past[block]
-        group = s.heads // s.kv_heads
-        q_NKJTD = self._heads(x, path, "q", group, block)
-        k_NKPD = g.reshape(self._heads(x, path, "k", 1, block), (0, s.kv_heads, -1, s.head_dim))
-        v_NKPD = g.reshape(self._split(x, path, "v", 1), (0, s.kv_heads, -1, s.head_dim))
-        k_NKSD, v_NKSD = g.concat((past[0], k_NKPD), 2), g.concat((past[1], v_NKPD), 2)
+        g, s = self.g, self.shape
+        q_NKJTD = self._heads(x, path, "q", s.heads // s.kv_heads, block)
+        k_NKTD = g.reshape(self._heads(x, path, "k", 1, block), (0, s.kv_heads, -1, s.head_dim))
+        v_NKTD = g.reshape(self._split(x, path, "v", 1), (0, s.kv_heads, -1, s.head_dim))
+        read_NTF, cache = self.attend(q_NKJTD, k_NKTD, v_NKTD, block)
+        return self._linear(read_NTF, f"{path}.o_proj"), cache
+
+    def attend(self, q_NKJTD: V, k_NKTD: V, v_NKTD: V, block: int) -> tuple[V, tuple[V, V]]:
+        """What the queries of a block read, heads side by side, and its cache with the new keys and values."""
+        g, s = self.g, self.shape
+        k_NKSD, v_NKSD = self.grown(k_NKTD, v_NKTD, block)
         k_NK1DS = g.transpose(g.reshape(k_NKSD, (0, s.kv_heads, 1, -1, s.head_dim)), (0, 1, 2, 4, 3))
         scaled = g.multiply(q_NKJTD, g.constant(torch.tensor([s.head_dim**-0.5])))
-        weights = g.softmax(g.add(g.matmul(scaled, k_NK1DS), self._mask(block)))
+        weights = g.softmax(g.add(g.matmul(scaled, k_NK1DS), self.mask(block)))
         read_NKJTD = g.matmul(weights, g.reshape(v_NKSD, (0, s.kv_heads, 1, -1, s.head_dim)))
         read_NTF = g.reshape(g.transpose(read_NKJTD, (0, 3, 1, 2, 4)), (0, 0, s.heads * s.head_dim))
-        return self._linear(read_NTF, f"{path}.o_proj"), (k_NKSD, v_NKSD)
+        return read_NTF, (k_NKSD, v_NKSD)
+
+    def grown(self, k_NKTD: V, v_NKTD: V, block: int) -> tuple[V, V]:
+        """Old and new keys and values of a block."""
+        past = self.inputs.past[block]
+        return self.g.concat((past[0], k_NKTD), 2), self.g.concat((past[1], v_NKTD), 2)
 
     def _split(self, x: V, path: str, kind: str, group: int) -> V:
         """Queries, keys or values as (N, K, group, T, D), normed where the family does that."""
         g, s = self.g, self.shape
         y_NTKJD = g.reshape(self._linear(x, f"{path}.{kind}_proj"), (0, 0, s.kv_heads, group, s.head_dim))
         if f"{path}.{kind}_norm.weight" in self.source.weights:
-            y_NTKJD = self._norm(y_NTKJD, f"{path}.{kind}_norm")
+            y_NTKJD = self.norm(y_NTKJD, f"{path}.{kind}_norm")
         return g.transpose(y_NTKJD, (0, 2, 3, 1, 4))
 
     def _heads(self, x: V, path: str, kind: str, group: int, block: int) -> V:
@@ -228,7 +243,7 @@ class _Decoder(Generic[V]):
         scale = g.constant(torch.tensor([float(scaling)]))
         return g.multiply(g.cos(angle), scale), g.multiply(g.sin(angle), scale)
 
-    def _mask(self, block: int) -> V:
+    def mask(self, block: int) -> V:
         """What is added to the scores of a block, (N, 1, 1, T, S)."""
         seen = window(self.source.config, block)
         if seen not in self.masks:
