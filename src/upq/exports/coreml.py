@@ -279,7 +279,7 @@ class _Mil:
         held = mb.slice_update(
             x=mb.read_state(input=state), update=update, begin=begin, end=end, begin_mask=whole, end_mask=whole
         )
-        written = mb.coreml_update_state(state=state, value=held)
+        written = mb.coreml_update_state(state=state, value=held, name=f"{state.name}_{block}")
         start = mb.concat(values=[[block], [0], [0], [0], [0]], axis=0)
         seen = mb.slice_by_index(x=written, begin=start, end=end, begin_mask=whole, end_mask=whole)
         return mb.squeeze(x=seen, axes=[0])
