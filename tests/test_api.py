@@ -18,6 +18,7 @@ from tiny import CHAT, byte_tokenizer, tiny_model
 from upq.core.errors import UPQError
 from upq.core.progress import Silent
 from upq.data.config import TextSource
+from upq.files.metrics import METRICS, read_metrics
 from upq.run.api import recipe_of
 from upq.run.recipe import Recipe
 from upq.run.reporter import PlainLines, reporter
@@ -67,8 +68,15 @@ def test_quantize_is_the_command(model: Path, text: Path, artifact: Path, tmp_pa
     command("quantize", model, "--out", tmp_path / "out", "--data", text, *settings)
     names = sorted(path.name for path in artifact.iterdir())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-    for name in {*names} - {"upq.json", "README.md", ".lock"}:
+    for name in {*names} - {"upq.json", "README.md", ".lock", METRICS}:
         assert (tmp_path / "out" / name).read_bytes() == (artifact / name).read_bytes(), name
+    timed = {"seconds", "peak_memory_bytes"}
+    figures = [
+        [{key: value for key, value in line.items() if key not in timed} for line in read_metrics(folder / METRICS)]
+        for folder in (tmp_path / "out", artifact)
+    ]
+    assert figures[0] == figures[1]
+    assert figures[0]
 
 
 def test_quantize_returns_the_manifest_and_reports_to_what_is_given(model: Path, text: Path, artifact: Path) -> None:

@@ -25,6 +25,8 @@ KEEPS: dict[str, dict[str, Any]] = {
     "gptq": {"scale": "hessian"},
     "flexround": {"scale": "hessian", "relative": True, "iterations": 100, "lr": 3e-2},
     "block_ap": {"scale": "hessian", "relative": True, "iterations": 200, "lr": 1e-2, "start": "gptq"},
+    "adaround": {"scale": "hessian", "relative": True, "iterations": 200, "lr": 1e-1},
+    "lora_round": {"scale": "hessian", "relative": True, "iterations": 200, "lr": 1e-1},
 }
 
 

@@ -152,7 +152,7 @@ def test_a_free_setting_changes_no_byte(
     victim: Victim, recipe: Callable[..., Recipe], finished: Path, tmp_path: Path, kind: str, key: str
 ) -> None:
     names = [name for name, settings in CHAIN.items() if settings.get("stage", name) == kind]
-    changed = recipe(**{name: {key: OTHER[key]} for name in names})
+    changed = recipe(**{name: {key: {**OTHER, "file": str(tmp_path / "kept.json")}[key]} for name in names})
     quantize(victim.model, changed, tmp_path / "out")
     assert weights(tmp_path / "out") == weights(finished)
     before = times(finished)
