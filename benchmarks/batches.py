@@ -28,7 +28,7 @@ import typer
 from transformers import GenerationMixin
 
 import upq
-from _table import Table, make_console
+from _table import Figure, Table, make_console, show_figures, write_figures
 from upq import decoding, kernels
 from upq.core.processes import ALONE
 from upq.core.progress import Silent
@@ -41,6 +41,8 @@ from upq.kernels.decoder import STORED, Decoder
 from upq.model.loading import load_model, load_tokenizer
 from upq.run.quiet import quiet_libraries
 from upq.text.generation import Request, end_tokens
+
+CONVERSATIONS, ANSWERS = 3, 5  # times transformers' loop, at least
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Model = Annotated[Path, typer.Argument()]
@@ -80,7 +82,7 @@ def decode(
                 return found[:, prompt:].numel()
 
             speed = _in_turns({"upq": ours, "transformers": theirs}, clock, repeats, warm=size == batches[0])
-            figures.append({"batch": size, **speed})
+            figures.append(Figure(f"batch of {size}, upq over transformers", speed["ratio"], "×", "none", True))
             rows.append((str(size), f"{speed['upq']:.1f}", f"{speed['transformers']:.1f}", f"{speed['ratio']:.2f} ×"))
     title = f"{model}: prompts of {prompt}, {tokens} tokens each, {compute}"
     _show(Table(title, ("batch", "upq, tokens/s", "transformers", "upq is"), tuple(rows)), json_file, figures)
@@ -117,9 +119,13 @@ def conversations(
     sampler = _Sampler(loaded, tokenizer, max_new_tokens, ALONE)
     first = list(_conversations(sampler, tokenizer, section, 0, 0))
     theirs = size(first) / (clock() - began)
-    figures = {"upq": ours, "transformers": theirs, "ratio": ours / theirs, "batch_size": batch_size}
-    row = (str(batch_size), f"{ours:.1f}", f"{theirs:.1f}", f"{ours / theirs:.2f} ×")
-    _show(Table(str(model), ("batch", "upq, tokens/s", "transformers", "upq is"), (row,)), json_file, [figures])
+    ratio = ours / theirs
+    figures = [
+        Figure("conversations, upq", ours, "tokens/s", "none", True),
+        Figure("conversations, upq over transformers", ratio, "×", f">= {CONVERSATIONS}", ratio >= CONVERSATIONS),
+    ]
+    row = (str(batch_size), f"{ours:.1f}", f"{theirs:.1f}", f"{ratio:.2f} ×")
+    _show(Table(str(model), ("batch", "upq, tokens/s", "transformers", "upq is"), (row,)), json_file, figures)
 
 
 @app.command()
@@ -133,23 +139,30 @@ def answers(
 ) -> None:
     """Answers a second; the loop of before is lm-eval's over transformers', at the same `--batch-size`."""
     clock = _prepare(threads)
-    figures: dict[str, Any] = {}
+    speed, said = dict[str, float](), dict[str, dict[str, str]]()
     for name in ("upq", "transformers"):
         loaded = upq.load(model) if (model / "upq.json").is_file() else load_model(str(model), dtype=torch.float32)
         with kernels.computing(compute), TemporaryDirectory() as folder:
-            began, options = clock(), {"limit": questions, "batch_size": batch_size, "progress": Silent()}
-            kept = Path(folder) / "answers.jsonl"
+            options = {"batch_size": batch_size, "progress": Silent()}
+            kept, tokenizer = Path(folder) / "answers.jsonl", load_tokenizer(str(model))
             with patch.object(tasks, "batch", decoding.batch if name == "upq" else _unsuitable):
-                tasks.evaluate_tasks(loaded, load_tokenizer(str(model)), ["mini_ifeval"], answers=kept, **options)
-            figures[name] = questions / (clock() - began)
+                tasks.evaluate_tasks(loaded, tokenizer, ["mini_ifeval"], limit=1, **options)  # imports, seconds
+                began = clock()
+                tasks.evaluate_tasks(loaded, tokenizer, ["mini_ifeval"], limit=questions, answers=kept, **options)
+            speed[name] = questions / (clock() - began)
             lines = [json.loads(line) for line in kept.read_text().splitlines()[1:]]
-            figures[f"{name}_answers"] = {line["key"]: line["answer"] for line in lines}
-    same = sum(figures["upq_answers"][key] == text for key, text in figures.pop("transformers_answers").items())
-    del figures["upq_answers"]
-    figures |= {"ratio": figures["upq"] / figures["transformers"], "same": same, "questions": questions}
-    row = (compute, f"{figures['upq']:.2f}", f"{figures['transformers']:.2f}", f"{figures['ratio']:.2f} ×", str(same))
+            said[name] = {line["key"]: line["answer"] for line in lines}
+    same, ratio = (
+        sum(said["upq"][key] == text for key, text in said["transformers"].items()),
+        speed["upq"] / speed["transformers"],
+    )
+    figures = [
+        Figure("answers, upq over lm-eval's loop", ratio, "×", f">= {ANSWERS}", ratio >= ANSWERS),
+        Figure("answers that are the same", same, f"of {questions}", f"{questions}", same == questions),
+    ]
+    row = (compute, f"{speed['upq']:.2f}", f"{speed['transformers']:.2f}", f"{ratio:.2f} ×", str(same))
     head = ("products", "upq, answers/s", "lm-eval over transformers", "upq is", f"same of {questions}")
-    _show(Table(f"{model}: --batch-size {batch_size}", head, (row,)), json_file, [figures])
+    _show(Table(f"{model}: --batch-size {batch_size}", head, (row,)), json_file, figures)
 
 
 @app.command()
@@ -182,10 +195,17 @@ def cache(
         for stored, decoder in held.items():
             decoder.close(texts[stored])
     error = statistics.stdev(kl) / len(kl) ** 0.5
-    figures = {"kl": statistics.mean(kl), "stderr": error, "top1": statistics.mean(top), "positions": len(kl)}
-    figures |= {f"bytes_{stored}": decoder.cached_bytes for stored, decoder in held.items()}
-    row_of = (f"{figures['kl']:.2e} ± {error:.1e}", f"{figures['top1']:.2%}", str(len(kl)))
-    _show(Table(f"{model}: int8 keys and values", ("KL", "top-1", "positions"), (row_of,)), json_file, [figures])
+    mean, agreed = statistics.mean(kl), statistics.mean(top)
+    figures = [
+        Figure("KL of int8 keys and values", mean, "nats", "none", True),
+        Figure("top-1 of int8 keys and values", agreed, "", "none", True),
+        *(
+            Figure(f"cache in {stored}", decoder.cached_bytes, "bytes", "none", True)
+            for stored, decoder in held.items()
+        ),
+    ]
+    row_of = (f"{mean:.2e} ± {error:.1e}", f"{agreed:.2%}", str(len(kl)))
+    _show(Table(f"{model}: int8 keys and values", ("KL", "top-1", "positions"), (row_of,)), json_file, figures)
 
 
 def _unsuitable(*_: Any, **__: Any) -> Any:
@@ -223,14 +243,14 @@ def _in_turns(
     return {name: statistics.median(rates) for name, rates in found.items()} | {"ratio": ratio}
 
 
-def _show(shown: Table, json_file: Path | None, figures: Any) -> None:
+def _show(shown: Table, json_file: Path | None, figures: list[Figure]) -> None:
     console = make_console()
     shown.show(console)
     processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    about = {"processor": processor.partition(": ")[2], "isa": cpu.instruction_set(), "load": os.getloadavg()[0]}
-    console.print(about)
+    console.print(f"{processor.partition(': ')[2]}, {cpu.instruction_set()}, load {os.getloadavg()[0]:.1f}")
+    show_figures(figures, console)
     if json_file:
-        json_file.write_text(json.dumps({**about, "figures": figures}, indent=1) + "\n")
+        write_figures(figures, json_file)
 
 
 if __name__ == "__main__":
