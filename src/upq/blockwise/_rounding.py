@@ -21,6 +21,7 @@ from torch import Tensor
 from upq.blockwise._base import (
     BlockTask,
     Calibration,
+    Method,
     ScaleStart,
     Work,
     start_scales,
@@ -253,22 +254,26 @@ def _latent(v_OI: Tensor, lower_OI: Tensor, params: Params, scheme: QuantScheme)
     return ((to_groups(place_OI, scheme) - zero_OG[..., None]) * scale_OG[..., None]).view_as(v_OI)
 
 
-def cost(config: Rounding) -> float:
-    return 3.0 * config.iterations * config.batch_size
+class LearnedRounding(Method):
+    """What methods of learned rounding have in common; `solve` says of what form the variable is."""
 
+    config: Rounding
+    needs_inputs = True
+    learns = True
 
-def memory(config: Rounding, sizes: Sizes, calibration: Calibration) -> Bytes:
-    learning = reconstruct_memory(
-        sizes,
-        calibration,
-        batch_size=config.batch_size,
-        iterations=config.iterations,
-        weights_kept=1,
-    )
-    return learning + sizes.matrices() * 0.25
+    @property
+    def cost(self) -> float:
+        return 3.0 * self.config.iterations * self.config.batch_size
 
+    def memory(self, sizes: Sizes, calibration: Calibration) -> Bytes:
+        config = self.config
+        learning = reconstruct_memory(
+            sizes, calibration, batch_size=config.batch_size, iterations=config.iterations, weights_kept=1
+        )
+        return learning + sizes.matrices() * 0.25
 
-def work(config: Rounding, sizes: Sizes, calibration: Calibration) -> Work:
-    return start_work(sizes, calibration, config.scale) + reconstruct_work(
-        sizes, calibration, batch_size=config.batch_size, iterations=config.iterations, moved=200
-    )
+    def work(self, sizes: Sizes, calibration: Calibration) -> Work:
+        config = self.config
+        return start_work(sizes, calibration, config.scale) + reconstruct_work(
+            sizes, calibration, batch_size=config.batch_size, iterations=config.iterations, moved=200
+        )

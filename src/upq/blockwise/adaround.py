@@ -9,32 +9,18 @@ logarithm). The error is not weighed by Fisher information: BRECQ's released run
 from __future__ import annotations
 
 from upq.blockwise import _rounding
-from upq.blockwise._base import METHODS, BlockTask, Calibration, Method, Work
+from upq.blockwise._base import METHODS, BlockTask
 from upq.core.scheme import QuantScheme
-from upq.model.sizes import Bytes, Sizes
 from upq.nn.fake_quant import Solution
 
 
 @METHODS.register("adaround")
-class AdaRound(Method):
+class AdaRound(_rounding.LearnedRounding):
     class Config(_rounding.Rounding):
         pass
 
-    needs_inputs = True
-    learns = True
-
     def __init__(self, config: Config) -> None:
         self.config = config
-
-    @property
-    def cost(self) -> float:
-        return _rounding.cost(self.config)
-
-    def memory(self, sizes: Sizes, calibration: Calibration) -> Bytes:
-        return _rounding.memory(self.config, sizes, calibration)
-
-    def work(self, sizes: Sizes, calibration: Calibration) -> Work:
-        return _rounding.work(self.config, sizes, calibration)
 
     def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
         return _rounding.solve(task, scheme, self.config, lambda _name, v_OI: _rounding.Learned(v_OI))

@@ -11,32 +11,20 @@ from pydantic import Field
 from torch import Tensor
 
 from upq.blockwise import _rounding
-from upq.blockwise._base import METHODS, BlockTask, Calibration, Method, Work
+from upq.blockwise._base import METHODS, BlockTask
 from upq.core.scheme import QuantScheme
-from upq.model.sizes import Bytes, Sizes
 from upq.nn.fake_quant import Solution
 
 
 @METHODS.register("lora_round")
-class LoraRound(Method):
+class LoraRound(_rounding.LearnedRounding):
     class Config(_rounding.Rounding):
         rank: int = Field(8, ge=1)  # of A·B
 
-    needs_inputs = True
-    learns = True
+    config: Config
 
     def __init__(self, config: Config) -> None:
         self.config = config
-
-    @property
-    def cost(self) -> float:
-        return _rounding.cost(self.config)
-
-    def memory(self, sizes: Sizes, calibration: Calibration) -> Bytes:
-        return _rounding.memory(self.config, sizes, calibration)
-
-    def work(self, sizes: Sizes, calibration: Calibration) -> Work:
-        return _rounding.work(self.config, sizes, calibration)
 
     def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
         generator = torch.Generator().manual_seed(task.seed)
