@@ -21,7 +21,7 @@ from upq.core.errors import UPQError
 from upq.core.progress import Silent
 from upq.report import charts, page
 from upq.report.comparison import Request, compare
-from upq.report.facts import facts
+from upq.report.facts import engines, facts
 from upq.report.make import make
 from upq.run.run import quantize
 from victim import Victim, make_victim
@@ -325,3 +325,9 @@ def test_a_browser_shows_it(
 def test_facts_need_an_artefact_or_a_run(tmp_path: Path) -> None:
     with pytest.raises(UPQError, match="no artefact and no run"):
         facts(tmp_path)
+
+
+def test_every_format_of_export_says_where_it_runs() -> None:
+    found = engines()
+    assert len(found) > 5
+    assert all(engine["runs_in"] and engine["run"] for engine in found)

@@ -72,13 +72,7 @@ def _front_matter(manifest: Manifest) -> str:
 
 
 def _figures(manifest: Manifest) -> str:
-    models = {name: dict(figures) for name, figures in manifest.metrics.items()}
-    here = models.setdefault("artifact", {})
-    here.setdefault("bytes", sum(f.bytes for name, f in manifest.files.items() if name.endswith(".safetensors")))
-    weights = sum(layer.weights for layer in manifest.layers)
-    if weights:
-        bits = sum(layer.bits_per_weight * layer.weights for layer in manifest.layers)
-        here.setdefault("bits_per_weight", bits / weights)
+    models = manifest.figures()
     rows = [
         [title, *(_cell(figures.get(key), show) for figures in models.values())]
         for key, (title, show) in _FIGURES.items()

@@ -67,6 +67,21 @@ class Manifest(Strict):
     skipped_steps: list[int] = Field(default_factory=list)  # of the training: their loss or gradient was not finite
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
+    @property
+    def weights(self) -> int:
+        """How many became codes."""
+        return sum(layer.weights for layer in self.layers)
+
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """`metrics`, with the artefact's size also where no check has measured it."""
+        models = {name: dict(figures) for name, figures in self.metrics.items()}
+        here = models.setdefault("artifact", {})
+        here.setdefault("bytes", sum(f.bytes for name, f in self.files.items() if name.endswith(".safetensors")))
+        if self.weights:
+            bits = sum(layer.bits_per_weight * layer.weights for layer in self.layers)
+            here.setdefault("bits_per_weight", bits / self.weights)
+        return models
+
 
 def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST

@@ -54,7 +54,7 @@ def facts(directory: Path) -> Facts:
 
 def _finished(directory: Path, manifest: Manifest) -> Facts:
     lines = read_metrics(directory / METRICS)
-    models = {name: dict(figures) for name, figures in manifest.metrics.items()}
+    models = manifest.figures()
     for name, file in EVALS.items():
         if (directory / file).is_file():
             figures = read_json(directory / file, remedy="write it anew with upq eval --json")
@@ -62,18 +62,12 @@ def _finished(directory: Path, manifest: Manifest) -> Facts:
                 raise UPQError(f"{directory / file}: no figures of upq eval; write it anew with upq eval --json")
             # The check's own text stays the text of the row.
             models[name] = {**figures, **models.get(name, {})}
-    here = models.setdefault("artifact", {})
-    here.setdefault("bytes", sum(f.bytes for name, f in manifest.files.items() if name.endswith(".safetensors")))
-    weights = sum(layer.weights for layer in manifest.layers)
-    if weights:
-        bits = sum(layer.bits_per_weight * layer.weights for layer in manifest.layers)
-        here.setdefault("bits_per_weight", bits / weights)
     clocks = {line["stage"]: line for line in _of("stage", lines)}
     return {
         "name": manifest.model.name,
         "state": "finished",
         "original": manifest.model.path,
-        "packed_weights": weights,
+        "packed_weights": manifest.weights,
         "coverage": manifest.coverage,
         "peak_memory_bytes": manifest.peak_memory_bytes,
         "models": models,
@@ -206,6 +200,8 @@ _RUNS = {
     "humming": ("vLLM and SGLang on CUDA GPUs, 2 bits", "vllm serve {out}"),
     "onnx": ("ONNX Runtime, onnxruntime-genai", "python: onnxruntime_genai.Model('{out}')"),
     "openvino": ("OpenVINO, openvino-genai", "python: openvino_genai.LLMPipeline('{out}', 'CPU')"),
+    "mnn": ("MNN on phones and processors", "python: MNN.llm.create('{out}/config.json')"),
+    "coreml": ("iPhones and Macs (not run on a device)", "Xcode: {out}/model.mlpackage"),
     "mlx": ("mlx-lm on Macs", "mlx_lm.chat --model {out}"),
     "torchao": ("torchao, ExecuTorch", "upq chat {out}"),
     "gptq": ("GPTQModel, AutoRound, vLLM", "vllm serve {out}"),

@@ -108,6 +108,8 @@ def next_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], steps: Sequenc
     logits that are no numbers.
     """
     found = logits_BV.argmax(-1)
+    if not logits_BV.gather(-1, found[:, None]).isfinite().all():  # NaN counts as the largest
+        raise UPQError("the model's logits hold NaN or infinity; check its weights, or compute in float32")
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature]
     for first in range(0, len(drawn), _ROWS):
         rows = drawn[first : first + _ROWS]
@@ -122,10 +124,7 @@ def _at(places: NDArray[np.float64], logits_BV: Tensor, temperatures: Sequence[f
     """The tokens (B,) that lie at these places of the cumulative probabilities."""
     heat_B1 = torch.tensor(temperatures, device=logits_BV.device)[:, None]
     upto_BV = (logits_BV.float() / heat_B1).softmax(-1).cumsum(-1, dtype=torch.float64)
-    total_B1 = upto_BV[:, -1:]
-    if not total_B1.isfinite().all():
-        raise UPQError("the model's logits hold NaN or infinity; check its weights, or compute in float32")
-    place_B1 = torch.from_numpy(places).to(logits_BV.device)[:, None] * total_B1
+    place_B1 = torch.from_numpy(places).to(logits_BV.device)[:, None] * upto_BV[:, -1:]
     return torch.searchsorted(upto_BV, place_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
 
 
