@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import count, islice
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from test_decoding import MADE, by_transformers, packed
 from tiny import tiny_model
 from upq import kernels
 from upq.core.errors import UPQError
-from upq.decoding import Batch, Unsuitable, batch
+from upq.decoding import Batch, Unsuitable, _batch, batch
 from upq.decoding._parts import parts
 from upq.kernels.decoder import Decoder
 from upq.text.generation import Request, Sampling
@@ -45,6 +46,15 @@ def test_a_batch_writes_what_each_text_is_alone(name: str, dense: bool) -> None:
             assert written(model, asked, size=4) == alone
             assert written(model, asked[::-1], size=len(asked)) == alone
         assert len(set(map(len, alone.values()))) > 3
+
+
+def test_no_text_waits_for_those_that_came_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step reads one prompt, and there is always another: by slot, the last slots would wait for ever."""
+    monkeypatch.setattr(_batch, "_PORTION", 4)
+    draw = random.Random(1)
+    endless = (Request(i, tuple(draw.randrange(1, 67) for _ in range(4)), 1, lambda _: False) for i in count())
+    texts = batch(packed("llama"), size=4).write(endless)
+    assert [key for key, _ in islice(texts, 12)] == list(range(12))
 
 
 @pytest.mark.parametrize("cache", ["float32", "int8"])

@@ -20,7 +20,7 @@ from upq.kernels import compute, cpu
 from upq.kernels.decoder import Decoder, Parts, Stored
 from upq.text.generation import Request, next_tokens
 
-_PORTION = 512  # tokens of a step: what is written waits for no longer prompt
+_PORTION = 512  # tokens of prompts that a step reads: what is written waits for no longer prompt
 
 K = TypeVar("K")
 
@@ -34,6 +34,7 @@ class _Slot(Generic[K]):
     request: Request[K] | None = None
     todo: list[int] = field(default_factory=list)  # not there yet
     written: list[int] = field(default_factory=list)
+    place: int = 0  # in the order in which texts were added
 
 
 class Batch(Generic[K]):
@@ -55,6 +56,7 @@ class Batch(Generic[K]):
         self._compute: cpu.Compute = compute
         self._context = context
         self._slots = [_Slot[K](self._decoder.open()) for _ in range(size)]
+        self._added = 0
 
     @property
     def cached_bytes(self) -> int:
@@ -85,13 +87,16 @@ class Batch(Generic[K]):
         self._decoder.truncate(slot.text, kept)
         del slot.cached[kept:]
         slot.request, slot.todo, slot.written = request, list(request.ids[kept:]), []
+        slot.place, self._added = self._added, self._added + 1
 
     def step(self) -> Iterator[tuple[K, list[int]]]:
         """One token for every text whose prompt is read. Yields those that end, with the tokens that were written."""
         portions, room = dict[int, list[int]](), _PORTION
-        # those that write first: they have one token each
-        for slot in sorted((slot for slot in self._slots if slot.todo), key=lambda slot: not slot.written):
-            if room:
+        # Prompts in the order in which they came: by slot, the last ones would wait for as long as others come.
+        for slot in sorted((slot for slot in self._slots if slot.todo), key=lambda slot: slot.place):
+            if slot.written:
+                portions[slot.text] = slot.todo[:]
+            elif room:
                 portions[slot.text] = slot.todo[:room]
                 room -= len(portions[slot.text])
         if not portions:
