@@ -24,6 +24,7 @@ from upq.core.config import Plugin, Strict, decode, fixed, free, override
 from upq.core.errors import UPQError
 from upq.core.paths import local
 from upq.data.config import Data
+from upq.run.tracking import Tracker
 from upq.stages import STAGES, Memory, Stage
 
 # Where the former form kept its stages, in the order of a run, and their kinds.
@@ -45,6 +46,7 @@ class Header(Strict):
     embeddings: Embeddings = Embeddings()
     memory: Memory = free(Memory())
     export: tuple[Plugin, ...] = free(())  # formats to write beside the artefact, once it is finished
+    track: tuple[Tracker, ...] = free(())  # where figures go beside metrics.jsonl
 
 
 # Keys beside the stages, folders beside theirs, and rows of the final table beside theirs.
