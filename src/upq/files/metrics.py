@@ -43,8 +43,9 @@ class Metrics:
         kept = [line for line in whole if line.get("kind") != kind or line.get(kind, 0) < number]
         if len(kept) < len(whole) or not self.path.read_bytes().endswith(b"\n"):
             write_metrics(self.path, kept)
-        for line in kept if self.follow is not None else ():
-            self.follow(line)
+        if self.follow is not None:
+            for line in kept:
+                self.follow(line)
 
     def append(self, kind: str, number: int, *, durable: bool = False, **figures: Any) -> None:
         """`durable`: on the disk on return, before what the line is of is. Figures that are not finite become null."""
