@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,7 +21,7 @@ class Transform(Protocol):
     Each call reads the original's weights: the caller owns the block or frame and writes away what has become of it.
     """
 
-    Config: ClassVar[type[Strict]]
+    Config: type[Strict]
 
     def __init__(self, config: Any) -> None: ...
 

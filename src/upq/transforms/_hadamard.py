@@ -31,14 +31,16 @@ def hadamard(width: int) -> Tensor:
 def randomised(width: int, seed: int) -> Tensor:
     """A Hadamard matrix whose rows have random signs (QuIP#, 2402.04396)."""
     signs = torch.randint(0, 2, (width, 1), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return signs * hadamard(width)
+    turn: Tensor = signs * hadamard(width)
+    return turn
 
 
 def orthogonal(width: int, seed: int) -> Tensor:
     """(N, N) float64, uniform over the orthogonal matrices: the Q of a Gaussian matrix, its signs by R's diagonal."""
     gaussian = torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     q, r = torch.linalg.qr(gaussian)
-    return q * r.diagonal().sign()
+    turn: Tensor = q * r.diagonal().sign()
+    return turn
 
 
 def _core(size: int) -> Tensor | None:

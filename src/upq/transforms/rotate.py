@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from upq.core.config import Strict
 from upq.core.errors import UPQError
 from upq.model.source import Source
-from upq.transforms._base import TRANSFORMS, Run
+from upq.transforms._base import TRANSFORMS, Run, Transform
 from upq.transforms._hadamard import orthogonal, randomised
 from upq.transforms._residual import Residual, residual, rms_offset
 
@@ -26,7 +26,7 @@ _ROWS = 1 << 14  # of an embedding at a time, in float64
 
 
 @TRANSFORMS.register("rotate")
-class Rotate:
+class Rotate(Transform):
     class Config(Strict):
         sites: tuple[Literal["residual", "value"], ...] = ("residual", "value")
         matrix: Literal["hadamard", "orthogonal"] = "hadamard"
@@ -86,9 +86,11 @@ class Rotate:
         embedding = model.get_submodule(source.layout.embedding).get_parameter("weight")
         head = model.get_submodule(source.layout.head)
         gain_H = norm.get_parameter("weight").double() + offset
-        weight = torch.cat([_times(part * gain_H, turn_HH) for part in head.get_parameter("weight").split(_ROWS)])
+        weight = torch.cat(
+            [_times(part * gain_H, turn_HH) for part in torch.split(head.get_parameter("weight"), _ROWS)]
+        )
         head.weight = nn.Parameter(weight, requires_grad=False)
-        embedding.copy_(torch.cat([_times(part, turn_HH) for part in embedding.split(_ROWS)]))
+        embedding.copy_(torch.cat([_times(part, turn_HH) for part in torch.split(embedding, _ROWS)]))
         norm.get_parameter("weight").fill_(1 - offset)
 
     def _matrix(self, width: int) -> Tensor:
