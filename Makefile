@@ -65,7 +65,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,bench,report,browser,dev,export,cuda]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,bench,report,browser,dev,export,serve,cuda]"
 	touch $@
 
 # An environment of its own, since llama.cpp is built from source: minutes on a fast machine, an hour on two cores.

@@ -53,7 +53,7 @@ app.command("chat", short_help="Talk to a model in the terminal.")(chat)
 # What the command does not know is the server's.
 app.command(
     "serve",
-    short_help="An artefact behind llama.cpp's or vLLM's server.",
+    short_help="An artefact behind vLLM's, llama.cpp's or transformers' server.",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(serve)
 app.command("bench", short_help="Tokens a second and memory on this machine.")(bench)
