@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.logging import set_verbosity_error
 
 from upq.artifact.card import LICENCE, model_card, on_hub
@@ -78,7 +78,8 @@ def prepare(directory: Path, repo: str, *, licence: str | None = None) -> Upload
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UPQError(f"push: repository {repo!r}: {' '.join(str(error).split())}") from None
-    source, files = Path(manifest.model.path).expanduser(), {}
+    source = Path(manifest.model.path).expanduser()
+    files: dict[str, Path | bytes] = {}
     for folder in (source, directory):
         if folder.is_dir():
             found = (path for pattern in _LEGAL for path in folder.glob(pattern))
@@ -146,7 +147,7 @@ def publish_on_hub(upload: Upload, *, public: bool = False) -> str:
     if token is None:
         raise UPQError("push: no token for the hub; log in first: hf auth login (or set HF_TOKEN)")
     api = HfApi(token=token)
-    set_verbosity_error()  # it warns where nothing has changed
+    set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns where nothing has changed
     with _hub_errors(upload.repo):
         try:
             private = api.model_info(upload.repo).private
@@ -171,9 +172,7 @@ def _hub_errors(repo: str) -> Iterator[None]:
             yield
         except Exception as error:
             found: BaseException = error
-            while (
-                not isinstance(found, HfHubHTTPError) and found.__cause__ is not None
-            ):  # in a RuntimeError
+            while not isinstance(found, HfHubHTTPError) and found.__cause__ is not None:  # in a RuntimeError
                 found = found.__cause__
             status = found.response.status_code if isinstance(found, HfHubHTTPError) else None
             if status == 401:
