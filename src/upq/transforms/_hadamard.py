@@ -25,7 +25,8 @@ def hadamard(width: int) -> Tensor:
     found = core
     while len(found) < width:
         found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
-    return found / width**0.5
+    turn: Tensor = found / width**0.5
+    return turn
 
 
 def randomised(width: int, seed: int) -> Tensor:
