@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 
 ENGINES := .venv-engines
 
-.PHONY: demo test test-slow test-ci nightly zoo soak test-engines check bench sanitize cross fuzz clean
+.PHONY: demo test test-slow test-ci nightly zoo soak test-engines check bench sanitize cross fuzz site lock clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	$(BIN)/upq demo
 
 # A worker a core; each takes tests from the other when it has none left.
@@ -69,10 +69,15 @@ fuzz: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt atheris
 	for target in artifact recipe data inputs; do $(BIN)/python tools/fuzz.py $$target --seconds 150 || exit 1; done
 
+# The documentation as pages, into build/site. A link that leads nowhere ends it.
+site: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt mkdocs-material
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # A lock pins every package, and is of one platform and Python. Elsewhere constraints.txt pins what UPQ itself names.
 PLATFORM := $(shell $(PYTHON) -c 'import platform, sys; print(sys.platform, platform.machine(), "py%d%d" % sys.version_info[:2], sep="-")')
 LOCK := $(wildcard requirements/$(PLATFORM).txt)
-ALL := eval,bench,report,browser,dev,export,cuda
+ALL := eval,bench,report,browser,dev,export,serve,cuda
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(LOCK) $(wildcard src/upq/kernels/cpu/*)
 
 # torch first and alone, through pip, which knows the indexes of pip.conf: a CPU build is chosen there, and left to itself
@@ -103,7 +108,7 @@ lock:
 	rm -rf $(VENV)
 	$(MAKE) LOCK= $(VENV)/.installed
 	mkdir -p requirements
-	(echo "# What \`make test\` installs beside torch. Written by \`make lock\`."; \
+	(echo "# What \`make test\` installs beside the CPU build of torch. Written by \`make lock\`."; \
 		$(UV) pip freeze --python $(BIN)/python --exclude-editable | grep --invert-match --extended-regexp "^(torch|uv|pip|setuptools)==") \
 		> requirements/$(PLATFORM).txt
 

@@ -46,7 +46,7 @@ def test_a_lock_pins_what_make_test_installs(lock: Path) -> None:
 
 def test_doctor_knows_every_extra_that_a_user_may_want() -> None:
     known = doctor.EXTRAS | doctor.WITH_GPU
-    assert known.keys() == PROJECT["optional-dependencies"].keys() - {"bench", "browser", "engines", "fuzz"}
+    assert known.keys() == PROJECT["optional-dependencies"].keys() - {"bench", "browser", "docs", "engines", "fuzz"}
 
 
 @pytest.fixture(scope="module")

@@ -135,4 +135,6 @@ def test_mistakes_are_one_line_before_work(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_tracking_is_no_part_of_a_result() -> None:
-    assert Recipe.load("demo", ["track=[wandb]"]).settings() == Recipe.load("demo").settings()
+    tracked = Recipe.load("demo", ["track=wandb"])
+    assert tracked.track == ("wandb",)
+    assert tracked.settings() == Recipe.load("demo").settings()

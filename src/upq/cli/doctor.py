@@ -22,6 +22,7 @@ EXTRAS = {
         ("compressed_tensors", "gguf", "onnx", "onnxruntime", "openvino", "openvino_tokenizers", "torchao"),
     ),
     "phones": ("upq export --to mnn, coreml", ("MNN", "coremltools")),
+    "serve": ("upq serve --engine transformers", ("fastapi", "uvicorn", "openai")),
     "train": ("distill.optimizer=adamw8bit", ("torchao",)),
     "dev": ("tests", ("pytest", "hypothesis", "ruff", "mypy")),
 }

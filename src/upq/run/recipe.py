@@ -17,7 +17,7 @@ from importlib import resources
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import SerializeAsAny, field_serializer
+from pydantic import SerializeAsAny, field_serializer, field_validator
 
 from upq.core.bounded import YAML_BYTES, parse_yaml, read_bytes
 from upq.core.config import Plugin, Strict, decode, fixed, free, override
@@ -46,7 +46,12 @@ class Header(Strict):
     embeddings: Embeddings = Embeddings()
     memory: Memory = free(Memory())
     export: tuple[Plugin, ...] = free(())  # formats to write beside the artefact, once it is finished
-    track: tuple[Tracker, ...] = free(())  # where figures go beside metrics.jsonl
+    track: tuple[Tracker, ...] = free(())  # where figures go beside metrics.jsonl; one name may stand alone
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 # Keys beside the stages, folders beside theirs, and rows of the final table beside theirs.
