@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from far import FarError, far_away
+from schemes import fitting
 from tiny import tiny_model
 from upq.artifact.transformers import pack_model
 from upq.blockwise import METHODS, BlockStore, walk
@@ -142,7 +143,7 @@ def test_the_training(kind: str, loss: str, model: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("embeddings", [None, 8])
 @pytest.mark.parametrize("grid", GRIDS.names())
 def test_the_check(grid: str, embeddings: Any, model: Path, tmp_path: Path) -> None:
-    scheme = QuantScheme(bits=2, grid=grid)
+    scheme = fitting(grid)
     packed = Source(model, dtype="auto").without_matrices()
     weights = {path: torch.randn(packed.get_submodule(path).weight.shape) for path in model_weights(packed)}
     codes = {path: GRIDS.get(grid).freeze(w, search_scale(w, scheme), scheme) for path, w in weights.items()}
