@@ -50,3 +50,17 @@ class Table:
 
 # A code of AQLM stands for eight weights at once, of books that belong to a matrix: it will be a third kind.
 Levels = Uniform | Table
+
+
+def minifloat(exponent: int, mantissa: int, bias: int) -> tuple[float, ...]:
+    """The values of a floating-point type without infinities, by code: sign, exponent, mantissa."""
+    positive = []
+    for code in range(1 << (exponent + mantissa)):
+        field, fraction = code >> mantissa, code & (1 << mantissa) - 1
+        whole = (fraction + (1 << mantissa if field else 0)) / (1 << mantissa)
+        positive.append(whole * 2.0 ** (max(field, 1) - bias))
+    return (*positive, *(-value for value in positive))
+
+
+E2M1 = minifloat(2, 1, 1)  # 0, .5, 1, 1.5, 2, 3, 4, 6
+E3M2 = minifloat(3, 2, 3)  # … 28

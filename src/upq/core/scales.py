@@ -41,7 +41,8 @@ class ScaleType:
         match self.name:
             case "e8m0":  # nearest in the exponent
                 mantissa, exponent = torch.frexp(values)
-                return (exponent - (mantissa < 0.5**0.5).int() + 127).to(torch.uint8)
+                byte: Tensor = exponent - (mantissa < 0.5**0.5).int() + 127
+                return byte.to(torch.uint8)
             case "e4m3":
                 return values.to(torch.float8_e4m3fn).view(torch.uint8)
             case "e3m3":

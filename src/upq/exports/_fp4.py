@@ -6,11 +6,10 @@ from typing import Literal
 
 import torch
 
-from upq.core.levels import Table
+from upq.core.levels import E2M1, Table
 from upq.core.scheme import QuantScheme
 from upq.exports._source import Weight
 from upq.grids import GRIDS
-from upq.grids.nvfp4 import E2M1
 
 Fp4 = Literal["nvfp4", "mxfp4"]
 _KINDS: dict[tuple[str, int], Fp4] = {("e4m3", 16): "nvfp4", ("e8m0", 32): "mxfp4"}  # by type of scales and group

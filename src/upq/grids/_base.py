@@ -31,6 +31,7 @@ class Grid(ABC):
     group_sizes: ClassVar[tuple[int, ...]] = ()  # the ones it has; none: any
     uniform: ClassVar[bool] = True  # its levels are evenly spaced, and `scale_and_zero` has their zero points
     fixed: ClassVar[frozenset[str]] = frozenset()  # parameters that do not learn
+    scales_learn: ClassVar[bool] = True
 
     @abstractmethod
     def init(self, w_OI: Tensor, scheme: QuantScheme) -> Params:

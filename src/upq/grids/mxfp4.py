@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from upq.core.levels import E2M1
 from upq.core.scheme import QuantScheme, to_groups
 from upq.grids._base import GRIDS, SMALLEST_SCALE, Params
-from upq.grids._table import E2M1, TableGrid
+from upq.grids._table import TableGrid
 
 # A scale is twice as large where the largest weight would be this many levels' worth or more. On Gaussian weights the
 # squared error is 0.0125 of them; with OCP's own rule, 8, it is 0.0132 (docs/numerics.md).
@@ -23,6 +24,7 @@ class Mxfp4(TableGrid):
     scale_dtypes = ("e8m0",)
     group_sizes = (32,)
     fixed = frozenset({"log_scale"})
+    scales_learn = False
     values = E2M1
 
     def init(self, w_OI: Tensor, scheme: QuantScheme) -> Params:

@@ -14,10 +14,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from upq.core.levels import E2M1
 from upq.core.scales import SCALE_TYPES, SMALLEST_SCALE
 from upq.core.scheme import QuantScheme, to_groups
 from upq.grids._base import GRIDS, OUTER, Params
-from upq.grids._table import E2M1, TableGrid
+from upq.grids._table import TableGrid
 
 _E4M3 = SCALE_TYPES["e4m3"]
 

@@ -25,19 +25,17 @@ if TYPE_CHECKING:
 _ROWS = 4096  # of a table's weight, whose codes are changed at one time
 
 
-def _integers(table: Table) -> tuple[float, int, int, Table] | None:
-    """A table as integers on one step: the step, the least of them, the bits of their span, and code to difference.
+def _integers(table: Table) -> tuple[float, float, int, Table] | None:
+    """A table as `(code - zero)·step` with other codes: step, zero point, their bits, and the table of those codes.
 
     None where they take more than eight bits.
     """
-    values = table.values.detach()
+    lowest = table.values.min()
     for step in (1.0, 0.5, 0.25, 0.125):
-        whole = values / step
-        if whole.frac().any():
-            continue
-        lowest, highest = int(whole.min()), int(whole.max())
-        bits = max((highest - lowest).bit_length(), 2)
-        return (step, lowest, bits, Table(whole - lowest)) if bits <= 8 else None
+        above = (table.values - lowest) / step
+        if not above.frac().any():
+            bits = max(int(above.max()).bit_length(), 2)
+            return (step, -float(lowest) / step, bits, Table(above)) if bits <= 8 else None
     return None
 
 
@@ -95,18 +93,18 @@ class Weight:
             return self.packed_OB, self.scale_OG, self.zero, self.bits
         found = _integers(self.zero)
         assert found is not None, "a table that is not compiled"
-        step, lowest, bits, shifted = found
+        step, zero, bits, codes = found
         rows = len(self.packed_OB)
         packed_OB = self.packed_OB.new_empty(rows, row_bytes(self.in_features, bits))
         for start in range(0, rows, _ROWS):
             part = slice(start, start + _ROWS)
             codes_OI = unpack(self.packed_OB[part], self.bits, self.in_features)
             groups_OGS = codes_OI.view(len(codes_OI), self.scale_OG.shape[1], -1)
-            packed_OB[part] = pack(shifted.rows(part).of(groups_OGS).to(torch.uint8).view_as(codes_OI), bits)
+            packed_OB[part] = pack(codes.rows(part).of(groups_OGS).to(torch.uint8).view_as(codes_OI), bits)
         scale_OG = self.scale_OG * step
         if not torch.equal(scale_OG.float(), self.scale_OG.float() * step):  # a power of two: below the least number
             scale_OG = self.scale_OG.float() * step
-        return packed_OB, scale_OG, -float(lowest), bits
+        return packed_OB, scale_OG, zero, bits
 
     def _current_versions(self) -> list[int]:
         tensors = [t for t in (self.packed_OB, self.scale_OG, self.zero) if isinstance(t, Tensor)]
