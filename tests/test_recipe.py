@@ -55,7 +55,10 @@ def test_dump_is_the_same_recipe(name: str, tmp_path: Path) -> None:
         ),
         ("generate.weigth=2", r"unknown key 'generate\.weigth'; keys here: tokens, weight"),
         ("data.generated.weigth=2", r"unknown key 'generate\.weigth'; keys here: tokens, weight"),
-        ("int2.group=32", r"unknown key 'int2\.group'; keys here: bits, grid, group_size, scale_dtype, method, samples"),
+        (
+            "int2.group=32",
+            r"unknown key 'int2\.group'; keys here: bits, grid, group_size, scale_dtype, method, samples",
+        ),
         (
             "int2={stage: blockwise, bits: 4, bit: 3, method: rtn}",
             r"unknown key 'int2\.bit'; keys here: bits, grid",
