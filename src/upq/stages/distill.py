@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from upq.blockwise import BlockStore
 from upq.core.errors import UPQError
+from upq.core.scheme import QuantScheme
 from upq.data.config import Data
 from upq.data.tokens import TokenSet
 from upq.distill import optimizer, teacher
@@ -20,6 +21,7 @@ from upq.distill.student import load_student, make_student, norm_weight, norms, 
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher, write_cache
 from upq.distill.trainer import distill, settled, skipped_steps, steps
 from upq.files.tensors import load_tensors, save_tensors
+from upq.grids import GRIDS
 from upq.losses import LOSSES
 from upq.model.layout import block_list, layout_of
 from upq.model.loading import check_finite, load_model
@@ -46,6 +48,9 @@ class Distill(Settings, Stage):
         # Codes stay as the block-wise stage has left them.
         Saving(9, ("train_weights=false", "scale_lr=5e-3"), other_artefact=True),
     )
+
+    def learns(self, scheme: QuantScheme) -> bool:
+        return not self.tokens or self.train_weights or self.train_norms or GRIDS.get(scheme.grid).scales_learn
 
     def check(self, name: str, model: Source, data: Data) -> None:
         teacher.check(self)
