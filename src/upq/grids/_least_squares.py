@@ -1,19 +1,52 @@
 """The scale of least squared error in two passes over the weights, for levels a whole step apart.
 
-A candidate scale cuts a group's weights into runs, one a level. With sums over the runs the error of the group is a parabola
-in the scale, so each candidate gives way to the minimum of its parabola, which loses no more. All candidates cut at
-multiples of one width, and a histogram of that width has the sums of every run.
+A candidate scale cuts a group's weights into runs, one a level. With sums over the runs the error of the group is a
+parabola in the scale, so each candidate gives way to the minimum of its parabola, which loses no more. All candidates
+cut at multiples of one width, and a histogram of that width has the sums of every run.
 
 Shape suffixes: N = groups, S = weights of a group, C = candidates, L = levels, B = bins.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from upq.core.levels import Uniform
+from upq.core.scheme import QuantScheme, to_groups
+from upq.grids._base import SHRINK, Grid, Params
+
+_BINS = 16  # for each weight of a group: 902 for groups of 64 at 4 bits take 0.26 s of a million weights, 61 tries 0.90
 _CUTS = 100  # bins of a unit: candidates are multiples of 0.02 of it, and levels are cut half way between
 _SHORT = 512  # weights of a group whose sums are exact enough in float32
+
+
+class Stepped(Grid):
+    """A grid whose levels are one scale apart, from a zero point that all groups share.
+
+    On a CPU its scales are those of least squares; on other devices, whose sums have no fixed order, the best of the
+    candidates. 2 bits, a million weights, one thread: 0.04 s in place of 0.76, and 0.1 to 0.6 % less error.
+    """
+
+    @abstractmethod
+    def at(self, scale_OG: Tensor, scheme: QuantScheme) -> Params:
+        """The parameters with this scale."""
+
+    def candidates(self, w_OI: Tensor, scheme: QuantScheme, importance_I: Tensor) -> Iterator[Params]:
+        levels, w_OGS = self.shared(scheme), to_groups(w_OI, scheme)
+        assert isinstance(levels, Uniform)
+        levels_L = levels.of(torch.arange(scheme.levels, device="cpu")[None])[0]
+        if type(w_OI) is not Tensor or not w_OI.is_cpu or bins(levels_L, SHRINK) > _BINS * w_OGS.shape[-1]:
+            yield from super().candidates(w_OI, scheme, importance_I)
+            return
+        unit_OG, _ = self.scale_and_zero(self.init(w_OI, scheme), scheme)
+        weight_OGS = to_groups(importance_I.expand_as(w_OI), scheme)
+        w_NS, weight_NS = w_OGS.flatten(0, 1), weight_OGS.flatten(0, 1)
+        scale_N = least_squares(w_NS, weight_NS, unit_OG.flatten(), SHRINK, levels_L)
+        yield self.at(scale_N.view_as(unit_OG), scheme)
 
 
 def bins(levels_L: Tensor, shrink_C: Tensor) -> int:
@@ -40,9 +73,12 @@ def least_squares(w_NS: Tensor, weight_NS: Tensor, unit_N: Tensor, shrink_C: Ten
         table_NB[:, 1:].scatter_add_(1, index_NS, value_NS.to(dtype))
         sums.append(table_NB.cumsum_(1))
     count_NB, first_NB = sums
-    squares_L, at = levels_L.to(dtype).square(), cuts_CL.flatten()
-    q_NC = squares_L[-1] * count_NB[:, -1:] - count_NB[:, at].view(len(w_NS), *cuts_CL.shape) @ squares_L.diff()
-    p_NC = levels_L[-1] * first_NB[:, -1:] - first_NB[:, at].view(len(w_NS), *cuts_CL.shape).sum(-1)
+    *levels, top = levels_L.tolist()
+    q_NC = (top**2 * count_NB[:, -1:]).repeat(1, len(shrink_C))
+    p_NC = (top * first_NB[:, -1:]).repeat(1, len(shrink_C))
+    for level, cuts_C in zip(levels, cuts_CL.T, strict=True):  # what lies below a cut is a level lower
+        q_NC -= ((level + 1) ** 2 - level**2) * count_NB[:, cuts_C]
+        p_NC -= first_NB[:, cuts_C]
     # The error is Σ c·w² - p²/q at the scale p/q.
     gain_NC = torch.where((p_NC > 0) & (q_NC > 0), p_NC.square() / q_NC, -1.0)
     gain_N1, best_N1 = gain_NC.max(1, keepdim=True)
