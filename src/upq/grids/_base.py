@@ -96,7 +96,7 @@ class Grid(ABC):
         """The same grid, with what the scales of all these matrices share chosen: of fused matrices, once for all."""
         return self
 
-    def candidates(self, w_OI: Tensor, scheme: QuantScheme) -> Iterator[Params]:
+    def candidates(self, w_OI: Tensor, scheme: QuantScheme, importance_I: Tensor) -> Iterator[Params]:
         """Parameters worth a try beside those of `init`."""
         for shrink in SHRINK.tolist():
             yield self.init(w_OI * shrink, scheme)
@@ -105,7 +105,7 @@ class Grid(ABC):
         """Per group, the parameters of least squared error among `init` and `candidates`."""
         best = self.init(w_OI, scheme)
         best_error_OG = self._error(w_OI, best, scheme, importance_I)
-        for params in self.candidates(w_OI, scheme):
+        for params in self.candidates(w_OI, scheme, importance_I):
             error_OG = self._error(w_OI, params, scheme, importance_I)
             better_OG = error_OG < best_error_OG
             own = {k: v for k, v in best.items() if v.shape == error_OG.shape}  # and not what a row shares
