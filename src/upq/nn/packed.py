@@ -164,8 +164,15 @@ class Packed(nn.Module):
 
 def _same(a: Levels, b: Levels) -> bool:
     if isinstance(a, Table) or isinstance(b, Table):
-        return isinstance(a, Table) and isinstance(b, Table) and torch.equal(a.values, b.values)
-    return not bool((torch.as_tensor(a.zero) != torch.as_tensor(b.zero)).any())
+        if not (isinstance(a, Table) and isinstance(b, Table) and torch.equal(a.values, b.values)):
+            return False
+        pair = (a.choice_OG, b.choice_OG)
+        return pair == (None, None) or (pair[0] is not None and pair[1] is not None and torch.equal(*pair))
+    zeros = [each.zero for each in (a, b)]
+    own = next((zero for zero in zeros if isinstance(zero, Tensor)), None)
+    if own is None:
+        return zeros[0] == zeros[1]
+    return torch.equal(*(zero if isinstance(zero, Tensor) else torch.full_like(own, zero) for zero in zeros))
 
 
 class PackedLinear(Packed):
