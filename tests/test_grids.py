@@ -162,7 +162,8 @@ class TestSearch:
 
                 def error(params: Params, w_OI: Tensor = w_OI, importance: Tensor | None = importance) -> Tensor:
                     e_OI = (grid.fake(w_OI, params, scheme) - w_OI).square()
-                    return to_groups(e_OI if importance is None else e_OI * importance, scheme).sum(-1)
+                    error_OG = to_groups(e_OI if importance is None else e_OI * importance, scheme).sum(-1)
+                    return error_OG.sum(-1) if scheme.scale.outer == "row" else error_OG
 
                 ranged, searched = error(grid.init(w_OI, scheme)), error(search_scale(w_OI, scheme, importance))
                 assert (searched <= ranged).all()
