@@ -97,14 +97,15 @@ class Grid(ABC):
         """The same grid, with what the scales of all these matrices share chosen: of fused matrices, once for all."""
         return self
 
-    def candidates(self, w_OI: Tensor, scheme: QuantScheme) -> Iterator[Params]:
+    def candidates(self, w_OI: Tensor, scheme: QuantScheme, importance_I: Tensor) -> Iterator[Params]:
         """Parameters worth a try beside those of `init`."""
         for shrink in SHRINK.tolist():
             yield self.init(w_OI * shrink, scheme)
 
     def search(self, w_OI: Tensor, scheme: QuantScheme, importance_I: Tensor) -> Params:
         """Per group, the parameters of least squared error among `init` and `candidates`."""
-        return self._best(w_OI, chain([self.init(w_OI, scheme)], self.candidates(w_OI, scheme)), scheme, importance_I)
+        tried = chain([self.init(w_OI, scheme)], self.candidates(w_OI, scheme, importance_I))
+        return self._best(w_OI, tried, scheme, importance_I)
 
     def _best(self, w_OI: Tensor, tried: Iterable[Params], scheme: QuantScheme, importance_I: Tensor) -> Params:
         """Per group, the first of those with the least squared error."""

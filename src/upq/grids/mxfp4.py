@@ -34,7 +34,7 @@ class Mxfp4(TableGrid):
         scale_OG = torch.ldexp(torch.ones_like(mantissa), exponent)
         return {"log_scale": scale_OG.log()}
 
-    def candidates(self, w_OI: Tensor, scheme: QuantScheme) -> Iterator[Params]:
+    def candidates(self, w_OI: Tensor, scheme: QuantScheme, importance_I: Tensor) -> Iterator[Params]:
         start_OG = self.init(w_OI, scheme)["log_scale"]
         for halvings in (1, 2, -1):
             yield {"log_scale": start_OG - halvings * torch.tensor(2.0).log()}

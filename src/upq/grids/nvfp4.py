@@ -49,7 +49,7 @@ class Nvfp4(TableGrid):
         scale_OG = (peak_OG / max(E2M1)).clamp_min(outer * _E4M3.smallest)
         return {"log_scale": scale_OG.log(), OUTER: torch.full_like(scale_OG[:, :1], outer)}
 
-    def candidates(self, w_OI: Tensor, scheme: QuantScheme) -> Iterator[Params]:
+    def candidates(self, w_OI: Tensor, scheme: QuantScheme, importance_I: Tensor) -> Iterator[Params]:
         """The scales that E4M3 has from half to twice the range's: an octave has eight."""
         params = self.init(w_OI, scheme)
         byte_OG = _E4M3.encode(params["log_scale"].exp() / params[OUTER]).int()

@@ -87,7 +87,7 @@ class Razer(Grid):
     def load_levels(self, beside: dict[str, Tensor], scale_OG: Tensor, scheme: QuantScheme) -> Levels:
         return _table(scale_OG >> 6)
 
-    def candidates(self, w_OI: Tensor, scheme: QuantScheme) -> Iterator[Params]:
+    def candidates(self, w_OI: Tensor, scheme: QuantScheme, importance_I: Tensor) -> Iterator[Params]:
         """Every set with the scales that E3M3 has from half to twice the range's."""
         outer = self.settled([w_OI]).outer
         assert outer is not None

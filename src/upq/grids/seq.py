@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from upq.core.scheme import QuantScheme, to_groups
-from upq.grids._base import GRIDS, SMALLEST_SCALE, Grid, Params, stored_scale, stretches_of_rows
+from upq.grids._base import GRIDS, SMALLEST_SCALE, Params, stored_scale, stretches_of_rows
+from upq.grids._least_squares import Stepped
 
 
 class _FakeSeq(torch.autograd.Function):
@@ -47,7 +48,7 @@ class _FakeSeq(torch.autograd.Function):
         return d_w_OGS, d_delta_OG, None
 
 
-class Seq(Grid):
+class Seq(Stepped):
     """Parameter `log_delta` (O, G): Δ stays positive by construction and its learning rate is relative."""
 
     def init(self, w_OI: Tensor, scheme: QuantScheme) -> Params:
@@ -72,6 +73,9 @@ class Seq(Grid):
         # What is stored is Δ/n.
         scale_OG = stored_scale(params["log_delta"].exp() / (scheme.levels // 2), scheme)
         return scale_OG, torch.full_like(scale_OG, self.zero(scheme))
+
+    def at(self, scale_OG: Tensor, scheme: QuantScheme) -> Params:
+        return {"log_delta": (scale_OG * (scheme.levels // 2)).log()}
 
     def zero(self, scheme: QuantScheme) -> float:
         return (scheme.levels - 1) / 2

@@ -17,7 +17,7 @@ from importlib import resources
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import SerializeAsAny, field_serializer
+from pydantic import SerializeAsAny, field_serializer, field_validator
 
 from upq.core.bounded import YAML_BYTES, parse_yaml, read_bytes
 from upq.core.config import Plugin, Strict, decode, fixed, free, override
@@ -25,6 +25,7 @@ from upq.core.errors import UPQError
 from upq.core.paths import local
 from upq.core.scheme import QuantScheme
 from upq.data.config import Data
+from upq.run.tracking import Tracker
 from upq.stages import STAGES, Memory, Stage
 
 # Where the former form kept its stages, in the order of a run, and their kinds.
@@ -46,6 +47,12 @@ class Header(Strict):
     embeddings: Embeddings = Embeddings()
     memory: Memory = free(Memory())
     export: tuple[Plugin, ...] = free(())  # formats to write beside the artefact, once it is finished
+    track: tuple[Tracker, ...] = free(())  # where figures go beside metrics.jsonl; one name may stand alone
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 # Keys beside the stages, folders beside theirs, and rows of the final table beside theirs.
