@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -234,8 +234,8 @@ class _Stream:
         """`numbers`: of the batches to write, in order."""
         self._texts, self._tokenizer, self._section, self._seed = texts, tokenizer, section, seed
         self._frame, self._ends = Frame.of(tokenizer), ends
-        self._closing = _unless_end(tokenizer, self._frame.closing, ends)
-        self._ending = _unless_end(tokenizer, self._frame.ending, ends)
+        self._closing = unless_end(tokenizer, self._frame.closing, ends)
+        self._ending = unless_end(tokenizer, self._frame.ending, ends)
         self._answers = deque[Request[_Turn]]()
         self._open = dict[int, _Open]()
         self._prompts = self._all_prompts(numbers)
@@ -345,7 +345,6 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, talk: Conversation, *, prompt: b
     return ids
 
 
-@torch.inference_mode()
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -365,22 +364,44 @@ def sample(
     if not any(company.each(len(prompts))):
         return []
     ends = end_tokens(model.generation_config, tokenizer)
-    closing = _unless_end(tokenizer, closing, ends)
-    settings = own_distribution(ends, tokenizer, max_new_tokens=max_new_tokens if prompts else 1)
-    asked = prompts or [[cast(int, settings.pad_token_id)]]
-    closed = [_Closed(tokenizer, closing, max(map(len, asked)))] if closing else []
-    found = written(
-        model,
-        asked,
-        settings,
-        synced_gpus=company.world > 1,
-        stopping_criteria=StoppingCriteriaList(closed),
-        logits_processor=LogitsProcessorList([Chosen(samplings or [Sampling()])]),
+    closing = unless_end(tokenizer, closing, ends)
+    asked = prompts or [[tokenizer.pad_token_id or 0]]
+    limit = max_new_tokens if prompts else 1
+    found = continued(
+        model, tokenizer, asked, samplings or [Sampling()], limit, ends, closing, together=company.world > 1
     )
     return [_finished(tokenizer, ids, set(ends), closing) for ids in found[: len(prompts)]]
 
 
-def _unless_end(tokenizer: PreTrainedTokenizerBase, closing: str, ends: Container[int]) -> str:
+@torch.inference_mode()
+def continued(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    samplings: list[Sampling],
+    max_new_tokens: int,
+    ends: list[int],
+    closing: str = "",
+    *,
+    together: bool = False,
+) -> list[list[int]]:
+    """The ids that transformers writes after each prompt, all to one length: the end of some is followed by padding.
+
+    `closing` ends a text beside the `ends`. `together`: other processes hold a part of the model.
+    """
+    settings = own_distribution(ends, tokenizer, max_new_tokens=max_new_tokens)
+    closed = [_Closed(tokenizer, closing, max(map(len, prompts)))] if closing else []
+    return written(
+        model,
+        prompts,
+        settings,
+        synced_gpus=together,
+        stopping_criteria=StoppingCriteriaList(closed),
+        logits_processor=LogitsProcessorList([Chosen(samplings)]),
+    )
+
+
+def unless_end(tokenizer: PreTrainedTokenizerBase, closing: str, ends: Container[int]) -> str:
     """What ends a text as an end token does; empty where it is one."""
     return "" if closing and tokenizer.convert_tokens_to_ids(closing) in ends else closing
 
