@@ -16,7 +16,7 @@ from upq.core.errors import UPQError
 from upq.core.progress import Silent
 from upq.core.scheme import QuantScheme
 from upq.data.config import Data, TextSource
-from upq.data.prompts import prompts
+from upq.data.prompts import prompts, questions
 from upq.decoding import Unsuitable
 from upq.distill.student import frozen, make_student
 from upq.files.metrics import METRICS, read_metrics
@@ -252,3 +252,23 @@ def test_a_held_out_prompt_is_left_out(tmp_path: Path) -> None:
     assert of([talks], held) == ["<|user|>Was it?<|assistant|>"]
     with pytest.raises(UPQError, match=r"here: no prompt of at most 3 tokens .* raise here\.prompt_tokens"):
         of([talks], longest=3)
+
+
+def test_questions_are_those_before_a_first_answer(tmp_path: Path) -> None:
+    """Of conversations alone, none twice, by weight, and no more than are needed."""
+    system = {"messages": [{"role": "system", "content": "Be."}, *talk("Who?")["messages"]]}
+    talks = lines(tmp_path / "talks.jsonl", [talk("Is it?"), {"text": "plain"}, talk("Is it?"), system, talk("No?")])
+
+    def of(*sources: TextSource, tokens: int = 1000, longest: int | None = None) -> list[str]:
+        section = Data(sources=sources)
+        found = questions(section, TOKENIZER, tokens=tokens, longest=longest, name="here")
+        return ["/".join(message["content"] for message in question) for question in found]
+
+    assert of(talks) == ["Is it?", "Be./Who?", "No?"]
+    assert of(talks, longest=28) == ["Is it?", "No?"]
+    assert of(talks, tokens=30) == ["Is it?", "Be./Who?"]
+    other = lines(tmp_path / "other.jsonl", [talk("A?"), talk("B?")])
+    assert of(talks, other.model_copy(update={"weight": 0.1}), tokens=30) == ["Is it?", "Be./Who?", "A?"]
+    plain = lines(tmp_path / "plain.jsonl", [{"text": "plain"}])
+    with pytest.raises(UPQError, match=r"here: no question in the run's sources; give conversations"):
+        of(plain)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from upq.core.config import Strict
+from upq.core.config import Strict, neutral
 
 OnBadRow = Literal["error", "skip"]
 
@@ -25,6 +25,8 @@ class TextSource(Strict):
 class Generated(Strict):
     """Conversations that the original model writes itself before it is quantised, beside the sources' text."""
 
+    # Of whom: the model itself, or the users of the run's own conversations, whose answers are then not read here.
+    questions: Literal["own", "data"] = neutral("own")
     # To be written, and gone through again where training needs more; None: its share, so that none comes twice.
     tokens: int | None = Field(default=None, gt=0)
     weight: float = Field(default=1.0, gt=0)  # share of the training tokens, relative to the sources

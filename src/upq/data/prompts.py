@@ -1,4 +1,4 @@
-"""Prompts of a run's own text: conversations up to their first answer, and beginnings of texts.
+"""Questions and prompts of a run's own text: conversations up to their first answer, and beginnings of texts.
 
 A prompt that stands in a held-out row is left out. Shape suffixes: N = rows, T = tokens in a row.
 """
@@ -56,6 +56,37 @@ def prompts(
     return list(found)
 
 
+def questions(
+    section: Data, tokenizer: PreTrainedTokenizerBase, *, tokens: int, longest: int | None, name: str
+) -> list[list[dict[str, str]]]:
+    """Different questions of at most `longest` tokens, as messages: so many that they have `tokens`, or all there are.
+
+    Each source gives its share by weight, in its own order. Raises UPQError, which begins with `name`, where there is
+    none.
+    """
+    sources, encoder = sources_of(section), Encoder(tokenizer)
+    found, whole = dict[Prompt, tuple[Message, ...]](), sum(source.weight for source in sources)
+    for source in sources:
+        missing = tokens * source.weight / whole
+        for document in read_documents(source, tally := Tally(section.on_bad_row)):
+            if isinstance(document.content, str) or not (asked := _asked(document.content)):
+                continue
+            try:
+                ids = _encoded(asked, document.where, encoder)
+            except BadRow as error:
+                tally.reject(error, document.row)
+                continue
+            if ids not in found and (longest is None or len(ids) <= longest):
+                found[ids] = asked
+                missing -= len(ids)
+            if missing <= 0:
+                break
+    if not found:
+        room = "" if longest is None else f" of at most {longest} tokens"
+        raise UPQError(f"{name}: no question{room} in the run's sources; give conversations (`messages`) with --data")
+    return [[{"role": message.role, "content": message.content or ""} for message in asked] for asked in found.values()]
+
+
 def _of(source: TextSource, section: Data, encoder: Encoder, longest: int) -> Iterator[Prompt]:
     tally = Tally(section.on_bad_row)
     for document in read_documents(source, tally):
@@ -70,13 +101,22 @@ def _of(source: TextSource, section: Data, encoder: Encoder, longest: int) -> It
 
 
 def _question(messages: tuple[Message, ...], where: str, encoder: Encoder, longest: int) -> Iterator[Prompt]:
-    """What stands before the first answer, up to where that begins."""
-    asked = tuple(takewhile(lambda message: message.role != "assistant", messages))
-    if asked and asked[-1].role == "user":
-        text = encoder.template.render(asked, where, prompt=True)
-        ids = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if asked := _asked(messages):
+        ids = _encoded(asked, where, encoder)
         if len(ids) <= longest:
-            yield tuple(ids)
+            yield ids
+
+
+def _asked(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """What stands before the first answer; nothing where no user asks."""
+    asked = tuple(takewhile(lambda message: message.role != "assistant", messages))
+    return asked if asked and asked[-1].role == "user" else ()
+
+
+def _encoded(asked: tuple[Message, ...], where: str, encoder: Encoder) -> Prompt:
+    """Up to where the answer begins."""
+    text = encoder.template.render(asked, where, prompt=True)
+    return tuple(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _beginnings(ids: list[int], seq_len: int, longest: int, row_start: int | None) -> Iterator[Prompt]:
