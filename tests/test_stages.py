@@ -260,8 +260,10 @@ def test_a_finished_run_with_a_shared_folder_says_what_is_kept_there(
 def test_weights_do_not_train_after_a_stage_that_leaves_codes_alone(
     victim: Victim, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    wrong = recipe(distill={"train_weights": False}, again={"train_weights": True})
-    with pytest.raises(UPQError, match=r"again trains weights, and distill before it leaves codes alone; set again"):
+    wrong = recipe(distill={"train_weights": False})
+    with pytest.raises(
+        UPQError, match=r"on_policy trains weights, and distill before it leaves codes alone; set on_policy"
+    ):
         quantize(victim.model, wrong, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

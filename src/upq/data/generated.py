@@ -205,7 +205,7 @@ def _conversations(
 def _question(questions: Sequence[Conversation], section: Generated, seed: int, number: int, i: int) -> Conversation:
     """That of conversation `i` of a batch."""
     epoch, place = divmod(number * section.batch_size + i, len(questions))
-    return questions[permutation(len(questions), seed, epoch)[place]]
+    return questions[int(permutation(len(questions), seed, epoch)[place])]
 
 
 def _samplings(section: Generated, seed: int, number: int, i: int) -> tuple[Sampling, Sampling]:

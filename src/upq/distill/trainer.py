@@ -82,7 +82,7 @@ def distill(
     stop: Stop | None = None,
     name: str = "distill",
     metrics: Metrics = NOWHERE,
-    losses: Callable[[int], Loss | None] | None = None,
+    loss_of: Callable[[int], Loss | None] | None = None,
     figures: Callable[[int], Mapping[str, float]] | None = None,
 ) -> list[float]:
     """Train `student` in place; returns the loss of each step (nats a token) since the last resume.
@@ -95,10 +95,10 @@ def distill(
     left out, one more is an UPQError. That, and a `stop` that waits, which raises Stopped after a step,
     come once the state is in `checkpoint`. Each step has a line of `metrics`.
 
-    `losses`: by step; None is the configuration's. `figures`: what a step's line has of its batch; without it, the
+    `loss_of`: by step; None is the configuration's. `figures`: what a step's line has of its batch; without it, the
     tokens so far.
     """
-    training, stop = Training(student, teacher, data, config, sharded=sharded, losses=losses), stop or Stop()
+    training, stop = Training(student, teacher, data, config, sharded=sharded, loss_of=loss_of), stop or Stop()
     first, skipped = _resume(checkpoint, training, progress) if checkpoint.is_file() else (0, [])
     metrics.begin("step", first)
     progress.start(name, done=first)
@@ -151,7 +151,7 @@ class Training:
         config: TrainingSettings,
         *,
         sharded: bool = False,
-        losses: Callable[[int], Loss | None] | None = None,
+        loss_of: Callable[[int], Loss | None] | None = None,
     ) -> None:
         self.config, self._data = config, data
         self.tokens = 0  # of a step, over all processes
@@ -175,7 +175,7 @@ class Training:
                 if ZERO in layer.grid_params:
                     layer.grid_params[ZERO].requires_grad_(False)
         objective = Objective(student, taught, loss, chunk=config.chunk_tokens, hidden=config.hidden)
-        self._losses: Callable[[int], Loss] = lambda step: (losses(step) if losses else None) or loss
+        self._loss_of: Callable[[int], Loss] = lambda step: (loss_of(step) if loss_of else None) or loss
         self._own = objective
         sharded = sharded and self.accelerator.num_processes > 1
         if sharded:
@@ -196,7 +196,7 @@ class Training:
         config, accelerator = self.config, self.accelerator
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             set_rate(group, rate * factor)
-        self._own.loss = self._losses(step)
+        self._own.loss = self._loss_of(step)
         batch: tuple[Tensor, ...] = self._data.batch(step, config.batch_size)
         self.tokens = batch[0].numel()
         if self._cache is not None:

@@ -175,7 +175,7 @@ class Written:
         requests = []
         for number in numbers:
             epoch, place = divmod(number, len(asked))
-            prompt = asked[permutation(len(asked), self._job.seed, epoch)[place]]
+            prompt = asked[int(permutation(len(asked), self._job.seed, epoch)[place])]
             seed = int(scramble(np.array([number], np.uint64), self._job.seed)[0])
             requests.append(Request(number, prompt, stage.max_new_tokens, over, Sampling(stage.temperature, seed)))
         written, found = self._texts(model, requests, ends, ending), []

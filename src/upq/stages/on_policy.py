@@ -133,7 +133,7 @@ class OnPolicy(TrainingStage):
             text,
             steps=self.steps,
             rows=written.by,
-            losses=lambda step: other if self.reads_text(step) else None,
+            loss_of=lambda step: other if self.reads_text(step) else None,
             figures=written.figures,
         )
         with job.processes.shared_errors():
