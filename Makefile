@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 ENGINES := .venv-engines
 
-.PHONY: demo test test-slow zoo soak test-engines check bench sanitize cross fuzz clean
+.PHONY: demo test test-slow test-ci nightly zoo soak test-engines check bench sanitize cross fuzz clean
 
 demo: $(VENV)/.installed
 	$(BIN)/upq demo
@@ -13,12 +13,22 @@ demo: $(VENV)/.installed
 # A worker a core; each takes tests from the other when it has none left.
 PYTEST := -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
 
+SHORT := not gpu and not nightly and not soak and not zoo
+
 test: $(VENV)/.installed
-	$(BIN)/python $(PYTEST) -m "not gpu and not soak and not slow and not zoo"
+	$(BIN)/python $(PYTEST) -m "$(SHORT) and not slow"
 
 # What CI runs in addition.
 test-slow: $(VENV)/.installed
-	$(BIN)/python $(PYTEST) -m "slow and not gpu and not soak and not zoo"
+	$(BIN)/python $(PYTEST) -m "$(SHORT) and slow"
+
+# Both at once: a worker spends half a minute on imports before its first test.
+test-ci: $(VENV)/.installed
+	$(BIN)/python $(PYTEST) -m "$(SHORT)"
+
+# What takes minutes: the zoo, the soak, the GPU's kernels in Triton's interpreter, whole files of the public tests.
+nightly: $(VENV)/.installed
+	$(BIN)/python $(PYTEST) -m "(nightly or zoo or soak) and not gpu"
 
 # Whole runs of tiny models of every family: a quarter of an hour.
 zoo: $(VENV)/.installed

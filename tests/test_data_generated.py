@@ -332,7 +332,7 @@ class Group:
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
+    scope="module", params=[pytest.param(2, marks=pytest.mark.nightly), 3, pytest.param(5, marks=pytest.mark.nightly)]
 )
 def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Group:
     folder = tmp_path_factory.mktemp("group")
@@ -475,7 +475,7 @@ def whole_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tu
     return folder, alone_as_sharded(folder)
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.nightly)])
 def in_shards(
     request: pytest.FixtureRequest,
     whole_model: tuple[Path, dict[tuple[str, int], Written]],

@@ -476,7 +476,7 @@ def test_a_run_that_was_stopped_goes_on(tokenizer: Any, tmp_path: Path, monkeypa
         scores(file, "b")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared evaluation data is not here")
 def test_real_files_of_choices_are_read_whole(tokenizer: Any) -> None:
     wanted = {"arc_easy": 2376, "arc_challenge": 1172, "piqa": 1838, "openbookqa": 500, "winogrande": 1267}
@@ -485,7 +485,7 @@ def test_real_files_of_choices_are_read_whole(tokenizer: Any) -> None:
     assert {task: scores[task]["samples"] for task in wanted} == wanted
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared evaluation data is not here")
 def test_real_data_is_seen_whole(tokenizer: Any) -> None:
     notes, oracle = Notes(), Oracle(lambda prompt: " B" if prompt.endswith("Answer:") else "Yes.")

@@ -63,7 +63,7 @@ def test_what_a_gpu_refuses_is_refused() -> None:
                 wrong()
 
 
-@pytest.mark.parametrize("on_disk", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("on_disk", [False, pytest.param(True, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("name", METHODS.names())
 def test_the_walk(name: str, on_disk: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two stages, the second one twice: a block that was solved before is run."""

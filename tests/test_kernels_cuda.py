@@ -41,7 +41,7 @@ def as_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     "where",
     [
-        pytest.param("interpreter", marks=[needs_gemlite, pytest.mark.slow]),
+        pytest.param("interpreter", marks=[needs_gemlite, pytest.mark.nightly]),
         pytest.param("gpu", marks=ON_GPU),
     ],
 )

@@ -20,7 +20,7 @@ from tiny import CHAT, byte_tokenizer, tiny_model
 from together import SERVER, redirect
 from upq.run.recipe import Recipe
 
-BLOCKS = 3
+BLOCKS, STEPS = 3, 12
 RECIPE: dict[str, Any] = {
     "name": "victim",
     "data": {
@@ -37,13 +37,13 @@ RECIPE: dict[str, Any] = {
     "distill": {
         "loss": "gjs",
         "hidden": 0.25,
-        "tokens": 3072,  # 24 steps
+        "tokens": 1536,  # STEPS steps
         "batch_size": 4,
         "micro_batch_size": 2,
         "lr": 1e-3,
         "scale_lr": 1e-3,
         "train_norms": True,
-        "checkpoint_every": 4,
+        "checkpoint_every": 2,
     },
     "export": ["dense"],
 }

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from upq.files.tensors import load_metadata
-from victim import BLOCKS, RECIPE, Command, Unharmed, Victim, outcome
+from victim import BLOCKS, RECIPE, STEPS, Command, Unharmed, Victim, outcome
 
-pytestmark = pytest.mark.slow  # ten fresh Pythons under torchrun itself; test_pipeline has two processes without it
+pytestmark = pytest.mark.soak  # ten fresh Pythons under torchrun itself; test_pipeline has two processes without it
 
 ONE = [sys.executable, "-m", "upq"]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "upq"]
@@ -73,7 +73,7 @@ def test_from_one_process_to_two_and_back(victim: Victim, unharmed: Unharmed, tm
     command = Command(victim.arguments(out), tmp_path / "third")
     assert command.end() == 0, command.said()
     assert f"resumed the training at step {step}" in command.said()
-    assert RECIPE["distill"]["checkpoint_every"] <= step < 24
+    assert RECIPE["distill"]["checkpoint_every"] <= step < STEPS
     found, expected = (json.loads((folder / "upq.json").read_text())["metrics"] for folder in (out, unharmed.out))
     for row, figures in expected.items():
         numbers = {key: value for key, value in figures.items() if not isinstance(value, str)}
