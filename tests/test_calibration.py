@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tiny import byte_tokenizer
 from upq.core.config import digest
 from upq.core.errors import UPQError
 from upq.data.config import MIXED, Data, TextSource, of_domain
+from upq.data.held import HeldOut
 from upq.files.tensors import load_tensors
 from upq.model.source import Source
 from upq.run.recipe import Recipe
@@ -45,6 +48,19 @@ def test_a_source_without_a_domain_has_the_digest_of_before() -> None:
     assert "domain" not in PLAIN.model_dump(mode="json")
     assert digest(PLAIN) != digest(PLAIN.model_copy(update={"domain": "code"}))
     assert TextSource(**CODE.model_dump()) == CODE
+
+
+def test_most_of_a_document_is_found_where_rows_have_cut_it() -> None:
+    rng = np.random.default_rng(0)
+    document, other = rng.integers(0, 1000, 100), rng.integers(0, 1000, 100)
+    rows_NT = np.concatenate([other[60:], document]).reshape(-1, 35).astype(np.int32)
+    rows_NT[:, 0] = 7  # each row begins with the same token
+    held = HeldOut(torch.from_numpy(rows_NT))
+    assert held.holds_most(document.tolist())
+    assert not held.holds_most(other.tolist())  # of which less than half is there
+    assert not held.holds_most([*range(2000, 2010)])
+    assert held.holds_most(document[:10].tolist())
+    assert held.holds(document[3:9].tolist())
 
 
 def test_a_stage_calibrates_on_its_domain(victim: Victim, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def read(folder: Path) -> dict[str, str]:
 
 
 def test_given_questions_are_answered_and_no_others(tmp_path: Path) -> None:
-    """Each once before any comes again, whoever writes."""
+    """Each once before any comes again, by the compiled decoder and by transformers."""
     asked = [[{"role": "system", "content": "Be."}, {"role": "user", "content": f"{n}?"}] for n in range(3)]
     model = various()
     found = read(side_by_side(tmp_path / "a", model, size=3, questions=asked))

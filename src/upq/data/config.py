@@ -52,8 +52,6 @@ def of_domain(sources: tuple[TextSource, ...], domain: str, name: str) -> tuple[
 class Generated(Strict):
     """Conversations that the original model writes itself before it is quantised, beside the sources' text."""
 
-    # Of whom: the model itself, or the users of the run's own conversations, whose answers are then not read here.
-    questions: Literal["own", "data"] = neutral("own")
     # To be written, and gone through again where training needs more; None: its share, so that none comes twice.
     tokens: int | None = Field(default=None, gt=0)
     weight: float = Field(default=1.0, gt=0)  # share of the training tokens, relative to the sources
@@ -61,6 +59,8 @@ class Generated(Strict):
     answer_temperature: float = Field(default=1.0, ge=0)  # of answers; 0: the likeliest token each time
     max_new_tokens: int = Field(default=512, ge=1)  # of a prompt, and of an answer
     batch_size: int = Field(default=128, ge=1)  # conversations written at a time
+    # Of whom: the model itself, or the users of the run's own conversations, whose answers are then not read here.
+    questions: Literal["own", "data"] = neutral("own")
 
 
 class Data(Strict):

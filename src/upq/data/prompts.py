@@ -9,13 +9,13 @@ import math
 from collections.abc import Iterator
 from itertools import takewhile
 
-import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from upq.core.errors import UPQError
 from upq.data.config import Data, TextSource
 from upq.data.encoding import Encoder
+from upq.data.held import HeldOut
 from upq.data.rows import BadRow, Message, Tally
 from upq.data.sources import read_documents, sources_of
 
@@ -39,14 +39,14 @@ def prompts(
     """
     sources = (*sources_of(section), *written)
     whole, encoder = sum(source.weight for source in sources), Encoder(tokenizer)
-    held = held_out_NT.numpy().astype(np.int32).tobytes()
+    held = HeldOut(held_out_NT)
     found = dict[Prompt, None]()
     for source in sources:
         enough = len(found) + math.ceil(count * source.weight / whole)
         for prompt in _of(source, section, encoder, longest):
             if len(found) >= enough:
                 break
-            if not _holds(held, prompt, encoder):
+            if not held.holds(prompt[1:] if prompt[0] == encoder.row_start else prompt):  # which a row begins with
                 found[prompt] = None
     if not found:
         raise UPQError(
@@ -125,13 +125,3 @@ def _beginnings(ids: list[int], seq_len: int, longest: int, row_start: int | Non
         first = [row_start] if row_start is not None and start and length else []
         if length:
             yield (*first, *ids[start : start + length - len(first)])
-
-
-def _holds(held: bytes, prompt: Prompt, encoder: Encoder) -> bool:
-    """Whether the prompt stands in the rows `held`, with or without what a row begins with."""
-    own = prompt[1:] if prompt[0] == encoder.row_start else prompt
-    wanted, at = np.array(own, np.int32).tobytes(), -1
-    while (at := held.find(wanted, at + 1)) >= 0:
-        if at % 4 == 0:
-            return True
-    return False

@@ -15,6 +15,7 @@ from upq.core.errors import UPQError
 from upq.core.precision import Precision
 from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.data.config import Data, TextSource, of_domain
+from upq.data.held import HeldOut
 from upq.data.packing import prepare
 from upq.data.sources import sources_of
 from upq.data.tokens import TokenSet
@@ -132,10 +133,13 @@ class Blockwise(Stage):
         return sources_of(data) if self.calibration is None else self.calibration
 
     def _own(self, job: Job) -> TokenSet:
-        """Rows of the stage's own sources. Documents are held out by the rule of the run, so those of the run are."""
-        section = job.data.model_copy(update={"sources": self._sources(job.name, job.data), "loss_on": "all"})
-        path = job.folder / "text.safetensors"
-        found = prepare(section, load_tokenizer(job.model), path, sequences=self.samples, seed=job.seed)
+        """Rows of the stage's own sources, without what the run holds out."""
+        section = job.data.model_copy(
+            update={"sources": self._sources(job.name, job.data), "loss_on": "all", "validation": 1}
+        )
+        path, held = job.folder / "text.safetensors", HeldOut(job.rows().validation_tokens_NT)
+        tokenizer = load_tokenizer(job.model)
+        found = prepare(section, tokenizer, path, sequences=self.samples, seed=job.seed, without=held)
         if len(found.tokens_NT) < self.samples:
             job.progress.note(
                 f"{job.name}: {len(found.tokens_NT)} rows to calibrate on, {self.samples} are asked for; add text"
