@@ -136,9 +136,7 @@ class OnPolicy(TrainingStage):
             loss_of=lambda step: other if self.reads_text(step) else None,
             figures=written.figures,
         )
-        with job.processes.shared_errors():
-            figures = written.summary() if job.processes.first else {}
-        return replace(state, answers={**state.answers, job.name: figures})
+        return replace(state, answers={**state.answers, job.name: written.summary()})
 
     def _off_policy_loss(self, name: str) -> Loss:
         plugin, where = self.off_policy_loss, f"{name}.off_policy_loss {self.off_policy_loss.name}"
