@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 ENGINES := .venv-engines
 
-.PHONY: demo test test-slow test-ci nightly zoo soak test-engines check bench sanitize cross fuzz clean
+.PHONY: demo test test-slow test-ci nightly zoo soak test-engines check bench sanitize cross fuzz site clean
 
 demo: $(VENV)/.installed
 	$(BIN)/upq demo
@@ -69,13 +69,18 @@ fuzz: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt atheris
 	for target in artifact recipe data inputs; do $(BIN)/python tools/fuzz.py $$target --seconds 150 || exit 1; done
 
+# The documentation as pages, into build/site. A link that leads nowhere ends it.
+site: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt mkdocs-material
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # torch first and alone, pinned: left to itself, pip would fetch a CUDA build with gigabytes of libraries.
 $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/upq/kernels/cpu/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "UPQ needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,bench,report,browser,dev,export,cuda]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,bench,report,browser,dev,export,serve,cuda]"
 	touch $@
 
 # An environment of its own, since llama.cpp is built from source: minutes on a fast machine, an hour on two cores.

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, StoppingCriteria
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import upq
@@ -407,6 +407,7 @@ def test_stops_where_transformers_stops() -> None:
         {"eos_token_id": [1, end], "min_new_tokens": 10, "pad_token_id": 0},
         {"stopping_criteria": [After(20)]},
         {"max_length": 19, "max_new_tokens": None},
+        {"tokenizer": byte_tokenizer()},  # nobody needs it: there are no stop_strings
     ):
         options = {"max_new_tokens": 12, "do_sample": False, **options}
         assert torch.equal(compiled(model, **options), by_transformers(model, **options)), options
@@ -443,7 +444,11 @@ def test_processors_and_sampling_are_those_of_transformers(options: dict[str, An
         ({"use_cache": False}, "use_cache=False"),
         ({"cache_implementation": "static"}, "cache_implementation was given"),
         ({"prompt_lookup_num_tokens": 2}, "assisted generation"),
-        ({"stop_strings": "a", "tokenizer": byte_tokenizer()}, "tokenizer was given"),
+        ({"stop_strings": "a", "tokenizer": byte_tokenizer()}, "stop_strings were given"),
+        (
+            {"generation_config": GenerationConfig(stop_strings="a"), "tokenizer": byte_tokenizer()},
+            "stop_strings were given",
+        ),
         ({"attention_mask": torch.tensor([[0] * 3 + [1] * 14])}, "an attention mask with gaps"),
     ],
 )

@@ -17,7 +17,7 @@ FLOORS = (
     ("files", "grids", "losses", "kernels"),
     ("text",),
     ("model", "data", "world"),
-    ("nn",),
+    ("nn", "transforms"),
     ("blockwise", "distill", "decoding"),
     ("artifact",),
     ("exports",),

@@ -23,6 +23,7 @@ DISTILL = {"loss": "gjs", "batch_size": 4, "micro_batch_size": 2, "lr": 1e-3, "s
 # Every kind at least once, two kinds twice.
 CHAIN: dict[str, dict[str, Any]] = {
     "generate": {"tokens": 200, "weight": 0.25, "max_new_tokens": 40, "batch_size": 8},
+    "turn": {"stage": "transform", "method": {"name": "rotate", "untie": True}},
     "int4": {
         "stage": "blockwise",
         "bits": 4,
@@ -228,7 +229,7 @@ def test_runs_that_share_a_work_folder_solve_the_blocks_once(
         seen = now
     assert weights(tmp_path / "0.001") == weights(finished)
     kinds = [path.name.partition("-")[0] for path in work.iterdir()]
-    assert [kinds.count(name) for name in CHAIN] == [1, 1, 1, 1, 4, 4, 4]
+    assert [kinds.count(name) for name in CHAIN] == [1, 1, 1, 1, 1, 4, 4, 4]
 
 
 def test_two_runs_at_once_in_a_shared_folder(victim: Victim, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_a_finished_run_with_a_shared_folder_says_what_is_kept_there(
     quantize(victim.model, recipe(), tmp_path / "out", work=tmp_path / "work")
     changed, message = (
         recipe(again={"tokens": 512}),
-        r"again would be done anew.*, generate, int4, widths, int2, distill, on_policy kept;",
+        r"again would be done anew.*, generate, turn, int4, widths, int2, distill, on_policy kept;",
     )
     with pytest.raises(UPQError, match=message):
         quantize(victim.model, changed, tmp_path / "out", work=tmp_path / "work")
@@ -264,6 +265,16 @@ def test_weights_do_not_train_after_a_stage_that_leaves_codes_alone(
     with pytest.raises(
         UPQError, match=r"on_policy trains weights, and distill before it leaves codes alone; set on_policy"
     ):
+        quantize(victim.model, wrong, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_solved_are_not_transformed(
+    victim: Victim, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    stages = {name: CHAIN[name] for name in ("generate", "int4", "turn", "widths", "int2")}
+    wrong = Recipe.of({**recipe().model_dump(include={"data"}), "stages": stages}, "here")
+    with pytest.raises(UPQError, match="turn changes weights that int4 before it has solved; put it first"):
         quantize(victim.model, wrong, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -17,6 +17,7 @@ _FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "kld": ("KL divergence from the source, nats a token", lambda v: f"{v:.4f}"),
     "top1": ("Same most likely next token as the source", lambda v: f"{v:.1%}"),
 }
+LICENCE = "The same as that of the base model."
 _TITLES = {"source": "Source", "artifact": "This model"}
 
 _LOAD = """\
@@ -58,17 +59,21 @@ def model_card(manifest: Manifest) -> str:
         _massive(manifest),
         f"## Recipe\n\n```yaml\n{recipe}```" if manifest.recipe else "",
         _data(manifest),
-        "## Licence\n\nThe same as that of the base model.",
+        f"## Licence\n\n{LICENCE}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _front_matter(manifest: Manifest) -> str:
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["upq"]}
-    path = manifest.model.path
-    if path.count("/") == 1 and not path.startswith((".", "/", "~")):  # a hub id and not somebody's directory
-        head["base_model"] = path
+    if on_hub(manifest.model.path):
+        head["base_model"] = manifest.model.path
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---"
+
+
+def on_hub(path: str) -> bool:
+    """Whether it has the form of a hub id, and is not clearly somebody's directory."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 
 def _figures(manifest: Manifest) -> str:

@@ -18,6 +18,7 @@ from upq.cli.doctor import doctor
 from upq.cli.evaluate import evaluate
 from upq.cli.export import export
 from upq.cli.plan import plan
+from upq.cli.push import push
 from upq.cli.quantize import quantize
 from upq.cli.report import report
 from upq.cli.serve import serve
@@ -53,9 +54,10 @@ app.command("chat", short_help="Talk to a model in the terminal.")(chat)
 # What the command does not know is the server's.
 app.command(
     "serve",
-    short_help="An artefact behind llama.cpp's or vLLM's server.",
+    short_help="An artefact behind vLLM's, llama.cpp's or transformers' server.",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(serve)
+app.command("push", short_help="An artefact to the Hugging Face hub.")(push)
 app.command("bench", short_help="Tokens a second and memory on this machine.")(bench)
 app.command("demo", short_help="A small model, quantised and tested in minutes.")(demo)
 app.command("doctor", short_help="What this machine has and lacks; damage in an artefact.")(doctor)

@@ -39,7 +39,7 @@ def chat(
     quiet_libraries()
     shown = console()
     names = [local_or_hub(each) for each in (model, against) if each is not None]
-    tokenizers = [_tokenizer(each) for each in names]
+    tokenizers = [chat_tokenizer(each) for each in names]
     loaded = [_load(each, device) for each in names]
     options = {"max_new_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     start: list[Message] = [{"role": "system", "content": system}] if system else []
@@ -126,7 +126,8 @@ def _titles(names: list[str]) -> list[str]:
     return last if len(set(last)) == len(last) else names
 
 
-def _tokenizer(model: str) -> PreTrainedTokenizerBase:
+def chat_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """A tokenizer that writes conversations. Raises UPQError."""
     from upq.model.loading import embedding_rows, load_config, load_tokenizer
     from upq.text.tokenizer import check_ids
 

@@ -16,6 +16,7 @@ CORE = ("torch", "transformers", "safetensors", "accelerate", "datasets", "pydan
 EXTRAS = {
     "eval": ("lm_eval", "langdetect", "immutabledict", "nltk"),
     "export": ("compressed_tensors", "gguf", "onnx", "onnxruntime", "openvino", "openvino_tokenizers", "torchao"),
+    "serve": ("fastapi", "uvicorn", "openai"),
     "train": ("torchao",),
     "dev": ("pytest", "hypothesis", "ruff", "mypy"),
 }

@@ -30,11 +30,8 @@ from upq.kernels import compute
 
 _log = logging.getLogger("upq")
 
-# Arguments of `generate` that ask for another loop, another model or another cache; and the tokenizer of stop_strings,
-# which transformers 5.23 loses on its way to a loop that is not its own.
-_NOT_OURS = (
-    "assistant_model", "cache_implementation", "custom_generate", "past_key_values", "position_ids", "tokenizer",
-)  # fmt: skip
+# Arguments of `generate` that ask for another loop, another model or another cache.
+_NOT_OURS = ("assistant_model", "cache_implementation", "custom_generate", "past_key_values", "position_ids")
 # What transformers hands to a decoding loop for one plain text.
 _PLAIN = {"attention_mask", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
 
@@ -93,9 +90,15 @@ class _Generate:
             for name in _NOT_OURS:
                 if options.get(name) is not None:
                     raise Unsuitable(f"{name} was given")
+            # transformers 5.23 loses the tokenizer on its way to a loop that is not its own. Only stop_strings need it;
+            # transformers' server gives one always.
+            settings = (generation_config, model.generation_config)
+            if any([options.get("stop_strings"), *(getattr(each, "stop_strings", None) for each in settings)]):
+                raise Unsuitable("stop_strings were given")
             with self._alone():
                 # The loop has the streamer: transformers would show it the prompt before the loop could decline.
-                ours = {**options, "streamer": None, "custom_generate": self._loop(options.get("streamer"))}
+                loop = self._loop(options.get("streamer"))
+                ours = {**options, "tokenizer": None, "streamer": None, "custom_generate": loop}
                 found = plain(model, inputs, generation_config, **ours)
         except Unsuitable as reason:
             model.why_not_compiled = str(reason)

@@ -82,6 +82,11 @@ def matrices(block: nn.Module) -> tuple[Matrix, ...]:
     return tuple(found for found, reason in _judged(block) if reason is None and isinstance(found, Matrix))
 
 
+def products(block: nn.Module) -> tuple[Matrix, ...]:
+    """All linears and tensors of experts, those too that do not become codes."""
+    return tuple(found for found, _ in _judged(block) if isinstance(found, Matrix))
+
+
 def place(block: nn.Module, matrix: Matrix, layer: nn.Module) -> None:
     """`layer` takes the place of a linear of `block`, or of a parameter of its experts."""
     if matrix.experts:

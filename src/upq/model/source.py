@@ -135,6 +135,10 @@ class Source:
         """A weight (E·O, I) of block `index`, read anew."""
         return matrix.flat(self._tensor(self._at(index, matrix.parameter)).to(self.device))
 
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the model by its path."""
+        return self._tensor(name)
+
     def path_of(self, index: int, name: str) -> str:
         """Of a weight's name within block `index`, the path in the model."""
         return self._at(index, name)

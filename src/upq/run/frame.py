@@ -90,7 +90,7 @@ class Frame:
         store = state.solved
         assert store is not None
         self.progress.start("check")
-        source, reports = Source(self.model, dtype="auto"), dict(self._by_path(store.report))
+        source, reports = Source(state.model or self.model, dtype="auto"), dict(self._by_path(store.report))
         manifest = Manifest(
             recipe=self.recipe.model_dump(mode="json"),
             model=SourceModel(path=self.run.name, digest=self.run.model_digest),
@@ -137,10 +137,11 @@ class Frame:
         model, rows_NT = Source(self.model, device=self.device, dtype=dtype), data.validation_tokens_NT
         with allocator(self.run.work if self.recipe.memory.activations == "disk" else None) as allocate:
             original = streamed(model, rows_NT, allocate=allocate)
+            built_of = model if state.model is None else Source(state.model, device=self.device, dtype=dtype)
             self.progress.advance(1)
             before = {}
             for store in state.built_on:
-                before[store.folder.name.partition("-")[0]] = self._built_on(store, model, original, data, allocate)
+                before[store.folder.name.partition("-")[0]] = self._built_on(store, built_of, original, data, allocate)
             self.progress.advance(1)
             packed = load(self.staging, device=self.device)
             size = _size(packed, self.staging)

@@ -171,7 +171,7 @@ class _Run:
         return Job(
             name=place.name,
             folder=place.folder,
-            model=frame.model,
+            model=state.model or frame.model,
             seed=frame.recipe.seed,
             device=frame.device,
             processes=self.processes,
@@ -201,9 +201,13 @@ def check(config: PretrainedConfig, recipe: Recipe, model: Source, name: str) ->
     seq_len, limit = recipe.data.seq_len, context_of(config)
     if limit is not None and seq_len > limit:
         raise UPQError(f"data.seq_len={seq_len} is more than the model's {limit}; lower it")
+    solved = ""  # the last stage that solved blocks
     codes_alone, widths = "", False  # the stage that has left no weights to train, and whether one chose widths
     for stage_name, stage in recipe.stages.items():
         stage.check(stage_name, model, recipe.data)
+        if stage.transforms and solved:
+            raise UPQError(f"{stage_name} changes weights that {solved} before it has solved; put it first")
+        solved = stage_name if stage.solves else solved
         demands = stage.demands(recipe.data)
         if demands.start == "latents" and codes_alone:
             raise UPQError(

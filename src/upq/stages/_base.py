@@ -85,6 +85,7 @@ class ModelState:
     text: tuple[TextSource, ...] = ()  # written by stages, beside the recipe's sources
     solved: BlockStore | None = None  # blocks of the last stage that quantised or trained
     built_on: tuple[BlockStore, ...] = ()  # blocks that a later block-wise stage started from
+    model: Path | None = None  # the original as a stage has transformed it; None: as it was given
     norms: Path | None = None  # trained norms, by parameter name
     skipped_steps: tuple[int, ...] = ()  # of trainings: their loss or gradient was not finite
     widths: tuple[Mapping[str, int], ...] = ()  # by block and weight, the bits that a stage has chosen
@@ -100,6 +101,7 @@ class ModelState:
             ],
             "solved": None if self.solved is None else _store(self.solved, work),
             "built_on": [_store(store, work) for store in self.built_on],
+            "model": None if self.model is None else _relative(self.model, work),
             "norms": None if self.norms is None else _relative(self.norms, work),
             "skipped_steps": list(self.skipped_steps),
             "widths": [dict(each) for each in self.widths],
@@ -119,10 +121,11 @@ class ModelState:
             tuple(TextSource(**{**source, "path": str(work / source["path"])}) for source in raw["text"]),
             None if raw["solved"] is None else store(raw["solved"]),
             tuple(store(each) for each in raw["built_on"]),
-            None if raw["norms"] is None else work / raw["norms"],
-            tuple(raw["skipped_steps"]),
-            tuple(raw.get("widths", ())),
-            raw.get("answers", {}),
+            norms=None if raw["norms"] is None else work / raw["norms"],
+            model=work / raw["model"] if raw.get("model") else None,
+            skipped_steps=tuple(raw["skipped_steps"]),
+            widths=tuple(raw.get("widths", ())),
+            answers=raw.get("answers", {}),
         )
 
 
@@ -141,7 +144,7 @@ class Job:
 
     name: str  # of the stage
     folder: Path  # the stage's own
-    model: Path  # directory of the original
+    model: Path  # directory of the original, or of what a stage has made of it
     seed: int
     device: str
     processes: Processes
@@ -201,6 +204,7 @@ class Stage(Strict):
     savings: ClassVar[tuple[Saving, ...]] = ()  # own settings that save memory
     solves: ClassVar[bool] = False  # it leaves blocks as codes
     trains: ClassVar[bool] = False  # it starts from solved blocks
+    transforms: ClassVar[bool] = False  # it changes weights that no stage has solved yet
     chooses_widths: ClassVar[bool] = False  # of weights, for stages after it
 
     def scheme(self) -> QuantScheme | None:
