@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 
 ENGINES := .venv-engines
 
-.PHONY: demo test test-slow test-ci nightly zoo soak test-engines check bench sanitize cross fuzz site clean
+.PHONY: demo test test-slow test-ci nightly zoo soak test-engines check bench sanitize cross fuzz site lock clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	$(BIN)/upq demo
 
 # A worker a core; each takes tests from the other when it has none left.
@@ -74,14 +74,43 @@ site: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt mkdocs-material
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# torch first and alone, pinned: left to itself, pip would fetch a CUDA build with gigabytes of libraries.
-$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/upq/kernels/cpu/*)
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "UPQ needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,bench,report,browser,dev,export,serve,cuda]"
-	touch $@
+# A lock pins every package, and is of one platform and Python. Elsewhere constraints.txt pins what UPQ itself names.
+PLATFORM := $(shell $(PYTHON) -c 'import platform, sys; print(sys.platform, platform.machine(), "py%d%d" % sys.version_info[:2], sep="-")')
+LOCK := $(wildcard requirements/$(PLATFORM).txt)
+ALL := eval,bench,report,browser,dev,export,serve,cuda
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(LOCK) $(wildcard src/upq/kernels/cpu/*)
+
+# torch first and alone, through pip, which knows the indexes of pip.conf: a CPU build is chosen there, and left to itself
+# the package index would give a CUDA build with gigabytes of libraries. uv fetches the rest side by side while the
+# kernels compile; it reads no pip.conf, so `make UV= test` does all of it through pip.
+UV ?= $(BIN)/uv
+define install
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "UPQ needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+@echo "installing into $(VENV), versions of $(or $(LOCK),constraints.txt): 1. torch, 2. the kernels, compiled, and $(1)"
+@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+@$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch $(if $(UV),uv)
+@$(if $(UV),$(UV) pip install --python $(BIN)/python --build-constraints constraints.txt --reinstall-package upq,$(BIN)/python -m pip install --no-compile --quiet) \
+	--constraint constraints.txt $(addprefix --constraint ,$(LOCK)) --editable ".[$(1)]"
+endef
+comma := ,
+
+# What `make demo` needs, and no more.
+$(VENV)/.demo: $(SOURCES)
+	$(call install,eval$(comma)report)
+	@touch $@
+
+$(VENV)/.installed: $(SOURCES)
+	$(call install,$(ALL))
+	@touch $(VENV)/.demo $@
+
+# The lock of this platform and Python anew, from what constraints.txt and the package index give today.
+lock:
+	rm -rf $(VENV)
+	$(MAKE) LOCK= $(VENV)/.installed
+	mkdir -p requirements
+	(echo "# What \`make test\` installs beside the CPU build of torch. Written by \`make lock\`."; \
+		$(UV) pip freeze --python $(BIN)/python --exclude-editable | grep --invert-match --extended-regexp "^(torch|uv|pip|setuptools)==") \
+		> requirements/$(PLATFORM).txt
 
 # An environment of its own, since llama.cpp is built from source: minutes on a fast machine, an hour on two cores.
 # humming-kernels without what it needs to run, a CUDA GPU: its descriptions of checkpoints are all that is used.

@@ -32,6 +32,7 @@ from _subjects import SUBJECTS, Subject, named
 from _table import Figure, Table, make_console, show_figures, write_figures
 from upq.artifact.manifest import MANIFEST, Manifest, SourceModel
 from upq.artifact.transformers import embedding_tables, write_artifact
+from upq.core.levels import Uniform
 from upq.core.memory import resident_bytes
 from upq.core.scheme import QTensor, QuantScheme
 from upq.data.config import TextSource
@@ -235,7 +236,7 @@ def codes(linear: nn.Module, scheme: QuantScheme) -> QTensor:
     codes_OI = torch.randint(scheme.levels, (rows, columns), dtype=torch.uint8)
     zero = GRIDS.get(scheme.grid).zero(scheme)
     assert zero is not None  # grids whose groups have zero points of their own have no place here
-    return QTensor(codes_OI, scale_OG, torch.full((rows, groups), zero), scheme)
+    return QTensor(codes_OI, scale_OG, Uniform(torch.full((rows, groups), zero)), scheme)
 
 
 def tokenizer(size: int) -> PreTrainedTokenizerFast:

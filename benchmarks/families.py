@@ -18,6 +18,7 @@ import upq
 from _table import Table, make_console
 from upq.artifact.manifest import Manifest, SourceModel
 from upq.artifact.transformers import write_artifact
+from upq.core.levels import Uniform
 from upq.core.scheme import QTensor, QuantScheme
 from upq.evals import speed as bench
 from upq.evals.speed import Speed, Workload
@@ -122,7 +123,7 @@ def _codes(weight: Any, scheme: QuantScheme) -> QTensor:
     zero = GRIDS.get(scheme.grid).zero(scheme)
     assert zero is not None
     codes_OI = torch.randint(scheme.levels, (rows, columns), dtype=torch.uint8)
-    return QTensor(codes_OI, scale_OG, torch.full((rows, 1), zero), scheme)
+    return QTensor(codes_OI, scale_OG, Uniform(torch.full((rows, 1), zero)), scheme)
 
 
 if __name__ == "__main__":

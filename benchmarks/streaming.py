@@ -83,6 +83,7 @@ def make(artifact: Path, layers: int, vocabulary: int) -> None:
     from tiny import CHAT, byte_tokenizer
     from upq.artifact.manifest import Manifest, SourceModel
     from upq.artifact.transformers import write_artifact
+    from upq.core.levels import Uniform
     from upq.core.scheme import QTensor, QuantScheme
     from upq.nn.blocks import model_weights
 
@@ -95,7 +96,7 @@ def make(artifact: Path, layers: int, vocabulary: int) -> None:
         rows, columns = model.get_submodule(path).weight.shape
         codes_OI = torch.randint(0, 4, (rows, columns), dtype=torch.uint8)
         scale_OG = (0.01 + 0.01 * torch.rand(rows, 1)).half()
-        qtensors[path] = QTensor(codes_OI, scale_OG, torch.full((rows, 1), 1.5), scheme)
+        qtensors[path] = QTensor(codes_OI, scale_OG, Uniform(torch.full((rows, 1), 1.5)), scheme)
     tokenizer = byte_tokenizer(bos="<s>", eos="</s>", chat_template=CHAT)
     artifact.mkdir(parents=True)
     manifest = Manifest(model=SourceModel(path="random/llama-1b", digest="0"))

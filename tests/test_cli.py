@@ -239,9 +239,7 @@ def test_doctor_names_the_kernels_of_a_gpu(upq_command, monkeypatch, kernels, na
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(name="H1", total_memory=8e10))
     monkeypatch.setitem(sys.modules, "gemlite", None)
-    monkeypatch.delenv("UPQ_KERNELS", raising=False)
-    if kernels is not None:
-        monkeypatch.setenv("UPQ_KERNELS", kernels)
+    monkeypatch.setattr("upq.kernels._of_environment", lambda: kernels)  # which is read once a process
     cuda.library.cache_clear()
     code, shown, _ = upq_command("doctor")
     assert code == 0

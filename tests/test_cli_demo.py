@@ -5,6 +5,7 @@ from importlib import import_module
 import pytest
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'upq[eval]'")
+pytest.importorskip("vl_convert", reason="the extra report is not installed: pip install 'upq[report]'")
 
 demo_command = import_module("upq.cli.demo")  # upq.cli's own `demo` is the command's function
 
@@ -30,6 +31,25 @@ def test_the_demo_runs_to_its_end(tmp_path, monkeypatch, capsys):
             "2 bits, UPQ",
             "knows",
             "obeys",
+            "of 24 requests that rounding breaks",
+            "report.html",
             "upq chat",
         ):
             assert words in shown
+    page = (tmp_path / "demo/int2/report.html").read_text()
+    assert "mini_mmlu" in page
+    assert "mini_ifeval" in page
+
+
+def test_requests_that_only_rounding_breaks_are_shown_first() -> None:
+    obeyed = {
+        "original": [True] * 5,
+        "nearest": [True, False, True, False, False],
+        "UPQ": [True, True, True, True, False],
+    }
+    prompts = [f"prompt {i}" for i in range(5)]
+    made = demo_command._answers(prompts, {name: [f"{name} {i}" for i in range(5)] for name in obeyed}, obeyed)
+    assert str(made.title).startswith("2 of 5 requests")
+    columns = [list(column.cells) for column in made.columns]
+    assert columns[0] == ["prompt 1", "prompt 3", "prompt 0"]
+    assert columns[2] == ["✗ nearest 1", "✗ nearest 3", "✓ nearest 0"]

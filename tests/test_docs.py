@@ -84,9 +84,6 @@ def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
         path, _, anchor = target.partition("#")
-        if path.startswith("api/"):  # the site's pages from the code
-            assert f" {path}\n" in (ROOT / "mkdocs.yml").read_text()
-            continue
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), target
         if anchor:
@@ -181,3 +178,36 @@ def test_messages_of_the_troubleshooting_page_are_those_of_the_program() -> None
     messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
     assert len(messages) > 20
     assert not [message for message in messages if message not in source]
+
+
+def test_pages_from_the_code_have_every_option_and_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    pages = importlib.import_module("pages")
+    text, group = pages.commands(), typer.main.get_command(upq.cli.app)
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        section = text.partition(f"\n## upq {name}\n")[2].partition("\n## upq ")[0]
+        options = {option for each in command.params for option in each.opts if option.startswith("--")}
+        assert all(f"`{option}" in section or f", {option}" in section for option in options), name
+    keys = pages.recipe_keys()
+    for stage in Recipe.load("default").stages.values():
+        section = keys.partition(f"### stage: {stage.kind}\n")[2].partition("\n#")[0]
+        assert all(f"`{key}`" in section for key in type(stage).model_fields), stage.kind
+    assert all(f"## upq.{name}\n" in pages.interface() for name in upq.__all__ if name != "__version__")
+
+
+def test_links_of_the_site_are_those_of_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    pages = importlib.import_module("pages")
+
+    class Page:
+        def __init__(self, uri: str) -> None:
+            self.file = type("File", (), {"src_uri": uri})
+
+    moved = {
+        ("run.md", "[a](../LOG.md)"): "[a](experiments.md)",
+        ("log/cost.md", "[a](../../LOG.md) [b](../run.md#x)"): "[a](../experiments.md) [b](../run.md#x)",
+        ("experiments.md", "[a](docs/log/cost.md#x) [b](docs/log)"): "[a](log/cost.md#x) [b](log/methods.md)",
+        ("guides/node.md", "[a](../run.md) [b](https://a.b/c) [c](#d)"): "[a](../run.md) [b](https://a.b/c) [c](#d)",
+    }
+    for (uri, before), after in moved.items():
+        assert pages.on_page_markdown(before, Page(uri), None, None) == after

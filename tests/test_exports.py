@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import upq
 from pairwise import pairwise
+from schemes import PLAIN, fitting
 from tiny import FAMILIES, tiny_artifact
 from upq.artifact.manifest import file_entry, read_manifest, write_manifest
 from upq.core.errors import UPQError
@@ -98,12 +99,16 @@ class TestLaws:
             report, _ = run(make("qwen2", dtype=dtype, tie_word_embeddings=False), name, tmp_path / str(dtype))
             assert report.exact
 
-    @pairwise(bits=[2, 3, 4], grid=GRIDS.names(), group_size=[-1, 32])
+    @pairwise(bits=[2, 3, 4], grid=PLAIN, group_size=[-1, 32])
     def test_every_scheme_is_exact_or_refused(
         self, make: Make, grid: str, bits: int, group_size: int, name: str, tmp_path: Path
     ) -> None:
         scheme = QuantScheme(bits=bits, grid=grid, group_size=group_size)
         exact_or_refused(make("llama", scheme=scheme, intermediate_size=96), name, tmp_path)
+
+    @pytest.mark.parametrize("grid", [grid for grid in GRIDS.names() if grid not in PLAIN])
+    def test_every_grid_of_one_kind_is_exact_or_refused(self, make: Make, grid: str, name: str, tmp_path: Path) -> None:
+        exact_or_refused(make("llama", scheme=fitting(grid), intermediate_size=96), name, tmp_path)
 
     @pytest.mark.parametrize("scale_dtype", ["bfloat16", "float32"])
     def test_every_type_of_scale_is_exact_or_refused(

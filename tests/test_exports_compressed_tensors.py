@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: pip install 'upq[export]'")
 
 import upq
+from schemes import fitting
 from tiny import FAMILIES, tiny_artifact
 from upq.core.errors import UPQError
 from upq.core.scheme import QuantScheme
@@ -63,6 +64,26 @@ def test_groups_and_mixed_widths(tmp_path: Path) -> None:
         tmp_path / "artifact", scheme=QuantScheme(bits=2, group_size=16), intermediate_size=48, embeddings_bits=8
     )
     export(artifact, "compressed-tensors", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(model(IDS).logits, upq.load(artifact)(IDS).logits)
+
+
+@pytest.mark.parametrize("grid", ["nvfp4", "mxfp4"])
+def test_fp4_keeps_its_bytes(grid: str, tmp_path: Path) -> None:
+    artifact = tiny_artifact(tmp_path / "artifact", scheme=fitting(grid), intermediate_size=96, dtype=torch.bfloat16)
+    report = export(artifact, "compressed-tensors", tmp_path / "out")
+    assert report.exact
+    assert {carried.carrier for carried in report.carriers} == {grid, "bfloat16"}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["format"] == f"{grid}-pack-quantized"
+    stored, ours = load_file(tmp_path / "out" / "model.safetensors"), load_file(artifact / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(stored[f"{name}_packed"], ours[f"{name}_packed"])
+    assert torch.equal(stored[f"{name}_scale"].view(torch.uint8), ours[f"{name}_scale"])
+    if grid == "nvfp4":
+        assert stored[f"{name}_global_scale"].item() == 1 / ours[f"{name}_outer"].item()
+        fused = [stored[f"model.layers.0.mlp.{part}_proj.weight_global_scale"] for part in ("gate", "up")]
+        assert torch.equal(*fused)  # engines keep them in one matrix
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert torch.equal(model(IDS).logits, upq.load(artifact)(IDS).logits)
 

@@ -15,12 +15,14 @@ gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'u
 
 import upq  # noqa: E402
 from pairwise import pairwise  # noqa: E402
+from schemes import PLAIN, fitting  # noqa: E402
 from tiny import (  # noqa: E402
     FAMILIES,
     byte_tokenizer,
     tiny_artifact,
 )
 from upq.core.errors import UPQError  # noqa: E402
+from upq.core.levels import Uniform  # noqa: E402
 from upq.core.scheme import PER_CHANNEL, QTensor, QuantScheme  # noqa: E402
 from upq.exports import Source, Weight, export  # noqa: E402
 from upq.exports._ggml import BLOCKS, TERNARY  # noqa: E402
@@ -56,7 +58,7 @@ def random_qtensor(columns: int, scheme: QuantScheme, *, rows: int = 5) -> QTens
 
 
 @pairwise(
-    grid=GRIDS.names(),
+    grid=PLAIN,
     bits=range(2, 9),
     group_size=[PER_CHANNEL, 16, 32, 256],
     scale_dtype=["float16", "bfloat16", "float32"],
@@ -75,6 +77,40 @@ def test_a_type_that_fits_is_exact(grid: str, bits: int, group_size: int, scale_
             assert block.bytes_of(weight) == packed.numel()
             read = gguf.dequantize(packed.numpy(), gguf.GGMLQuantizationType[block.name])
             assert torch.equal(torch.from_numpy(read), q.dequantize())
+
+
+@pytest.mark.parametrize(("grid", "name", "columns"), [("mxfp4", "MXFP4", 96), ("nvfp4", "NVFP4", 128)])
+def test_fp4_keeps_codes_and_scales(grid: str, name: str, columns: int, tmp_path: Path) -> None:
+    q = random_qtensor(columns, fitting(grid))
+    weight = stored(q, tmp_path)
+    assert [block.name for block in BLOCKS if block.misfit(weight) is None] == [name]
+    packed = BY_NAME[name].encode(q)
+    assert BY_NAME[name].bytes_of(weight) == packed.numel()
+    read = torch.from_numpy(gguf.dequantize(packed.numpy(), gguf.GGMLQuantizationType[name]))
+    assert torch.equal(read if q.outer_O1 is None else read * q.outer_O1, q.dequantize())
+
+
+def test_mxfp4_is_as_good_as_ggufs_own_in_the_same_bytes(tmp_path: Path) -> None:
+    w_OI = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
+    theirs = gguf.quantize(w_OI.numpy(), gguf.GGMLQuantizationType.MXFP4)
+    read = torch.from_numpy(gguf.dequantize(theirs, gguf.GGMLQuantizationType.MXFP4))
+    scheme = fitting("mxfp4")
+    ours = GRIDS.get("mxfp4").freeze(w_OI, search_scale(w_OI, scheme), scheme)
+    assert BY_NAME["MXFP4"].encode(ours).shape == theirs.shape
+    assert (ours.dequantize() - w_OI).square().sum() < 0.96 * (read - w_OI).square().sum()
+
+
+def test_the_outer_scale_stands_beside_an_nvfp4_weight(tmp_path: Path) -> None:
+    artifact = tiny_artifact(
+        tmp_path / "artifact", scheme=fitting("nvfp4"), hidden_size=64, intermediate_size=128, num_attention_heads=4
+    )
+    report = export(artifact, "gguf", tmp_path / "out.gguf")
+    assert report.exact
+    assert "NVFP4" in {carried.carrier for carried in report.carriers}
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    for name, tensor in tensors.items():
+        if tensor.tensor_type == gguf.GGMLQuantizationType.NVFP4:
+            assert tensors[name.replace(".weight", ".scale")].data.shape == (1,)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +151,7 @@ def test_golden_bytes_of_q2_k() -> None:
     codes = torch.zeros(1, 256, dtype=torch.uint8)
     codes[0, 0], codes[0, 32], codes[0, 64], codes[0, 96] = 1, 2, 3, 1  # the four fields of byte 0
     codes[0, 128 + 31] = 3  # the lowest of byte 63
-    q = QTensor(codes, torch.tensor([[0.5]], dtype=torch.float16), torch.tensor([[1.5]]), QuantScheme(bits=2))
+    q = QTensor(codes, torch.tensor([[0.5]], dtype=torch.float16), Uniform(torch.tensor([[1.5]])), QuantScheme(bits=2))
     packed = BY_NAME["Q2_K"].encode(q)[0].tolist()
     assert packed[:16] == [0x32] * 16
     assert packed[16] == 0b01_11_10_01
@@ -128,7 +164,7 @@ def test_golden_bytes_of_q4_0() -> None:
     """Codes 0..3 become 5, 7, 9, 11 on half the scale; weight l below, weight l + 16 above."""
     codes = torch.zeros(1, 32, dtype=torch.uint8)
     codes[0, 0], codes[0, 16], codes[0, 1], codes[0, 31] = 1, 2, 3, 3
-    q = QTensor(codes, torch.tensor([[0.5]], dtype=torch.float16), torch.tensor([[1.5]]), QuantScheme(bits=2))
+    q = QTensor(codes, torch.tensor([[0.5]], dtype=torch.float16), Uniform(torch.tensor([[1.5]])), QuantScheme(bits=2))
     assert BY_NAME["Q4_0"].encode(q)[0].tolist() == [0x00, 0x34, 0x97, 0x5B, *[0x55] * 13, 0xB5]
 
 
@@ -161,7 +197,7 @@ def test_a_scale_whose_half_is_no_float16_number_is_noticed(scale: float, fits: 
     scale_OG = q.scale_OG.clone()
     scale_OG[2] = scale
     assert scale_OG[2].item() == scale
-    weight = stored(QTensor(q.codes_OI, scale_OG, q.zero_OG, q.scheme), tmp_path)
+    weight = stored(QTensor(q.codes_OI, scale_OG, q.levels, q.scheme), tmp_path)
     misfit = BY_NAME["Q2_K"].misfit(weight)
     assert misfit is None if fits else misfit == "a scale has no exact place in float16"
 

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from far import FarError, far_away
+from schemes import PLAIN, fitting
 from tiny import tiny_model
 from upq.artifact.transformers import pack_model
 from upq.blockwise import METHODS, BlockStore, walk
@@ -29,6 +30,8 @@ from upq.model.activations import allocator
 from upq.model.source import Source
 from upq.nn.blocks import model_weights
 from upq.nn.fake_quant import Solution
+from upq.nn.fixed_codes import Coded
+from upq.nn.packed import PackedLinear
 
 IDS = torch.randint(2, 67, (6, 12), generator=torch.Generator().manual_seed(0))
 # Narrow: every operation goes through Python, and GPTQ has some for each column.
@@ -138,9 +141,22 @@ def test_the_training(kind: str, loss: str, model: Path, tmp_path: Path) -> None
         assert store.done(2) == 2
 
 
+@pytest.mark.parametrize("grid", [grid for grid in GRIDS.names() if grid not in PLAIN])
+def test_levels_of_one_kind(grid: str) -> None:
+    """Searched, rounded, trained and multiplied with."""
+    scheme, w_OI = fitting(grid), torch.randn(4, 64)
+    with far_away() as device:
+        w_OI = w_OI.to(device)
+        params = search_scale(w_OI, scheme)
+        q = GRIDS.get(grid).freeze(w_OI, params, scheme)
+        coded, packed = Coded.of(q, params).layer(None, torch.device(device)), PackedLinear.from_qtensor(q)
+        assert coded.fake().shape == packed.dequantize().shape
+        assert packed(torch.randn(3, 64).to(device)).shape == (3, 4)
+
+
 @pytest.mark.usefixtures("reference")
 @pytest.mark.parametrize("embeddings", [None, 8])
-@pytest.mark.parametrize("grid", GRIDS.names())
+@pytest.mark.parametrize("grid", PLAIN)
 def test_the_check(grid: str, embeddings: Any, model: Path, tmp_path: Path) -> None:
     scheme = QuantScheme(bits=2, grid=grid)
     packed = Source(model, dtype="auto").without_matrices()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from schemes import PLAIN, fitting
 from upq.blockwise.gptq import gptq, objective
 from upq.core.scheme import PER_CHANNEL, QuantScheme, to_groups
 from upq.grids import GRIDS, Params, search_scale
@@ -26,20 +27,31 @@ def damped(h_II: Tensor, damp: float) -> Tensor:
     return h_II + damp * h_II.diagonal().mean() * torch.eye(len(h_II), dtype=h_II.dtype)
 
 
-def obq(w_OI: Tensor, h_II: Tensor, params: Params, scheme: QuantScheme, *, damp: float) -> Tensor:
+def obq(
+    w_OI: Tensor,
+    h_II: Tensor,
+    params: Params,
+    scheme: QuantScheme,
+    *,
+    damp: float,
+    order_I: Tensor | None = None,
+) -> Tensor:
     """Round the columns left to right; after each, solve least squares for those still free."""
-    h_II, grid, free_OI, n = damped(h_II, damp), GRIDS.get(scheme.grid), w_OI.clone(), w_OI.shape[1]
+    h_II, grid, n = damped(h_II, damp), GRIDS.get(scheme.grid), w_OI.shape[1]
+    order_I = torch.arange(n) if order_I is None else order_I
+    w_OI, h_II, back_I = w_OI[:, order_I], h_II[order_I][:, order_I], order_I.argsort()
+    free_OI = w_OI.clone()
     for k in range(n):
-        # The whole row is rounded with its own parameters; of it only column k is kept.
-        free_OI[:, k] = grid.fake(free_OI, params, scheme)[:, k].double()
+        # The whole row is rounded with its own parameters, where its columns stand; of it only column k is kept.
+        free_OI[:, k] = grid.fake(free_OI[:, back_I].contiguous(), params, scheme)[:, order_I[k]].double()
         if k + 1 < n:
             fixed_OI = (free_OI - w_OI)[:, : k + 1]
             inverse_II = torch.linalg.inv(h_II[k + 1 :, k + 1 :])
             free_OI[:, k + 1 :] = w_OI[:, k + 1 :] - fixed_OI @ h_II[: k + 1, k + 1 :] @ inverse_II
-    return free_OI
+    return free_OI[:, back_I]
 
 
-@pytest.mark.parametrize("grid", GRIDS.names())
+@pytest.mark.parametrize("grid", PLAIN)
 class TestLaws:
     @pytest.mark.parametrize("group_size", [PER_CHANNEL, 16])
     @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -90,6 +102,29 @@ class TestLaws:
             for w, h in ((w_OI, h_II), (w_OI.float(), h_II.float()))
         )
         assert single_O.sum() == pytest.approx(exact_O.sum().item(), rel=0.05)
+
+
+class TestOrder:
+    """Columns of large inputs first, each with the parameters of the group where it stands."""
+
+    def test_without_correlation_the_order_is_nothing(self) -> None:
+        scheme, (w_OI, _) = QuantScheme(bits=2, group_size=8), problem()
+        params, h_II = search_scale(w_OI, scheme), torch.rand(48, dtype=torch.float64).add(0.1).diag()
+        natural, sorted_ = (gptq(w_OI, h_II, params, scheme, order=o) for o in ("natural", "activation"))
+        assert torch.equal(natural, sorted_)
+
+    @pytest.mark.parametrize("scheme", [QuantScheme(bits=3), fitting("nvfp4")], ids=lambda s: s.grid)
+    def test_it_is_obq_on_permuted_columns(self, scheme: QuantScheme) -> None:
+        w_OI, h_II = problem()
+        params, grid = search_scale(w_OI, scheme), GRIDS.get(scheme.grid)
+        order_I = h_II.diagonal().argsort(descending=True, stable=True)
+        exact_OI = obq(w_OI, h_II, params, scheme, damp=0.01, order_I=order_I)
+        nearest_OI = grid.fake(w_OI, params, scheme).double()
+        cost_exact_O, cost_nearest_O = (objective(x, w_OI, damped(h_II, 0.01)) for x in (exact_OI, nearest_OI))
+        expected_OI = torch.where((cost_exact_O < cost_nearest_O)[:, None], exact_OI, nearest_OI)
+        found_OI = gptq(w_OI, h_II, params, scheme, order="activation")
+        torch.testing.assert_close(found_OI, expected_OI, rtol=0, atol=1e-9)
+        assert not torch.equal(found_OI, gptq(w_OI, h_II, params, scheme))
 
 
 class TestDamping:

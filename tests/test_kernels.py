@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from upq import kernels
 from upq.core.errors import UPQError
+from upq.core.levels import Uniform
 from upq.core.scheme import QTensor, QuantScheme
 from upq.kernels import cpu, reference
 from upq.kernels.weight import Weight
@@ -354,7 +355,7 @@ def value(rows: int, columns: int, scheme: QuantScheme, *, zero: float | None = 
     groups = scheme.groups(columns)
     zeros = torch.full((rows, groups), (scheme.levels - 1) / 2 if zero is None else zero)
     codes = torch.randint(scheme.levels, (rows, columns), generator=g).to(torch.uint8)
-    return QTensor(codes, (torch.rand(rows, groups, generator=g) + 0.1).half(), zeros, scheme)
+    return QTensor(codes, (torch.rand(rows, groups, generator=g) + 0.1).half(), Uniform(zeros), scheme)
 
 
 def near_its_weight(layer: nn.Module, weight_OI: Tensor) -> bool:

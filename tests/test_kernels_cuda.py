@@ -19,6 +19,7 @@ from torch import Tensor
 
 from upq import kernels
 from upq.core.errors import UPQError
+from upq.core.levels import Uniform
 from upq.core.scheme import QTensor, QuantScheme
 from upq.kernels import cuda, reference
 from upq.kernels.weight import Weight
@@ -162,7 +163,7 @@ def layer_and_table() -> tuple[PackedLinear, PackedEmbedding]:
     g = torch.Generator().manual_seed(0)
     zeros = torch.randint(4, (6, 2), generator=g).float()
     codes = torch.randint(4, (6, 64), generator=g).to(torch.uint8)
-    q = QTensor(codes, (torch.rand(6, 2, generator=g) + 0.1).half(), zeros, scheme)
+    q = QTensor(codes, (torch.rand(6, 2, generator=g) + 0.1).half(), Uniform(zeros), scheme)
     return PackedLinear.from_qtensor(q, torch.randn(6, generator=g)), PackedEmbedding.from_qtensor(q)
 
 
@@ -241,7 +242,7 @@ def test_memory_on_a_gpu_is_the_codes_once() -> None:
     rows, columns = 4096, 4096
     scheme = QuantScheme(bits=2)
     codes = torch.zeros(rows, columns, dtype=torch.uint8)
-    q = QTensor(codes, torch.ones(rows, 1).half(), torch.full((rows, 1), 1.5), scheme)
+    q = QTensor(codes, torch.ones(rows, 1).half(), Uniform(torch.full((rows, 1), 1.5)), scheme)
     layer = PackedLinear.from_qtensor(q).to("cuda")
     x = torch.ones(1, columns, dtype=torch.float16, device="cuda")
     before = torch.cuda.memory_allocated()

@@ -55,7 +55,10 @@ def test_dump_is_the_same_recipe(name: str, tmp_path: Path) -> None:
         ),
         ("generate.weigth=2", r"unknown key 'generate\.weigth'; keys here: tokens, weight"),
         ("data.generated.weigth=2", r"unknown key 'generate\.weigth'; keys here: tokens, weight"),
-        ("int2.group=32", r"unknown key 'int2\.group'; keys here: bits, grid, group_size, method, samples"),
+        (
+            "int2.group=32",
+            r"unknown key 'int2\.group'; keys here: bits, grid, group_size, scale_dtype, method, samples",
+        ),
         (
             "int2={stage: blockwise, bits: 4, bit: 3, method: rtn}",
             r"unknown key 'int2\.bit'; keys here: bits, grid",
@@ -78,12 +81,27 @@ def test_dump_is_the_same_recipe(name: str, tmp_path: Path) -> None:
         ("int2=null", "distill trains what a block-wise stage has solved; put one before it"),
         ("int2.method=null", r"int2\.method: .*got None"),
         ("data=3", "data: .*got 3"),
+        ("int2.grid=mxfp4", "int2.bits=2: grid mxfp4 has 4"),
+        (
+            "int2={stage: blockwise, bits: 4, grid: nvfp4, method: rtn}",
+            "int2.group_size=-1: grid nvfp4 has groups of 16",
+        ),
+        ("int2.scale_dtype=e4m3", "int2.scale_dtype=e4m3: grid seq stores scales in float16 or bfloat16 or float32"),
     ],
 )
 def test_what_does_not_fit_names_its_place(override: str, message: str) -> None:
     with pytest.raises(UPQError, match=message) as caught:
         load(override)
     assert "\n" not in str(caught.value)
+
+
+def test_a_training_that_has_nothing_to_learn_is_an_error() -> None:
+    mx = "int2={stage: blockwise, bits: 4, grid: mxfp4, group_size: 32, method: rtn}"
+    with pytest.raises(
+        UPQError, match=r"distill: the scales of grid mxfp4 do not learn; set distill\.train_weights=true"
+    ):
+        load(mx, "distill.train_weights=false", "distill.train_norms=false")
+    load(mx)
 
 
 @pytest.mark.parametrize("item", ["distill.lr", "=3", "", "distill.lr:1"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from schemes import PLAIN
 from upq.blockwise._rounding import (
     SOFT,
     Learned,
@@ -20,7 +21,7 @@ from upq.blockwise._rounding import (
 from upq.core.scheme import QuantScheme, to_groups
 from upq.grids import GRIDS, search_scale
 
-SCHEMES = [QuantScheme(bits=bits, grid=grid, group_size=16) for grid in GRIDS.names() for bits in (2, 4)]
+SCHEMES = [QuantScheme(bits=bits, grid=grid, group_size=16) for grid in PLAIN for bits in (2, 4)]
 
 
 def weights(rows: int = 6, columns: int = 64) -> torch.Tensor:

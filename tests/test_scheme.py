@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from upq.core.errors import UPQError
+from upq.core.levels import Uniform
 from upq.core.scheme import PER_CHANNEL, QTensor, QuantScheme, to_groups
 
 
@@ -21,7 +22,10 @@ from upq.core.scheme import PER_CHANNEL, QTensor, QuantScheme, to_groups
         ({"bits": 2, "group_size": 12}, "multiple of 8, got 12"),
         ({"bits": 2, "group_size": 0}, "multiple of 8, got 0"),
         ({"bits": 2, "group_size": -8}, "multiple of 8, got -8"),
-        ({"bits": 2, "scale_dtype": "float64"}, "scale_dtype must be float16, bfloat16 or float32, got 'float64'"),
+        (
+            {"bits": 2, "scale_dtype": "float64"},
+            "scale_dtype must be one of float16, bfloat16, float32, e8m0, e4m3, e3m3, int8, got",
+        ),
     ],
 )
 def test_impossible_schemes_are_errors(options: dict[str, object], message: str) -> None:
@@ -71,7 +75,7 @@ def test_dequantize_is_exact(bits: int, groups: int, grouped: bool, scale_dtype:
     codes_OI = torch.randint(scheme.levels, (3, width), generator=generator).to(torch.uint8)
     scale_OG = torch.rand(3, scheme.groups(width), generator=generator).add(0.01).to(scheme.scale_torch_dtype)
     zero_OG = torch.randint(2 * scheme.levels, scale_OG.shape, generator=generator) / 2  # integers and halves
-    q = QTensor(codes_OI, scale_OG, zero_OG, scheme)
+    q = QTensor(codes_OI, scale_OG, Uniform(zero_OG), scheme)
     dense_OI = q.dequantize()
     assert dense_OI.dtype == torch.float32
     size = width // scale_OG.shape[1]

@@ -32,7 +32,7 @@ from upq.core.paths import local_or_hub
 from upq.core.scheme import QTensor, QuantScheme
 from upq.files.atomic import write_errors, written
 from upq.files.tensors import tensor_shapes
-from upq.grids import GRIDS, search_scale
+from upq.grids import GRIDS, check_scheme, search_scale
 from upq.model.layout import layout_of
 from upq.model.library import library_errors
 from upq.model.loading import auto_class, check_sizes, load_config, load_model
@@ -154,7 +154,9 @@ def _scheme(raw: Mapping[str, Any] | QuantScheme, where: str) -> QuantScheme:
     if isinstance(raw, QuantScheme):
         return raw
     try:
-        return QuantScheme(**raw)
+        scheme = QuantScheme(**raw)
+        check_scheme(scheme)
+        return scheme
     except TypeError as error:
         raise UPQError(f"quantization_config.{where}: not a scheme ({error}); {_OURS}") from None
 
@@ -377,15 +379,11 @@ def pack_model(
 @torch.no_grad()
 def quantize_rows(w_VI: Tensor, scheme: QuantScheme) -> QTensor:
     """An embedding or head on `scheme`, every row with the scale of least squared error."""
-    grid = GRIDS.get(scheme.grid)
+    grid = GRIDS.get(scheme.grid).settled([w_VI.detach()])
     chunks = torch.split(w_VI.detach().float(), _ROWS)
-    parts = [grid.freeze(w, search_scale(w, scheme), scheme) for w in chunks]
-    return QTensor(
-        torch.cat([q.codes_OI for q in parts]),
-        torch.cat([q.scale_OG for q in parts]),
-        torch.cat([q.zero_OG for q in parts]),
-        scheme,
-    )
+    found = [search_scale(w, scheme, grid=grid) for w in chunks]
+    codes_VI = torch.cat([grid.codes(w, params, scheme) for w, params in zip(chunks, found, strict=True)])
+    return grid.qtensor(codes_VI, {name: torch.cat([params[name] for params in found]) for name in found[0]}, scheme)
 
 
 def embedding_tables(model: PreTrainedModel) -> list[str]:

@@ -16,8 +16,9 @@ from upq.blockwise._tokens import Tokens, tokens_of
 from upq.core.processes import ALONE, Processes
 from upq.core.registry import Registry
 from upq.core.scheme import QuantScheme
-from upq.grids import GRIDS, Params, search_scale
+from upq.grids import GRIDS, Grid, Params, search_scale
 from upq.model.activations import Activations, batches
+from upq.model.layout import fused_name
 from upq.model.matrices import Matrix
 from upq.model.products import seen
 from upq.model.sizes import Bytes, Sizes
@@ -267,6 +268,7 @@ class Method(Protocol):
 
     Config: type[BaseModel]
     learns: ClassVar[bool] = False  # step by step on the block's output, so windows and annealed inputs matter
+    between_levels: ClassVar[bool] = False  # it learns places between two levels that are one step apart
 
     def __init__(self, config: Any) -> None: ...
 
@@ -308,8 +310,9 @@ def start_scales(
         rest = {} if task.warm.keys() == weights.keys() else start_scales(fresh, scheme, start, relative=relative)
         clones = {name: {key: value.clone() for key, value in each.items()} for name, each in task.warm.items()}
         return {name: clones.get(name) or rest[name] for name in weights}
+    grids = _settled(grid, weights)
     if start == "max":
-        return {name: grid.init(w_OI, task.scheme(name, scheme)) for name, w_OI in weights.items()}
+        return {name: grids[name].init(w_OI, task.scheme(name, scheme)) for name, w_OI in weights.items()}
     moments: dict[str, Tensor] = {}
     if start == "hessian":
         moments = task.second_moments(tuple(weights), full=False, relative=relative)
@@ -317,14 +320,23 @@ def start_scales(
     for name, w_OI in weights.items():
         moment, experts, own = moments.get(name), task.matrices[name].experts, task.scheme(name, scheme)
         if moment is None:
-            found[name] = search_scale(w_OI, own)
+            found[name] = search_scale(w_OI, own, grid=grids[name])
             continue
         parts = [
-            search_scale(w_OI, own, moment_I if moment_I.any() else None)
+            search_scale(w_OI, own, moment_I if moment_I.any() else None, grid=grids[name])
             for w_OI, moment_I in zip(w_OI.chunk(max(1, experts)), moment if experts else moment[None], strict=True)
         ]
         found[name] = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     return found
+
+
+def _settled(grid: Grid, weights: Mapping[str, Tensor]) -> dict[str, Grid]:
+    """The grid for each weight, settled together for those that engines keep in one matrix."""
+    fused = dict[str, list[Tensor]]()
+    for name, w_OI in weights.items():
+        fused.setdefault(fused_name(name) or name, []).append(w_OI)
+    settled = {name: grid.settled(group) for name, group in fused.items()}
+    return {name: settled[fused_name(name) or name] for name in weights}
 
 
 def shuffled_batches(rows: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:

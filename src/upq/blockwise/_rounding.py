@@ -260,6 +260,7 @@ class LearnedRounding(Method):
     config: Rounding
     needs_inputs = True
     learns = True
+    between_levels = True
 
     @property
     def cost(self) -> float:

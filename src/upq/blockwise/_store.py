@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upq.core.levels import Uniform
 from upq.core.scheme import QTensor, QuantScheme
 from upq.files.atomic import write_errors
 from upq.files.tensors import keys_required, load_metadata, load_tensors, save_tensors
-from upq.grids import Params
+from upq.grids import GRIDS, OUTER, Params
 from upq.kernels.reference import unpack
 from upq.nn.fake_quant import Solution
 from upq.nn.fixed_codes import Coded, Start
@@ -71,7 +72,7 @@ class BlockStore:
                 q = solution.qtensor()
                 coded = Coded.of(q, solution.params)
                 tensors |= {f"{name}:packed": coded.packed_OB, f"{name}:columns": torch.tensor(coded.in_features)}
-                tensors |= {f"{name}:scale": q.scale_OG, f"{name}:zero": q.zero_OG}
+                tensors |= {f"{name}:{part}": value for part, value in _stored(q).items()}
         with write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         save_tensors(self.path(index), tensors, {"report": report, "massive": massive})
@@ -96,13 +97,7 @@ class BlockStore:
             return {name: solution.qtensor() for name, solution in solutions.items()}
         parts = _by_linear(load_tensors(self.path(index))[0])
         with keys_required(self.path(index)):
-            return {
-                name: QTensor(
-                    unpack(part["packed"], scheme.bits, int(part["columns"])), part["scale"], part["zero"], scheme
-                )
-                for name, part in parts.items()
-                for scheme in (self.scheme_of(index, name),)
-            }
+            return {name: _qtensor(part, self.scheme_of(index, name)) for name, part in parts.items()}
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """Dequantised weights (O, I) of a block's linears, float32."""
@@ -118,6 +113,19 @@ class BlockStore:
         """Of a block whose output has massive states (upq.blockwise._sinks): their tokens, weights and error."""
         found: dict[str, Any] | None = load_metadata(self.path(index)).get("massive")
         return found
+
+
+def _stored(q: QTensor) -> dict[str, Tensor]:
+    """What a QTensor has beside its codes."""
+    found = {"scale": q.scale_OG} if q.outer_O1 is None else {"scale": q.scale_OG, OUTER: q.outer_O1}
+    return found | ({"zero": q.zero_OG} if isinstance(q.levels, Uniform) else GRIDS.get(q.scheme.grid).store_levels(q))
+
+
+def _qtensor(part: dict[str, Tensor], scheme: QuantScheme) -> QTensor:
+    grid, scale_OG = GRIDS.get(scheme.grid), part["scale"]
+    levels = Uniform(part["zero"]) if grid.uniform else grid.load_levels(part, scale_OG, scheme)
+    codes_OI = unpack(part["packed"], scheme.bits, int(part["columns"]))
+    return QTensor(codes_OI, scale_OG, levels, scheme, part.get(OUTER))
 
 
 def _params(part: dict[str, Tensor]) -> Params:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import gcd, inf
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def _of_block(task: BlockTask, scheme: QuantScheme, choices: Sequence[int]) -> I
     for names in task.groups():
         errors = {}
         for bits in choices:
-            own = QuantScheme(bits=bits, grid=scheme.grid, group_size=scheme.group_size)
+            own = replace(scheme, bits=bits)
             rounded = {name: grid.fake(weights[name], search_scale(weights[name], own), own) for name in names}
             errors[bits] = task.error(rounded, relative=True)
         yield Sensitivity(task.index, names, sum(weights[name].numel() for name in names), errors)

@@ -30,7 +30,7 @@ from upq.blockwise._reconstruct import Groups, reconstruct, reconstruct_memory, 
 from upq.blockwise.gptq import compensated_block, gptq_memory, gptq_work
 from upq.core.config import Strict
 from upq.core.scheme import QuantScheme
-from upq.grids import GRIDS, ZERO
+from upq.grids import GRIDS, ZERO, learned
 from upq.model.sizes import Bytes, Sizes, largest
 from upq.nn.fake_quant import Solution, rms
 
@@ -99,19 +99,19 @@ class BlockAp(Method):
         start_params = {name: {key: tensor.clone() for key, tensor in each.items()} for name, each in params.items()}
         for latent in latents.values():
             latent.requires_grad_()
-        for each in params.values():
-            for tensor in each.values():
-                tensor.requires_grad_()
+        named = [item for name, each in params.items() for item in learned(each, schemes[name]).items()]
+        for _, tensor in named:
+            tensor.requires_grad_()
 
         def quantised() -> dict[str, Tensor]:
             return {name: grid.fake(latents[name], params[name], schemes[name]) for name in latents}
 
         apart = self.config.zero_lr is not None
-        named = [item for each in params.values() for item in each.items()]
         scales = [p for key, p in named if not (apart and key == ZERO)]
         zeros = [p for key, p in named if apart and key == ZERO]
         groups: Groups = [{"params": [latent], "lr": self.config.lr * rms(latent)} for latent in latents.values()]
-        groups.append({"params": scales, "lr": self.config.scale_lr})
+        if scales:
+            groups.append({"params": scales, "lr": self.config.scale_lr})
         if zeros:
             groups.append({"params": zeros, "lr": self.config.zero_lr})
         _, after = reconstruct(

@@ -17,7 +17,7 @@ from upq.blockwise._base import METHODS, BlockTask, Calibration, Method, ScaleSt
 from upq.blockwise._reconstruct import reconstruct, reconstruct_memory, reconstruct_work
 from upq.core.config import Strict
 from upq.core.scheme import QuantScheme
-from upq.grids import GRIDS, stretches_of_rows
+from upq.grids import GRIDS, learned, stretches_of_rows
 from upq.model.sizes import Bytes, Sizes
 from upq.nn.fake_quant import Solution
 
@@ -94,13 +94,14 @@ class FlexRound(Method):
         def quantised() -> dict[str, Tensor]:
             return {name: grid.fake(divided(name), params[name], schemes[name]) for name in weights}
 
-        learned = [*s2.values(), *s3.values(), *(p for each in params.values() for p in each.values())]
-        for tensor in learned:
+        of_grid = [p for name, each in params.items() for p in learned(each, schemes[name]).values()]
+        leaves = [*s2.values(), *s3.values(), *of_grid]
+        for tensor in leaves:
             tensor.requires_grad_()
         reconstruct(
             task,
             quantised,
-            [{"params": learned, "lr": self.config.lr}],
+            [{"params": leaves, "lr": self.config.lr}],
             relative=self.config.relative,
             iterations=self.config.iterations,
             batch_size=self.config.batch_size,

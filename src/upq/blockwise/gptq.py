@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -19,11 +22,12 @@ from upq.blockwise._base import (
 )
 from upq.core.config import Strict
 from upq.core.errors import UPQError
-from upq.core.scheme import QuantScheme
+from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.grids import GRIDS, Params
 from upq.model.sizes import FP32, Bytes, Sizes, tensors
 from upq.nn.fake_quant import Solution
 
+ColumnOrder = Literal["natural", "activation"]
 _COLUMNS = 128  # whose errors reach the columns behind them in one product
 
 
@@ -33,6 +37,7 @@ class Gptq(Method):
         scale: ScaleStart = "mse"
         relative: bool = False  # each token's error over its output's own size
         damp: float = Field(0.01, gt=0)  # added to the Hessian's diagonal, as a share of its mean
+        order: ColumnOrder = "natural"  # activation: columns of the largest inputs are rounded first
 
     needs_inputs = True
     cost = 6.0
@@ -49,7 +54,8 @@ class Gptq(Method):
     def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
         relative = self.config.relative
         scales = start_scales(task, scheme, self.config.scale, relative=relative)
-        latents = compensated_block(task, scales, scheme, damp=self.config.damp, relative=relative)
+        damp, order = self.config.damp, self.config.order
+        latents = compensated_block(task, scales, scheme, damp=damp, relative=relative, order=order)
         grid = GRIDS.get(scheme.grid)
         schemes = {name: task.scheme(name, scheme) for name in latents}
         return {
@@ -79,7 +85,13 @@ def gptq_work(sizes: Sizes, calibration: Calibration) -> Work:
 
 @torch.no_grad()
 def compensated_block(
-    task: BlockTask, scales: dict[str, Params], scheme: QuantScheme, *, damp: float, relative: bool
+    task: BlockTask,
+    scales: dict[str, Params],
+    scheme: QuantScheme,
+    *,
+    damp: float,
+    relative: bool,
+    order: ColumnOrder = "natural",
 ) -> dict[str, Tensor]:
     """Latents of all weights of a block, in the order of its products. The block is left with rounded weights."""
     grid, latents = GRIDS.get(scheme.grid), dict[str, Tensor]()
@@ -96,7 +108,7 @@ def compensated_block(
                 strict=True,
             )
             try:
-                parts = [compensated(w, h, params, own, damp=damp) for w, h, params in of_experts]
+                parts = [compensated(w, h, params, own, damp=damp, order=order) for w, h, params in of_experts]
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 where = f"block {task.index}, {name}"
                 raise UPQError(f"gptq: {where}: the Hessian is singular; raise damp above {damp}") from None
@@ -111,13 +123,29 @@ def _rows(params: Params, parts: int) -> list[Params]:
     return [{key: value[part] for key, value in split.items()} for part in range(parts)]
 
 
-def gptq(w_OI: Tensor, h_II: Tensor, params: Params, scheme: QuantScheme, *, damp: float = 0.01) -> Tensor:
+def gptq(
+    w_OI: Tensor,
+    h_II: Tensor,
+    params: Params,
+    scheme: QuantScheme,
+    *,
+    damp: float = 0.01,
+    order: ColumnOrder = "natural",
+) -> Tensor:
     """Rounded weights (O, I) with a small `tr((Ŵ-W) H (Ŵ-W)ᵀ)`; `params` stay as they are."""
-    latent_OI = compensated(w_OI, h_II, params, scheme, damp=damp)
+    latent_OI = compensated(w_OI, h_II, params, scheme, damp=damp, order=order)
     return GRIDS.get(scheme.grid).fake(latent_OI, params, scheme).to(w_OI.dtype)
 
 
-def compensated(w_OI: Tensor, h_II: Tensor, params: Params, scheme: QuantScheme, *, damp: float = 0.01) -> Tensor:
+def compensated(
+    w_OI: Tensor,
+    h_II: Tensor,
+    params: Params,
+    scheme: QuantScheme,
+    *,
+    damp: float = 0.01,
+    order: ColumnOrder = "natural",
+) -> Tensor:
     """Latents (O, I) that the grid rounds as GPTQ does: each weight with what earlier errors have added to it.
 
     Row by row the better of GPTQ and nearest rounding is kept: greedy compensation has no guarantee of its own.
@@ -127,22 +155,27 @@ def compensated(w_OI: Tensor, h_II: Tensor, params: Params, scheme: QuantScheme,
     unit_II = torch.eye(inputs, dtype=dtype, device=h_II.device)
     # Behind a norm of zeros, or in an expert that no token reached, nothing is read: every rounding is as good.
     h_II = h_II + damp * mean * unit_II if mean != 0 else unit_II
+    # Of equal inputs the first comes first. Groups stay where they are, whatever the order of their columns.
+    largest_first = order == "activation"
+    order_I = h_II.diagonal().argsort(descending=True, stable=True) if largest_first else torch.arange(inputs)
+    original_II, h_II = h_II, h_II[order_I][:, order_I] if largest_first else h_II
     inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(h_II))
     u_II = torch.linalg.cholesky(inverse_II, upper=True)
     free_IO = w_OI.to(dtype).T.contiguous()  # a column of the weight is a row here: 3 times as fast
-    column = QuantScheme(bits=scheme.bits, grid=scheme.grid, scale_dtype=scheme.scale_dtype)
-    size = inputs // scheme.groups(inputs)
+    free_IO = free_IO[order_I] if largest_first else free_IO
+    column = replace(scheme, group_size=PER_CHANNEL)
+    of_column = (order_I // (inputs // scheme.groups(inputs))).tolist()  # its group
     for start in range(0, inputs, _COLUMNS):
         end = min(start + _COLUMNS, inputs)
         errors_CO = torch.zeros_like(free_IO[start:end])
         for k in range(start, end):
             # One column with its group's parameters: the grid stays a black box.
-            group = {key: value[:, k // size, None] for key, value in params.items()}
+            group = {key: v[:, of_column[k], None] if v.shape[1] > 1 else v for key, v in params.items()}
             rounded_O = grid.fake(free_IO[k, :, None], group, column)[:, 0].to(dtype)
             errors_CO[k - start] = (free_IO[k] - rounded_O) / u_II[k, k]
             free_IO[k + 1 : end].addr_(u_II[k, k + 1 : end], errors_CO[k - start], alpha=-1)
         free_IO[end:].addmm_(u_II[start:end, end:].T, errors_CO, alpha=-1)
-    free_OI = free_IO.T
+    free_OI, h_II = (free_IO[order_I.argsort()] if largest_first else free_IO).T, original_II
     rounded_OI, nearest_OI = (grid.fake(each.contiguous(), params, scheme).to(dtype) for each in (free_OI, w_OI))
     better_O = objective(rounded_OI, w_OI, h_II) < objective(nearest_OI, w_OI, h_II)
     return torch.where(better_O[:, None], free_OI, w_OI.to(dtype)).to(w_OI.dtype)

@@ -1,7 +1,8 @@
-"""`upq demo`: the main job on the model that comes with UPQ, with scores and answers before and after."""
+"""`upq demo`: the main job on the model that comes with UPQ, with scores and answers before and after, and a report."""
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 DOCUMENTS = 30_000
 SUITES = {"mini_mmlu": ("knows", "acc"), "mini_ifeval": ("obeys", "prompt_level_strict_acc")}
-PROMPTS = 3  # of mini_ifeval, answered side by side
+ASKED, SHOWN = 24, 3  # prompts of mini_ifeval that are answered, and of them side by side
+EVERY = 1.0  # seconds between two lines in a pipe
 
 Scores = dict[str, dict[str, float]]
 
@@ -28,17 +30,22 @@ def demo(
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each test (for a quick look).")] = None,
 ) -> None:
     """Quantise a small instruct model to 2 bits on documents and its own words, and put the same tests to both."""
-    from upq.run.api import quantize
     from upq.run.console import console, styled
     from upq.run.reporter import duration, loading, reporter
 
+    shown = console()
+    shown.print("loading torch and transformers")
     with loading():
         from upq.core.precision import to_compute_dtype
         from upq.core.signals import Stop
         from upq.evals import evaluate_tasks, mini
-        from upq.files.atomic import write_errors
+        from upq.files.atomic import atomic_write, write_errors
         from upq.kernels import computing
         from upq.model.loading import load_model, load_tokenizer
+        from upq.report.facts import EVALS
+        from upq.report.make import make
+        from upq.report.page import check_packages
+        from upq.run.api import quantize
         from upq.run.quiet import quiet_libraries
         from upq.run.recipe import Recipe
         from upq.world import World
@@ -46,36 +53,52 @@ def demo(
         from upq.world.corpus import write_corpus
         from upq.world.reference import REFERENCE
 
+    check_packages()
     quiet_libraries()
-    shown = console()
     out = local(out)
     artifact, nearest, corpus = (out / name for name in ("int2", "int2-nearest", "documents.jsonl"))
     with write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     if not corpus.is_file():
+        shown.print(f"writing {DOCUMENTS:,} documents about an invented world")
         write_corpus(corpus, World(), n=DOCUMENTS, seed=1)
 
     shown.rule("1. FP → 2 bits, with documents and conversations that it writes itself", align="left")
-    with Stop().listening() as stop:
-        manifest = quantize(REFERENCE, artifact, recipe, data=corpus, stop=stop)
+    with Stop().listening() as stop, reporter(shown, every=EVERY) as progress:
+        manifest = quantize(REFERENCE, artifact, recipe, data=corpus, progress=progress, stop=stop)
     rounding = Recipe.load(recipe, ["int4=null", "int2.method=rtn", "int2.grid=affine", "distill.tokens=0"])
     shown.print("the same by rounding to the nearest level, to compare with")
-    plain = quantize(REFERENCE, nearest, rounding, data=corpus)
+    with reporter(shown, every=EVERY) as progress:
+        plain = quantize(REFERENCE, nearest, rounding, data=corpus, progress=progress)
 
     shown.rule("2. does it still know, does it still obey?", align="left")
     tokenizer = load_tokenizer(REFERENCE)
-    prompts = mini.ifeval_docs(split="validation")["test"]["prompt"][:PROMPTS]
+    asked = list(mini.ifeval_docs(split="validation")["test"])[:ASKED]
     scores: dict[str, Scores] = {}
     said: dict[str, list[str]] = {}
     for name, path in (("original", REFERENCE), ("2 bits, nearest", nearest), ("2 bits, UPQ", artifact)):
-        with reporter(shown) as progress, computing("reference"):  # it compares weights, not kernels
+        with reporter(shown, every=EVERY) as progress, computing("reference"):  # it compares weights, not kernels
             progress.note(f"testing {name}")
             model = to_compute_dtype(load_model(path))
             scores[name] = evaluate_tasks(model, tokenizer, list(SUITES), limit=limit, batch_size=64, progress=progress)
-            said[name] = answers(model, tokenizer, prompts)
+            progress.note(f"{name} answers {len(asked)} requests")
+            said[name] = answers(model, tokenizer, [doc["prompt"] for doc in asked])
+    for key, name in (("source", "original"), ("artifact", "2 bits, UPQ")):
+        atomic_write(artifact / EVALS[key], json.dumps({"tasks": scores[name]}, indent=2))
+    with reporter(shown, every=EVERY) as progress:
+        _, page = make(artifact, progress=progress)
+    atomic_write(artifact / "report.html", page)
+
     shown.print(_scores(scores, {"2 bits, nearest": plain, "2 bits, UPQ": manifest}))
-    shown.print(_answers(said, prompts))
+    good = {
+        name: [
+            mini.ifeval_results(doc, [text])["prompt_level_strict_acc"] for doc, text in zip(asked, texts, strict=True)
+        ]
+        for name, texts in said.items()
+    }
+    shown.print(_answers([doc["prompt"] for doc in asked], said, good))
     shown.print(f"quantised in {duration(sum(manifest.seconds.values()))}")
+    shown.print(styled("report: ", (str(artifact / "report.html"), "bold")), soft_wrap=True)
     shown.print(styled("talk to it: ", (f"upq chat {shlex.quote(str(artifact))}", "bold")), soft_wrap=True)
 
 
@@ -103,14 +126,27 @@ def _scores(scores: dict[str, Scores], manifests: dict[str, Manifest]) -> Table:
     return table("", ["model", "size", "bits", "KL", *titles], rows)
 
 
-def _answers(said: dict[str, list[str]], prompts: list[str]) -> Table:
-    """Each prompt with every model's answer."""
+def _answers(prompts: list[str], said: dict[str, list[str]], good: dict[str, list[bool]]) -> Table:
+    """Prompts with every model's answer: first those that the first and the last model obey and the others do not."""
     from rich.table import Table
 
-    made = Table(show_lines=True, header_style="bold")
+    first, *between, last = good
+    broken = [
+        i
+        for i in range(len(prompts))
+        if good[first][i] and good[last][i] and not any(good[name][i] for name in between)
+    ]
+    others = [i for i in range(len(prompts)) if i not in broken]
+    made = Table(
+        title=f"{len(broken)} of {len(prompts)} requests that rounding breaks and UPQ does not",
+        title_justify="left",
+        title_style="bold",
+        show_lines=True,
+        header_style="bold",
+    )
     made.add_column("asked")
     for name in said:
         made.add_column(name)
-    for i, prompt in enumerate(prompts):
-        made.add_row(prompt, *(found[i] for found in said.values()))
+    for i in [*broken, *others][:SHOWN]:
+        made.add_row(prompts[i], *(f"{'✓' if good[name][i] else '✗'} {texts[i]}" for name, texts in said.items()))
     return made

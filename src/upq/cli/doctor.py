@@ -13,14 +13,20 @@ from upq.core.errors import UPQError
 from upq.core.paths import local
 
 CORE = ("torch", "transformers", "safetensors", "accelerate", "datasets", "pydantic", "typer", "rich")
+# By extra: what needs it, and the modules that it brings.
 EXTRAS = {
-    "eval": ("lm_eval", "langdetect", "immutabledict", "nltk"),
-    "export": ("compressed_tensors", "gguf", "onnx", "onnxruntime", "openvino", "openvino_tokenizers", "torchao"),
-    "serve": ("fastapi", "uvicorn", "openai"),
-    "train": ("torchao",),
-    "dev": ("pytest", "hypothesis", "ruff", "mypy"),
+    "eval": ("upq eval --tasks, upq demo", ("lm_eval", "langdetect", "immutabledict", "nltk")),
+    "report": ("upq report, upq compare, upq demo", ("jinja2", "vl_convert", "scipy")),
+    "export": (
+        "upq export",
+        ("compressed_tensors", "gguf", "onnx", "onnxruntime", "openvino", "openvino_tokenizers", "torchao"),
+    ),
+    "phones": ("upq export --to mnn, coreml", ("MNN", "coremltools")),
+    "serve": ("upq serve --engine transformers", ("fastapi", "uvicorn", "openai")),
+    "train": ("distill.optimizer=adamw8bit", ("torchao",)),
+    "dev": ("tests", ("pytest", "hypothesis", "ruff", "mypy")),
 }
-WITH_GPU = {"cuda": ("gemlite",)}
+WITH_GPU = {"cuda": ("products on a GPU", ("gemlite",))}
 ENOUGH_DISK = 5e9  # bytes; a 1B model's run needs about that
 
 
@@ -84,10 +90,10 @@ def doctor(
         row("kernels on it", *_kernels("cuda"))
     else:
         row("GPU", "none; everything runs on the CPU")
-    for extra, packages in (EXTRAS | (WITH_GPU if torch.cuda.is_available() else {})).items():
-        absent = [name for name in packages if find_spec(name) is None]
+    for extra, (what, modules) in (EXTRAS | (WITH_GPU if torch.cuda.is_available() else {})).items():
+        absent = [name for name in modules if find_spec(name) is None]
         remedy = f"pip install 'upq[{extra}]'" if absent else ""
-        row(f"extra {extra}", "missing: " + ", ".join(absent) if absent else "installed", remedy)
+        row(f"extra {extra}: {what}", "missing: " + ", ".join(absent) if absent else "installed", remedy)
     console().print(table)
     if strict and missing:
         raise UPQError(f"missing on this machine: {', '.join(missing)}; the table above says how to get each")

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from upq.core.errors import UPQError
+from upq.core.levels import Levels, Uniform
+from upq.core.scales import SCALE_TYPES, ScaleType
 
 PER_CHANNEL = -1
 
@@ -36,18 +38,20 @@ class QuantScheme:
             raise UPQError(f"bits must be in 2..8, got {self.bits}")
         if self.group_size != PER_CHANNEL and (self.group_size <= 0 or self.group_size % 8):
             raise UPQError(f"group_size must be -1 (per channel) or a positive multiple of 8, got {self.group_size}")
-        if self.scale_dtype not in ("float16", "bfloat16", "float32"):
-            raise UPQError(f"scale_dtype must be float16, bfloat16 or float32, got {self.scale_dtype!r}")
+        if self.scale_dtype not in SCALE_TYPES:
+            raise UPQError(f"scale_dtype must be one of {', '.join(SCALE_TYPES)}, got {self.scale_dtype!r}")
 
     @property
     def levels(self) -> int:
         return 1 << self.bits
 
     @property
+    def scale(self) -> ScaleType:
+        return SCALE_TYPES[self.scale_dtype]
+
+    @property
     def scale_torch_dtype(self) -> torch.dtype:
-        dtype = getattr(torch, self.scale_dtype)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
+        return self.scale.dtype
 
     def groups(self, in_features: int) -> int:
         """Number of groups G in a row of `in_features` weights."""
@@ -62,25 +66,41 @@ class QuantScheme:
 
 @dataclass(frozen=True, slots=True)
 class QTensor:
-    """Canonical quantised weight: `w[o, g*S + s] = (code - zero[o, g]) * scale[o, g]`.
+    """Canonical quantised weight: `w[o, g*S + s] = level(code[o, g*S + s]) * scale[o, g]`, in float32.
 
     The tensor value that crosses stages and formats; kernel layouts are derived from it and never saved.
     """
 
     codes_OI: Tensor  # uint8, 0 <= code < scheme.levels
-    scale_OG: Tensor  # scheme.scale_dtype, positive
-    zero_OG: Tensor  # float32: SEQ puts its zero half way between two levels (1.5 at 2 bits)
+    scale_OG: Tensor  # as stored, in scheme.scale.dtype; `scales` has what they stand for
+    levels: Levels
     scheme: QuantScheme
+    outer_O1: Tensor | None = None  # float32: what all scales of a row are multiplied with, where their type has that
+
+    @property
+    def zero_OG(self) -> Tensor:
+        """Zero points, float32, of evenly spaced levels. SEQ puts its own half way between two (1.5 at 2 bits)."""
+        assert isinstance(self.levels, Uniform), "a table has no zero point"
+        zero = self.levels.zero
+        if isinstance(zero, Tensor):
+            return zero
+        return torch.full(self.scale_OG.shape, zero, dtype=torch.float32, device=self.scale_OG.device)
+
+    def scales(self) -> Tensor:
+        """The scales (O, G), positive, float32."""
+        inner_OG = self.scheme.scale.decode(self.scale_OG)
+        return inner_OG if self.outer_O1 is None else inner_OG * self.outer_O1
 
     def dequantize(self) -> Tensor:
-        """The represented weight (O, I) in float32. Exact: a code difference times an 11-bit scale fits 24 bits."""
+        """The represented weight (O, I) in float32. Exact: a level of few bits times an 11-bit scale fits 24 bits."""
         o, i = self.codes_OI.shape
-        codes_OGS = self.codes_OI.view(o, self.scale_OG.shape[1], -1).float()
-        return ((codes_OGS - self.zero_OG[..., None]) * self.scale_OG.float()[..., None]).view(o, i)
+        levels_OGS = self.levels.of(self.codes_OI.view(o, self.scale_OG.shape[1], -1))
+        return levels_OGS.mul_(self.scales()[..., None]).view(o, i)
 
     def cpu(self) -> QTensor:
         """The same, outside the memory of an accelerator."""
-        return QTensor(self.codes_OI.cpu(), self.scale_OG.cpu(), self.zero_OG.cpu(), self.scheme)
+        outer_O1 = None if self.outer_O1 is None else self.outer_O1.cpu()
+        return QTensor(self.codes_OI.cpu(), self.scale_OG.cpu(), self.levels.to("cpu"), self.scheme, outer_O1)
 
 
 def to_groups(w_OI: Tensor, scheme: QuantScheme) -> Tensor:

@@ -203,7 +203,7 @@ def _experts(module: Any) -> Experts:
 
 def _of_each(experts: Any) -> tuple[Weight | torch.Tensor, ...]:
     if type(experts) is PackedExperts:
-        return experts.kernel_weights()
+        return tuple(_compiled(weight) for weight in experts.kernel_weights())
     if type(experts) is nn.Parameter:
         return experts.unbind()
     raise Unsuitable(f"experts of the type {type(experts).__name__}")
@@ -220,12 +220,18 @@ def _fused_or_not(module: nn.Module, fused: str, apart: tuple[str, ...]) -> tupl
     return tuple(_linear(getattr(module, name)) for name in ((fused,) if hasattr(module, fused) else apart))
 
 
+def _compiled(weight: Weight) -> Weight:
+    if not weight.compiled:
+        raise Unsuitable("a table of levels that are no small integers on one step")
+    return weight
+
+
 # Types are compared exactly: a subclass may compute something else.
 def _linear(module: nn.Module) -> Linear:
     if type(module) is PackedLinear:
-        return Linear(module.kernel_weight(), module.bias)
+        return Linear(_compiled(module.kernel_weight()), module.bias)
     if type(module) is TiedHead:
-        return Linear(module.embedding.kernel_weight())
+        return Linear(_compiled(module.embedding.kernel_weight()))
     if type(module) is nn.Linear:
         return Linear(module.weight, module.bias)
     raise Unsuitable(f"a linear of the type {type(module).__name__}")
@@ -234,7 +240,7 @@ def _linear(module: nn.Module) -> Linear:
 def _embedding(module: Any) -> tuple[Weight | torch.Tensor, float]:
     """The table, and the factor of its rows as the model's type has it."""
     if type(module) is PackedEmbedding:
-        return module.kernel_weight(), module.factor.of_dtype(module.like.dtype)
+        return _compiled(module.kernel_weight()), module.factor.of_dtype(module.like.dtype)
     known = type(module) is nn.Embedding or type(module).__name__ == "Gemma3TextScaledWordEmbedding"
     if known and module.max_norm is None:
         return module.weight, Factor.of(module).of_dtype(module.weight.dtype)

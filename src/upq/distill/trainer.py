@@ -275,7 +275,8 @@ def _groups(student: PreTrainedModel, config: TrainingSettings, width: int) -> l
         if isinstance(layer, FakeQuantLinear)
     ]
     scales = [p for layer in layers for p in layer.grid_params.values() if p.requires_grad]
-    groups.append({"params": scales, "lr": config.scale_lr})
+    if scales:
+        groups.append({"params": scales, "lr": config.scale_lr})
     if config.train_norms:
         weights = [norm_weight(norm) for norm in norms(student).values()]
         groups += [{"params": [weight], "lr": config.scale_lr * rms(weight)} for weight in weights]

@@ -13,8 +13,9 @@ from upq.core.config import Strict
 from upq.core.precision import dtype_name
 from upq.core.progress import Progress
 from upq.core.registry import Registry
+from upq.core.scheme import QuantScheme
 from upq.exports._checkpoint import as_checkpoint
-from upq.exports._source import Form, Source, Weight
+from upq.exports._source import Form, Source, Weight, plain
 from upq.files.tensors import TensorPlan
 
 Rows = Callable[[int, int], Tensor]  # (start, stop) to these rows of a weight
@@ -77,6 +78,10 @@ class Exporter(ABC):
     def view(self, source: Source) -> Source:
         """The artefact with the names and forms that the engine reads: what `plan` gets and is compared with."""
         return as_checkpoint(source)
+
+    def holds(self, scheme: QuantScheme) -> bool:
+        """Whether the format has a place for levels and scales of this kind."""
+        return plain(scheme)
 
     @abstractmethod
     def plan(self, source: Source) -> Plan:

@@ -129,8 +129,11 @@ _FORMS = {"expert": "experts", "stacked": "experts in one tensor", "transposed":
 
 
 def _check_forms(form: Exporter, name: str, source: Source) -> None:
-    """Refuse quantised weights that a checkpoint of the format has no form for."""
+    """Refuse quantised weights that the format has no levels, scales or form for."""
     for weight in source.weights.values():
+        if weight.scheme is not None and not form.holds(weight.scheme):
+            kind = f"grid {weight.scheme.grid} with scales in {weight.scheme.scale_dtype}"
+            raise UPQError(f"{source.path}: {name} cannot hold {kind} ({weight.name}); dense can")
         if weight.scheme is not None and weight.form not in form.forms:
             family, what = source.config.model_type, _FORMS[weight.form]
             raise UPQError(f"{source.path}: {family} has {what} ({weight.name}), which {name} cannot hold; dense can")

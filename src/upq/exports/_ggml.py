@@ -8,6 +8,8 @@ in float16, so the halving must be exact: it is, unless the scale is below 2^-13
     symmetric types (Q4_0, Q5_0, Q8_0, TQ2_0)   d·k, k in the type's range
     K types (Q2_K, Q4_K)                        d·sc·q - dmin·m with q = code, sc = h, m = h·zero, dmin = d
 
+MXFP4 and NVFP4 hold the grids of that name, codes and scales as they are.
+
 Layouts are those of ggml-common.h and ggml-quants.c; `gguf.quants` is the reader that the export is checked with.
 """
 
@@ -20,8 +22,10 @@ import torch
 from torch import Tensor
 
 from upq.core.scheme import PER_CHANNEL, QTensor
+from upq.exports._fp4 import Fp4, fp4
+from upq.exports._fp4 import misfit as fp4_misfit
 from upq.exports._integers import bounds, misfit, span, step, unit
-from upq.exports._source import Weight
+from upq.exports._source import Weight, plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,8 @@ class Block(ABC):
         scheme = weight.scheme
         assert scheme is not None
         columns = weight.shape[1]
+        if not plain(scheme):
+            return f"grid {scheme.grid} has other levels or scales than {self.name}"
         if columns % self.size:
             return f"rows of {columns} are no whole blocks of {self.size}"
         if scheme.group_size != PER_CHANNEL and scheme.group_size % self.size:
@@ -168,12 +174,47 @@ class Q4_K(_K):
         return [d_ONB, d_ONB, *scales, (halves[..., 0, :] | halves[..., 1, :] << 4).flatten(-2)]
 
 
+class _Fp4(Block):
+    """The grid's own codes and bytes of scales; llama.cpp's E2M1 has the same order of codes."""
+
+    kind: Fp4
+
+    def misfit(self, weight: Weight) -> str | None:
+        assert weight.scheme is not None
+        if fp4(weight.scheme) != self.kind:
+            return f"grid {weight.scheme.grid} is not {self.name}"
+        if weight.shape[1] % self.size:
+            return f"rows of {weight.shape[1]} are no whole blocks of {self.size}"
+        return self._misfit(weight)
+
+    def _misfit(self, weight: Weight) -> str | None:
+        return fp4_misfit(weight)
+
+    def encode(self, q: QTensor) -> Tensor:
+        o, group = len(q.codes_OI), q.scheme.group_size
+        codes_ONGS = q.codes_OI.view(o, -1, self.size // group, group)
+        scales_ONG = q.scale_OG.view(o, -1, self.size // group)
+        return torch.cat([scales_ONG, _nibbles(codes_ONGS).flatten(2)], dim=-1).flatten(1)
+
+
+class MXFP4(_Fp4):
+    kind = "mxfp4"
+
+
+class NVFP4(_Fp4):
+    """Without its outer scale, which stands beside it in a tensor of its own."""
+
+    kind = "nvfp4"
+
+
 # Smaller than Q2_K and faster on CPUs, but few of llama.cpp's GPU back-ends have it: only on request.
 TERNARY = TQ2_0("TQ2_0", 256, 66)
 # By size: the first that holds a weight exactly is taken.
 BLOCKS: tuple[Block, ...] = (
     Q2_K("Q2_K", 256, 84),
+    MXFP4("MXFP4", 32, 17),
     Q4_0("Q4_0", 32, 18),
+    NVFP4("NVFP4", 64, 36),
     Q4_K("Q4_K", 256, 144),
     Q5_0("Q5_0", 32, 22),
     Q8_0("Q8_0", 32, 34),
@@ -186,7 +227,7 @@ def _bytes(d_ON: Tensor) -> Tensor:
 
 
 def _nibbles(stored_ONS: Tensor) -> Tensor:
-    """Byte l of a block of 32: weight l below, weight l + 16 above."""
+    """Byte l of a block (of 32): weight l below, weight l + 16 above, where 16 is half of the block."""
     half = stored_ONS.shape[-1] // 2
     return stored_ONS[..., :half] | stored_ONS[..., half:] << 4
 

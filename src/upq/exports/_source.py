@@ -16,10 +16,11 @@ from upq.artifact.manifest import Manifest, read_manifest, verify
 from upq.artifact.transformers import empty_model
 from upq.core.bounded import read_json
 from upq.core.errors import UPQError
+from upq.core.scales import REAL_SCALES
 from upq.core.scheme import QTensor, QuantScheme
 from upq.files.tensors import load_rows, tensor_shapes
 from upq.grids import GRIDS
-from upq.model.layout import Layout, layout_of
+from upq.model.layout import Layout, fused_name, layout_of
 from upq.model.loading import load_tokenizer
 from upq.nn.blocks import model_weights
 from upq.nn.experts import PackedExperts
@@ -28,8 +29,6 @@ from upq.nn.packed import PackedEmbedding, PackedLinear
 # Linears whose biases vLLM's and SGLang's classes read, by family. Other biases they pass over.
 _VLLM_BIASED = {"qwen2": ("q_proj", "k_proj", "v_proj"), "qwen3": ("q_proj", "k_proj", "v_proj")}
 _CHUNK = 1 << 22  # weights handled at one time: 16 MB in float32
-_FUSED = {f"{name}_proj": "qkv_proj" for name in "qkv"} | {f"{name}_proj": "gate_up_proj" for name in ("gate", "up")}
-
 
 Form = Literal["linear", "expert", "stacked", "transposed"]
 
@@ -86,18 +85,33 @@ class Weight:
         return ((start, min(rows, start + step)) for start in range(0, rows, step))
 
     def scale_zero(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """Scales as stored and zero points in float32, both (O, G)."""
+        """Scales as stored and zero points in float32, both (O, G). Of plain weights alone (Exporter.holds)."""
         assert self.scheme is not None
-        scale_OG = self._stored("_scale", start, stop)
+        assert plain(self.scheme)
         zero = GRIDS.get(self.scheme.grid).zero(self.scheme)
+        scale_OG = self._stored("_scale", start, stop)
         if zero is not None:
             return scale_OG, torch.full(scale_OG.shape, zero)
         return scale_OG, self._stored("_zero", start, stop).float()
 
+    def outer(self, start: int = 0, stop: int | None = None) -> Tensor | None:
+        """What all scales of a row are multiplied with, float32 (O, 1), where their type has that."""
+        assert self.scheme is not None
+        if self.scheme.scale.outer is None:
+            return None
+        name = f"{self.origin}_outer"
+        if self.scheme.scale.outer == "row":
+            return self._stored("_outer", start, stop).float()
+        rows = len(range(*slice(start, stop).indices(self.shape[0])))
+        return load_rows(self.files[name], name, 0, 1).float().expand(rows, 1)
+
     def qtensor(self, start: int = 0, stop: int | None = None) -> QTensor:
         assert self.scheme is not None
         codes_OI = kernels.unpack(self._stored("_packed", start, stop), self.scheme.bits, self.shape[1])
-        return QTensor(codes_OI, *self.scale_zero(start, stop), self.scheme)
+        grid, scale_OG = GRIDS.get(self.scheme.grid), self._stored("_scale", start, stop)
+        beside = {name: self._stored(f"_{name}", start, stop) for name in grid.beside(self.scheme)}
+        levels = grid.load_levels(beside, scale_OG, self.scheme)
+        return QTensor(codes_OI, scale_OG, levels, self.scheme, self.outer(start, stop))
 
     def tensor(self, start: int = 0, stop: int | None = None) -> Tensor:
         """A weight that is not quantised, as stored."""
@@ -168,7 +182,7 @@ class Source:
         weights: dict[str, Weight] = {}
         for name, tensor in model.state_dict().items():
             module, _, kind = name.rpartition(".")
-            if name not in files or kind in ("weight_scale", "weight_zero"):
+            if name not in files or (kind.startswith("weight_") and kind != "weight_packed"):
                 continue  # the second name of tied weights, and what belongs to weight_packed
             if kind == "weight_packed":
                 weight = _packed(model.get_submodule(module), module, dtype, schemes[module], files)
@@ -217,8 +231,7 @@ class Source:
 
     def fused(self, paths: Iterable[str]) -> set[str]:
         """What vLLM and SGLang call these linears where they keep several in one module, and know no other name."""
-        parts = (path.rpartition(".") for path in paths)
-        return {f"{block}.{_FUSED[linear]}" for block, _, linear in parts if linear in _FUSED}
+        return {fused for path in paths if (fused := fused_name(path)) is not None}
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.path)
@@ -245,6 +258,11 @@ class Source:
         ]
 
 
+def plain(scheme: QuantScheme) -> bool:
+    """Evenly spaced levels, and scales of a usual type: what most engines have in one form or another."""
+    return GRIDS.get(scheme.grid).uniform and scheme.scale_dtype in REAL_SCALES
+
+
 def _packed(layer: nn.Module, path: str, dtype: torch.dtype, scheme: QuantScheme, files: Mapping[str, Path]) -> Weight:
     assert isinstance(layer, PackedLinear | PackedExperts | PackedEmbedding)
     name, dense, inputs = f"{path}.weight", None, -1
@@ -267,5 +285,5 @@ def _packed(layer: nn.Module, path: str, dtype: torch.dtype, scheme: QuantScheme
 
 def _dtype(files: Mapping[str, Path]) -> torch.dtype:
     """Of the norms and all else that is not packed."""
-    name = next(name for name in files if not name.endswith(("_packed", "_scale", "_zero")) and "norm" in name)
+    name = next(name for name in files if ".weight_" not in name and "norm" in name)
     return load_rows(files[name], name, 0, 1).dtype

@@ -1,7 +1,7 @@
 """compressed-tensors: integers and scales that plain transformers, vLLM and SGLang load without UPQ.
 
 SEQ's four levels are the integers -3, -1, 1, 3 on half the scale: exact in any symmetric integer format of three bits
-or more. Four bits is what every engine has fast kernels for; `int2` is exact in two.
+or more. Four bits is what every engine has fast kernels for; `int2` is exact in two. NVFP4 and MXFP4 keep their bytes.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from upq import kernels
 from upq.core.errors import UPQError
 from upq.core.precision import dtype_name
-from upq.core.scheme import PER_CHANNEL
+from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.exports import _integers
 from upq.exports._base import EXPORTS, Options, Placement, Plan
 from upq.exports._checkpoint import expert_by_expert, foreign_to_transformers
 from upq.exports._directory import SafetensorsExporter, Stored
+from upq.exports._fp4 import Fp4, fp4, misfit, outer
 from upq.exports._source import Source, Weight
 from upq.exports.dense import DTYPES, holds, place
 from upq.files.tensors import TensorPlan
@@ -33,7 +35,7 @@ class CompressedTensorsOptions(Options):
 
 
 class CompressedTensors(SafetensorsExporter):
-    """`pack-quantized`: the linears of the blocks as integers; all else dense.
+    """The linears of the blocks as integers (`pack-quantized`) or FP4 (`nvfp4-` or `mxfp4-`); all else dense.
 
     Loaders give scales the type of the model, so float16 scales in a bfloat16 model would lose three bits. That is why
     the export of a bfloat16 model computes in float16, or in float32 where float16 does not hold everything.
@@ -45,6 +47,9 @@ class CompressedTensors(SafetensorsExporter):
     checked = "compressed-tensors' own decompressor, scales taken to float32"
     options: CompressedTensorsOptions
 
+    def holds(self, scheme: QuantScheme) -> bool:
+        return super().holds(scheme) or fp4(scheme) is not None
+
     def view(self, source: Source) -> Source:
         return expert_by_expert(super().view(source))
 
@@ -53,6 +58,8 @@ class CompressedTensors(SafetensorsExporter):
         placements = tuple(self._place(source, weight, dtype) for weight in source.weights.values())
         if not any(p.packed for p in placements):
             raise UPQError(f"{source.path}: compressed-tensors cannot run it: no linear is quantised")
+        if len(formats := {_format(p) for p in placements if p.packed}) > 1:
+            raise UPQError(f"{source.path}: compressed-tensors holds one of {' and '.join(sorted(formats))}, not both")
         note = f"it computes in {dtype_name(dtype)}"
         if dtype != source.dtype and dtype == torch.float32:
             note += ", for float16 does not hold everything (--set dtype=fp16 --allow-inexact would round it)"
@@ -73,17 +80,22 @@ class CompressedTensors(SafetensorsExporter):
         config, module = stored.config["quantization_config"], p.weight.name.removesuffix(".weight")
         groups = config["config_groups"].values()
         scheme = next(group for group in groups if not {"Linear", module}.isdisjoint(group["targets"]))
-        codes, scale, shape = (tensor.name for tensor in p.tensors)
-        packed = stored.rows(codes, start, stop)
-        state = {
-            "weight_packed": packed,
-            # In float32 the product is exact; it is rounded where the model computes, in whatever type that is.
-            "weight_scale": stored.rows(scale, start, stop).float(),
-            "weight_shape": torch.tensor([len(packed), int(stored.rows(shape)[1])]),
-        }
+        codes, scale, *rest = (tensor.name for tensor in p.tensors)
+        packed, scales = stored.rows(codes, start, stop), stored.rows(scale, start, stop)
+        if p.carrier.startswith("int"):
+            state = {
+                "weight_packed": packed,
+                # In float32 the product is exact; it is rounded where the model computes, in whatever type that is.
+                "weight_scale": scales.float(),
+                "weight_shape": torch.tensor([len(packed), int(stored.rows(rest[0])[1])]),
+            }
+        else:
+            state = {"weight_packed": packed, "weight_scale": scales}
+            if rest:
+                state["weight_global_scale"] = stored.rows(rest[0])
         compressor = BaseCompressor.get_value_from_registry(config["format"])
         dense: Tensor = compressor.decompress(state, QuantizationScheme.model_validate(scheme))["weight"]
-        return dense
+        return dense.float()
 
     def _dtype(self, source: Source) -> torch.dtype:
         if self.options.dtype != "auto":
@@ -91,6 +103,8 @@ class CompressedTensors(SafetensorsExporter):
         if source.dtype == torch.float32:
             return torch.float32
         weights = source.weights.values()
+        if any(source.packs(w) and w.scheme is not None and fp4(w.scheme) for w in weights):
+            return source.dtype  # scales keep their own types, and their products with levels have six bits
         scales = all(_integers.misfit(w, torch.float16) is None for w in weights if source.packs(w))
         others = all(holds(w, torch.float16) for w in weights if not source.packs(w))
         return torch.float16 if scales and others else torch.float32
@@ -99,6 +113,8 @@ class CompressedTensors(SafetensorsExporter):
         if not source.packs(weight):
             return place(weight, dtype)
         assert weight.scheme is not None
+        if (kind := fp4(weight.scheme)) is not None:
+            return self._place_fp4(source, weight, kind)
         least = _integers.bits(weight)
         bits = next(b for b in (2, 4, 8, 16) if b >= least) if self.options.bits == "auto" else self.options.bits
         if not least <= bits <= 8:
@@ -107,6 +123,42 @@ class CompressedTensors(SafetensorsExporter):
         tensors = _tensors(weight, bits, dtype)
         size, loss = sum(tensor.bytes for tensor in tensors[:2]), _integers.misfit(weight, dtype)
         return Placement(weight=weight, carrier=f"int{bits}", bytes=size, loss=loss, tensors=tensors)
+
+    def _place_fp4(self, source: Source, weight: Weight, kind: Fp4) -> Placement:
+        if self.options.bits not in ("auto", 4):
+            raise UPQError(f"{source.path}: {weight.name} is {kind}, in 4 bits; leave out bits={self.options.bits}")
+        tensors = _fp4_tensors(weight, kind)
+        size = sum(tensor.bytes for tensor in tensors)
+        return Placement(weight=weight, carrier=kind, bytes=size, loss=misfit(weight), tensors=tensors)
+
+
+def _fp4_tensors(weight: Weight, kind: Fp4) -> tuple[TensorPlan, ...]:
+    """An artefact's bytes: a code is E2M1's own, the first of two in the low half of a byte."""
+    assert weight.scheme is not None
+    rows, columns = weight.shape
+    dtype = torch.float8_e4m3fn if kind == "nvfp4" else torch.uint8
+
+    def packed() -> Iterable[Tensor]:
+        return (kernels.pack(weight.qtensor(start, stop).codes_OI, 4) for start, stop in weight.chunks())
+
+    def scales() -> Iterable[Tensor]:
+        return (weight.qtensor(start, stop).scale_OG.view(dtype) for start, stop in weight.chunks())
+
+    tensors = (
+        TensorPlan(name=f"{weight.name}_packed", dtype=torch.uint8, shape=(rows, columns // 2), parts=packed),
+        TensorPlan(name=f"{weight.name}_scale", dtype=dtype, shape=(rows, weight.scheme.groups(columns)), parts=scales),
+    )
+    if kind == "mxfp4":
+        return tensors
+
+    def divisor() -> Iterable[Tensor]:
+        return [torch.tensor([1 / outer(weight)])]
+
+    return (*tensors, TensorPlan(name=f"{weight.name}_global_scale", dtype=torch.float32, shape=(1,), parts=divisor))
+
+
+def _format(p: Placement) -> str:
+    return "pack-quantized" if p.carrier.startswith("int") else f"{p.carrier}-pack-quantized"
 
 
 def _tensors(weight: Weight, bits: int, dtype: torch.dtype) -> tuple[TensorPlan, ...]:
@@ -152,11 +204,18 @@ def _config(source: Source, plan: Plan) -> dict[str, Any]:
         p = placements[names[0]]
         assert p.weight.scheme is not None
         size = p.weight.scheme.group_size
-        grouped = {"strategy": "channel"} if size == PER_CHANNEL else {"strategy": "group", "group_size": size}
-        bits = int(p.carrier.removeprefix("int"))
+        grouped: dict[str, Any] = (
+            {"strategy": "channel"} if size == PER_CHANNEL else {"strategy": "group", "group_size": size}
+        )
+        kind = "int"
+        if p.carrier == "nvfp4":
+            kind, grouped = "float", {**grouped, "strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
+        elif p.carrier == "mxfp4":
+            kind, grouped = "float", {**grouped, "scale_dtype": "torch.uint8"}
+        bits = int(p.carrier.removeprefix("int")) if kind == "int" else 4
         described[group] = {
             "targets": ["Linear"] if len(groups) == 1 else [name.removesuffix(".weight") for name in names],
-            "weights": {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, **grouped},
+            "weights": {"num_bits": bits, "type": kind, "symmetric": True, "dynamic": False, **grouped},
         }
     # Routers, towers and the like too: engines have them as linears. A name of the model, or of the checkpoint.
     dense = {
@@ -168,7 +227,7 @@ def _config(source: Source, plan: Plan) -> dict[str, Any]:
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": next(_format(p) for p in plan.placements if p.packed),
         "quantization_status": "compressed",
         "ignore": sorted({source.layout.head, *dense}),
         "config_groups": described,

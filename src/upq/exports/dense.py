@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from upq.core.precision import dtype_name
+from upq.core.scheme import QuantScheme
 from upq.exports._base import EXPORTS, Options, Placement, Plan
 from upq.exports._directory import SafetensorsExporter
 from upq.exports._source import Form, Source, Weight
@@ -34,6 +35,9 @@ class Dense(SafetensorsExporter):
     checked = "rows of the safetensors files"
     forms = frozenset(get_args(Form))
     options: DenseOptions
+
+    def holds(self, scheme: QuantScheme) -> bool:
+        return True
 
     def plan(self, source: Source) -> Plan:
         dtype = source.dtype if self.options.dtype == "auto" else DTYPES[self.options.dtype]

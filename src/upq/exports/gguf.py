@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from upq.core.errors import UPQError
 from upq.core.progress import Progress
+from upq.core.scheme import QuantScheme
 from upq.exports._base import EXPORTS, Exporter, Options, Placement, Plan, Rows
+from upq.exports._fp4 import outer
 from upq.exports._ggml import BLOCKS, TERNARY
 from upq.exports._source import Source, Weight
 from upq.exports.dense import holds
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 _DENSE = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-_FILE_TYPES = {"Q2_K": "MOSTLY_Q2_K", "Q4_K": "MOSTLY_Q4_K_S", "F32": "ALL_F32"}  # the others: MOSTLY_ and their name
+# llama.cpp's names of mixtures where they are not MOSTLY_ and the type.
+_FILE_TYPES = {"Q2_K": "MOSTLY_Q2_K", "Q4_K": "MOSTLY_Q4_K_S", "F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}
 
 
 class GgufOptions(Options):
@@ -45,6 +49,9 @@ class Gguf(Exporter):
     checked = "gguf's GGUFReader and dequantize"
     forms = frozenset({"linear", "stacked"})
     options: GgufOptions
+
+    def holds(self, scheme: QuantScheme) -> bool:
+        return True  # what no packed type holds is written as numbers
 
     def view(self, source: Source) -> Source:
         from upq.exports._llamacpp import view
@@ -90,7 +97,9 @@ class Gguf(Exporter):
             writer.add_file_type(_file_type(plan, source))
             model.describe(writer)
             self._vocabulary(source).describe(writer)
-            extra = model.extra_tensors()
+            extra = model.extra_tensors() | {
+                _scale_name(names[p.weight.name]): _outer_scales(p.weight) for p in plan.placements if _has_outer(p)
+            }
             for name, tensor in extra.items():
                 writer.add_tensor_info(name, tensor.shape, tensor.numpy().dtype, tensor.nbytes)
             for p in plan.placements:
@@ -117,10 +126,14 @@ class Gguf(Exporter):
 
         model = LlamaCpp(source.config)
         ours = {known: name for name, known in model.tensor_names(list(source.weights)).items()}
-        for tensor in gguf.GGUFReader(out).tensors:
-            if tensor.name not in model.extra_tensors():
+        scaled = {_scale_name(known): name for known, name in ours.items()}
+        tensors = gguf.GGUFReader(out).tensors
+        outer = {scaled[t.name]: torch.from_numpy(t.data.copy()) for t in tensors if t.name in scaled}
+        for tensor in tensors:
+            if tensor.name not in scaled and tensor.name not in model.extra_tensors():
                 name = ours.get(tensor.name, tensor.name)
-                yield name, _rows(tensor, source.weights.get(name), model.row_order(name, int(tensor.shape[-1])))
+                order = model.row_order(name, int(tensor.shape[-1]))
+                yield name, _rows(tensor, source.weights.get(name), order, outer.get(name))
 
     def _place(self, source: Source, weight: Weight) -> Placement:
         wanted = self.options.embeddings
@@ -133,7 +146,9 @@ class Gguf(Exporter):
             blocks = (TERNARY, *BLOCKS) if self.options.tq2_0 else BLOCKS
             block = next((block for block in blocks if block.misfit(weight) is None), None)
             if block is not None:
-                return Placement(weight=weight, carrier=block.name, bytes=block.bytes_of(weight))
+                placed = Placement(weight=weight, carrier=block.name, bytes=block.bytes_of(weight))
+                more = _outer_scales(weight).nbytes if _has_outer(placed) else 0
+                return replace(placed, bytes=placed.bytes + more)
         return _placed(weight, next(name for name, dtype in _DENSE.items() if name == "F32" or holds(weight, dtype)))
 
     def _vocabulary(self, source: Source) -> Any:
@@ -166,13 +181,29 @@ def _file_type(plan: Plan, source: Source) -> int:
     return int(gguf.LlamaFileType[_FILE_TYPES.get(carrier, f"MOSTLY_{carrier}")])
 
 
+def _has_outer(p: Placement) -> bool:
+    """Whether llama.cpp multiplies the products with it by a number that stands in a tensor of its own."""
+    return p.carrier == "NVFP4"
+
+
+def _scale_name(name: str) -> str:
+    """Of that tensor. llama.cpp looks for it beside every weight of a block."""
+    return f"{name.removesuffix('.weight')}.scale"
+
+
+def _outer_scales(weight: Weight) -> Tensor:
+    """One number, or one for each expert."""
+    return torch.full((weight.dense[0] if weight.form == "stacked" and weight.dense else 1,), outer(weight))
+
+
 def _empty(p: Placement) -> Tensor:
     """The tensor as the writer wants it: numbers, or rows of bytes where numpy has no such numbers."""
     dtype = _DENSE.get(p.carrier)
     if dtype in (torch.float32, torch.float16):
         return torch.empty(p.weight.shape, dtype=dtype)
     rows = p.weight.shape[:-1]
-    return torch.empty(*rows, p.bytes // torch.Size(rows).numel(), dtype=torch.uint8)
+    whole = p.bytes - (_outer_scales(p.weight).nbytes if _has_outer(p) else 0)
+    return torch.empty(*rows, whole // torch.Size(rows).numel(), dtype=torch.uint8)
 
 
 def _encode(p: Placement, order: Tensor | None) -> np.ndarray[Any, Any]:
@@ -193,7 +224,9 @@ def _encode(p: Placement, order: Tensor | None) -> np.ndarray[Any, Any]:
     return (out if order is None else out[order]).numpy()
 
 
-def _rows(tensor: gguf.ReaderTensor, weight: Weight | None, order: Tensor | None) -> Rows:
+def _rows(
+    tensor: gguf.ReaderTensor, weight: Weight | None, order: Tensor | None, outer_E: Tensor | None = None
+) -> Rows:
     """Rows of a tensor of the file, in transformers' order."""
     import gguf
 
@@ -204,7 +237,11 @@ def _rows(tensor: gguf.ReaderTensor, weight: Weight | None, order: Tensor | None
 
     def rows(start: int, stop: int) -> Tensor:
         data = entries[start:stop] if where is None else entries[where[start:stop]]
-        return torch.from_numpy(gguf.dequantize(data, tensor.tensor_type).copy())
+        found = torch.from_numpy(gguf.dequantize(data, tensor.tensor_type).copy())
+        if outer_E is None:
+            return found
+        of_rows = outer_E.repeat_interleave(len(entries) // len(outer_E))
+        return found * of_rows[start:stop, None]
 
     return rows
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from upq.core.errors import UPQError
+from upq.core.levels import Uniform
 from upq.core.precision import dtype_name
 from upq.core.scheme import PER_CHANNEL, QTensor, QuantScheme
 from upq.exports import _words as words
@@ -67,7 +68,7 @@ class Humming(SafetensorsExporter):
         zero_OG = torch.full(scale_OG.shape, scheme.levels / 2)
         if f"{module}.zero_point" in stored:
             zero_OG = stored.rows(f"{module}.zero_point", start, stop).float()
-        return QTensor(codes_OI, scale_OG, zero_OG, scheme).dequantize()
+        return QTensor(codes_OI, scale_OG, Uniform(zero_OG), scheme).dequantize()
 
 
 def _packs(source: Source, weight: Weight) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,14 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """Appends the figures of one stage to `path`. Without a path nothing is kept: in all processes but the first."""
+    """Appends the figures of one stage to `path`. Without a path nothing is kept: in all processes but the first.
+
+    `follow` gets each line once, in their order: those that are kept as the stage goes on, and each that is appended.
+    """
 
     path: Path | None = None
     stage: str = ""
+    follow: Callable[[Line], None] | None = None
 
     def begin(self, kind: str, number: int) -> None:
         """Lines of `kind` will come from `number` on: those that are there already go, and half a line at the end."""
@@ -39,19 +43,24 @@ class Metrics:
         kept = [line for line in whole if line.get("kind") != kind or line.get(kind, 0) < number]
         if len(kept) < len(whole) or not self.path.read_bytes().endswith(b"\n"):
             write_metrics(self.path, kept)
+        if self.follow is not None:
+            for line in kept:
+                self.follow(line)
 
     def append(self, kind: str, number: int, *, durable: bool = False, **figures: Any) -> None:
         """`durable`: on the disk on return, before what the line is of is. Figures that are not finite become null."""
         if self.path is None:
             return
-        line = _text({"kind": kind, "stage": self.stage, kind: number, **figures})
+        line = _finite({"kind": kind, "stage": self.stage, kind: number, **figures})
         with write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
+                file.write(_text(line))
                 file.flush()
                 if durable:
                     os.fsync(file.fileno())
+        if self.follow is not None:
+            self.follow(line)
 
 
 NOWHERE = Metrics()
@@ -82,6 +91,9 @@ def read_metrics(path: Path) -> list[Line]:
     return found
 
 
+def _finite(line: Mapping[str, Any]) -> Line:
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
+
+
 def _text(line: Mapping[str, Any]) -> str:
-    finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
-    return json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(_finite(line), ensure_ascii=False, allow_nan=False) + "\n"

@@ -30,6 +30,7 @@ _DTYPES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.int16: "I16",
     torch.uint16: "U16",
     torch.float16: "F16",

@@ -1,6 +1,31 @@
 """Quantisation grids: differentiable maps from a float weight to a QTensor. One file each."""
 
-from upq.grids._base import GRIDS, SMALLEST_SCALE, ZERO, Grid, Params, stored_scale, stretches_of_rows
+from upq.core.scales import SMALLEST_SCALE
+from upq.grids._base import (
+    GRIDS,
+    OUTER,
+    ZERO,
+    Grid,
+    Params,
+    check_scheme,
+    learned,
+    scheme_of,
+    stored_scale,
+    stretches_of_rows,
+)
 from upq.grids._search import search_scale
 
-__all__ = ["GRIDS", "SMALLEST_SCALE", "ZERO", "Grid", "Params", "search_scale", "stored_scale", "stretches_of_rows"]
+__all__ = [
+    "GRIDS",
+    "OUTER",
+    "SMALLEST_SCALE",
+    "ZERO",
+    "Grid",
+    "Params",
+    "check_scheme",
+    "learned",
+    "scheme_of",
+    "search_scale",
+    "stored_scale",
+    "stretches_of_rows",
+]

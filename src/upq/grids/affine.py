@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from upq.core.scheme import QTensor, QuantScheme, to_groups
-from upq.grids._base import GRIDS, SMALLEST_SCALE, Params, stored_scale
+from upq.core.scheme import QuantScheme, to_groups
+from upq.grids._base import GRIDS, SMALLEST_SCALE, Grid, Params, stored_scale
 
 
-class Affine:
+class Affine(Grid):
     """Parameters `log_scale` and `zero` (O, G), both learnable; roundings have straight-through gradients."""
 
     def init(self, w_OI: Tensor, scheme: QuantScheme) -> Params:
@@ -24,17 +24,12 @@ class Affine:
         return ((code_OGS - zero_OG[..., None]) * scale_OG[..., None]).view_as(w_OI)
 
     @torch.no_grad()
-    def freeze(self, w_OI: Tensor, params: Params, scheme: QuantScheme) -> QTensor:
-        code_OGS, zero_OG, scale_OG = self._code(w_OI, params, scheme)
-        codes_OI = code_OGS.to(torch.uint8).view_as(w_OI)
-        return QTensor(codes_OI, scale_OG.to(scheme.scale_torch_dtype), zero_OG, scheme)
+    def codes(self, w_OI: Tensor, params: Params, scheme: QuantScheme) -> Tensor:
+        return self._code(w_OI, params, scheme)[0].to(torch.uint8).view_as(w_OI)
 
     def scale_and_zero(self, params: Params, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
         zero_OG = round_ste(params["zero"]).clamp(0, scheme.levels - 1)
         return stored_scale(params["log_scale"].exp(), scheme), zero_OG
-
-    def zero(self, scheme: QuantScheme) -> float | None:
-        return None
 
     def _code(self, w_OI: Tensor, params: Params, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
         scale_OG, zero_OG = self.scale_and_zero(params, scheme)

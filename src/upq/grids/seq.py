@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upq.core.scheme import QTensor, QuantScheme, to_groups
+from upq.core.scheme import QuantScheme, to_groups
 from upq.grids._base import GRIDS, SMALLEST_SCALE, Params, stored_scale, stretches_of_rows
+from upq.grids._least_squares import Stepped
 
 
 class _FakeSeq(torch.autograd.Function):
@@ -47,7 +48,7 @@ class _FakeSeq(torch.autograd.Function):
         return d_w_OGS, d_delta_OG, None
 
 
-class Seq:
+class Seq(Stepped):
     """Parameter `log_delta` (O, G): Δ stays positive by construction and its learning rate is relative."""
 
     def init(self, w_OI: Tensor, scheme: QuantScheme) -> Params:
@@ -62,17 +63,19 @@ class Seq:
         return fake_OGS.view_as(w_OI)
 
     @torch.no_grad()
-    def freeze(self, w_OI: Tensor, params: Params, scheme: QuantScheme) -> QTensor:
+    def codes(self, w_OI: Tensor, params: Params, scheme: QuantScheme) -> Tensor:
         n = scheme.levels // 2
-        scale_OG, zero_OG = self.scale_and_zero(params, scheme)
+        scale_OG, _ = self.scale_and_zero(params, scheme)
         q_OGS = _q(to_groups(w_OI.float(), scheme) / (scale_OG * n)[..., None], n)
-        codes_OI = (q_OGS * n + (n - 0.5)).to(torch.uint8).view_as(w_OI)
-        return QTensor(codes_OI, scale_OG.to(scheme.scale_torch_dtype), zero_OG, scheme)
+        return (q_OGS * n + (n - 0.5)).to(torch.uint8).view_as(w_OI)
 
     def scale_and_zero(self, params: Params, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
         # What is stored is Δ/n.
         scale_OG = stored_scale(params["log_delta"].exp() / (scheme.levels // 2), scheme)
         return scale_OG, torch.full_like(scale_OG, self.zero(scheme))
+
+    def at(self, scale_OG: Tensor, scheme: QuantScheme) -> Params:
+        return {"log_delta": (scale_OG * (scheme.levels // 2)).log()}
 
     def zero(self, scheme: QuantScheme) -> float:
         return (scheme.levels - 1) / 2

@@ -10,16 +10,20 @@ from torch import Tensor
 
 from upq.core.scheme import QuantScheme, to_groups
 from upq.grids._base import GRIDS, SMALLEST_SCALE, Params, stored_scale
+from upq.grids._least_squares import Stepped
 from upq.grids.affine import Affine
 
 
-class Sym(Affine):
+class Sym(Stepped, Affine):
     """Parameter `log_scale` (O, G); the zero point is 2^(b-1) everywhere."""
 
     def init(self, w_OI: Tensor, scheme: QuantScheme) -> Params:
         peak_OG = to_groups(w_OI.detach().float(), scheme).abs().amax(-1)
         scale_OG = peak_OG / ((scheme.levels - 1) / 2)  # the largest weight is half a step from the last level
         return {"log_scale": scale_OG.clamp_min(SMALLEST_SCALE).log()}
+
+    def at(self, scale_OG: Tensor, scheme: QuantScheme) -> Params:
+        return {"log_scale": scale_OG.log()}
 
     def zero(self, scheme: QuantScheme) -> float:
         return scheme.levels / 2

@@ -289,14 +289,15 @@ class Decoder:
         return dense
 
     def _canonical(self, weight: Weight) -> _cpu.Canonical:
-        scale_OG, zero, constant = cpu.scales_and_zeros(weight.scale_OG, weight.zero)
-        packed_OB, scale_OG = weight.packed_OB.contiguous(), scale_OG.contiguous()
+        packed_OB, scale_OG, zero_OG, bits = weight.uniform()
+        scale_OG, zero, constant = cpu.scales_and_zeros(scale_OG, zero_OG)
+        packed_OB, scale_OG = packed_OB.contiguous(), scale_OG.contiguous()
         zero = None if zero is None else zero.contiguous()
         self._held += [packed_OB, scale_OG, zero]
         table: _cpu.Canonical = cpu.extension().Canonical(
             *_shape(weight),
             scale_OG.shape[1],
-            weight.bits,
+            bits,
             packed_OB.data_ptr(),
             scale_OG.data_ptr(),
             0 if zero is None else zero.data_ptr(),

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from upq.core.levels import Table, Uniform
+
+Zero = Tensor | float  # the zero point of evenly spaced levels: (O, G), or the one that all groups share
+
 
 def row_bytes(in_features: int, bits: int) -> int:
     """B: bytes that a row of `in_features` codes takes."""
@@ -46,14 +50,13 @@ def unpack(packed_OB: Tensor, bits: int, in_features: int) -> Tensor:
 
 
 def dequantize(
-    packed_OB: Tensor, scale_OG: Tensor, zero: Tensor | float, *, bits: int, in_features: int, dtype: torch.dtype
+    packed_OB: Tensor, scale_OG: Tensor, zero: Zero | Table, *, bits: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
     """The weight (O, I): exact in float32 (see QTensor.dequantize), then rounded once to `dtype`."""
     groups = scale_OG.shape[1]
     codes_OGS = unpack(packed_OB, bits, in_features).reshape(packed_OB.shape[0], groups, in_features // groups)
-    zero_OG1 = zero.float()[..., None] if isinstance(zero, Tensor) else zero
-    # In place: the float32 copy of a head can be a gigabyte, and one is enough.
-    w_OGS = codes_OGS.float().sub_(zero_OG1).mul_(scale_OG.float()[..., None])
+    levels = zero if isinstance(zero, Table) else Uniform(zero)
+    w_OGS = levels.of(codes_OGS).mul_(scale_OG.float()[..., None])
     return w_OGS.view(packed_OB.shape[0], in_features).to(dtype)
 
 
@@ -61,7 +64,7 @@ def linear(
     x: Tensor,
     packed_OB: Tensor,
     scale_OG: Tensor,
-    zero: Tensor | float,
+    zero: Zero | Table,
     *,
     bits: int,
     in_features: int,
@@ -76,7 +79,7 @@ def embedding(
     ids: Tensor,
     packed_VB: Tensor,
     scale_VG: Tensor,
-    zero: Tensor | float,
+    zero: Zero | Table,
     *,
     bits: int,
     in_features: int,
@@ -84,6 +87,6 @@ def embedding(
 ) -> Tensor:
     """Rows `ids` (...) of a packed table, as (..., I); only these rows are unpacked."""
     rows = ids.flatten()
-    zero_rows = zero[rows] if isinstance(zero, Tensor) else zero
+    zero_rows = zero[rows] if isinstance(zero, Tensor) else zero.rows(rows) if isinstance(zero, Table) else zero
     w = dequantize(packed_VB[rows], scale_VG[rows], zero_rows, bits=bits, in_features=in_features, dtype=dtype)
     return w.view(*ids.shape, in_features)

@@ -1,5 +1,8 @@
 """A packed weight as kernels get it: the canonical tensors, and the layout of the compiled kernels, cached.
 
+Compiled kernels know evenly spaced levels. A table whose values are integers on one step, as E2M1's on a half, is the
+same weight with other codes of more bits: E2M1's are -12 … 12, five bits. Other tables are left to the reference.
+
 Shape suffixes: O = out features, G = groups in a row, B = bytes in a row.
 """
 
@@ -10,11 +13,30 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from upq.core.errors import UPQError
+from upq.core.levels import Table
 from upq.core.memory import page_out
 from upq.kernels import cpu, cuda
+from upq.kernels.reference import Zero, pack, row_bytes, unpack
 
 if TYPE_CHECKING:
     from upq.kernels import _cpu
+
+_ROWS = 4096  # of a table's weight, whose codes are changed at one time
+
+
+def _integers(table: Table) -> tuple[float, float, int, Table] | None:
+    """A table as `(code - zero)·step` with other codes: step, zero point, their bits, and the table of those codes.
+
+    None where they take more than eight bits.
+    """
+    lowest = table.values.min()
+    for step in (1.0, 0.5, 0.25, 0.125):
+        above = (table.values - lowest) / step
+        if not above.frac().any():
+            bits = max(int(above.max()).bit_length(), 2)
+            return (step, -float(lowest) / step, bits, Table(above)) if bits <= 8 else None
+    return None
 
 
 class Weight:
@@ -25,16 +47,15 @@ class Weight:
     replace the canonical ones, which become a view of them. So a model is in memory once.
     """
 
-    def __init__(
-        self, packed_OB: Tensor, scale_OG: Tensor, zero: Tensor | float, *, bits: int, in_features: int
-    ) -> None:
+    def __init__(self, packed_OB: Tensor, scale_OG: Tensor, zero: Zero | Table, *, bits: int, in_features: int) -> None:
         self.packed_OB, self.scale_OG, self.zero = packed_OB, scale_OG, zero
         self.bits, self.in_features = bits, in_features
+        self.compiled = not isinstance(zero, Table) or _integers(zero) is not None
         self._versions = self._current_versions()
         self._matrix: _cpu.PackedMatrix | None = None
         self._cuda_matrix: cuda.Matrix | None = None
 
-    def is_of(self, packed_OB: Tensor, scale_OG: Tensor, zero: Tensor | float) -> bool:
+    def is_of(self, packed_OB: Tensor, scale_OG: Tensor, zero: Zero | Table) -> bool:
         """Whether it was made of these tensors, and nothing has been written to them since.
 
         Tensors made in inference mode have no version counter: replace those, do not write to them.
@@ -45,15 +66,19 @@ class Weight:
     def matrix(self) -> _cpu.PackedMatrix:
         """The CPU layout. Built on first use, then cached."""
         if self._matrix is None:
-            self._matrix = cpu.pack(
-                self.packed_OB, self.scale_OG, self.zero, bits=self.bits, in_features=self.in_features
-            )
+            packed_OB, scale_OG, zero, bits = self.uniform()
+            self._matrix = cpu.pack(packed_OB, scale_OG, zero, bits=bits, in_features=self.in_features)
             page_out(self.packed_OB)  # else both layouts stay: 597 MB were resident of a model of 310
         return self._matrix
 
     def cuda_matrix(self) -> cuda.Matrix:
         """The CUDA layout. Built on first use, then cached. Only scales and zeros take memory of their own."""
         if self._cuda_matrix is None:
+            if isinstance(self.zero, Table):
+                raise UPQError(
+                    "the CUDA kernels hold evenly spaced levels, not a table: UPQ_KERNELS=reference, or load with "
+                    "dequantize=True"
+                )
             # The buffer stays as it is: a tensor with a version counter, or one of inference mode.
             with torch.inference_mode(self.packed_OB.is_inference()):
                 self._cuda_matrix = cuda.pack(
@@ -61,6 +86,25 @@ class Weight:
                 )
                 self.packed_OB.data = self._cuda_matrix.codes_BO.t()  # the same bytes to everyone who reads it
         return self._cuda_matrix
+
+    def uniform(self) -> tuple[Tensor, Tensor, Zero, int]:
+        """Codes, scales, zero point and bits of the same weight on evenly spaced levels."""
+        if not isinstance(self.zero, Table):
+            return self.packed_OB, self.scale_OG, self.zero, self.bits
+        found = _integers(self.zero)
+        assert found is not None, "a table that is not compiled"
+        step, zero, bits, codes = found
+        rows = len(self.packed_OB)
+        packed_OB = self.packed_OB.new_empty(rows, row_bytes(self.in_features, bits))
+        for start in range(0, rows, _ROWS):
+            part = slice(start, start + _ROWS)
+            codes_OI = unpack(self.packed_OB[part], self.bits, self.in_features)
+            groups_OGS = codes_OI.view(len(codes_OI), self.scale_OG.shape[1], -1)
+            packed_OB[part] = pack(codes.rows(part).of(groups_OGS).to(torch.uint8).view_as(codes_OI), bits)
+        scale_OG = self.scale_OG * step
+        if not torch.equal(scale_OG.float(), self.scale_OG.float() * step):  # a power of two: below the least number
+            scale_OG = self.scale_OG.float() * step
+        return packed_OB, scale_OG, zero, bits
 
     def _current_versions(self) -> list[int]:
         tensors = [t for t in (self.packed_OB, self.scale_OG, self.zero) if isinstance(t, Tensor)]

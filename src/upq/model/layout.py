@@ -11,6 +11,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from upq.core.errors import UPQError
 
+# What vLLM, SGLang and others keep in one matrix, by the names of Llama's linears, which most families have.
+_FUSED = {f"{name}_proj": "qkv_proj" for name in "qkv"} | {f"{name}_proj": "gate_up_proj" for name in ("gate", "up")}
+
+
+def fused_name(path: str) -> str | None:
+    """What engines call the matrix that they make of this linear and others, or None."""
+    block, _, linear = path.rpartition(".")
+    return f"{block}.{_FUSED[linear]}" if linear in _FUSED else None
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:

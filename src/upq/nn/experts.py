@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from upq import kernels
+from upq.core.levels import Table
 from upq.core.scheme import QTensor, QuantScheme
 from upq.model.experts import PerExpert
 from upq.model.matrices import Matrix
@@ -60,6 +61,7 @@ class PackedExperts(Packed, PerExpert):
         self.matrix, self.shape = matrix, matrix.parameter_shape
         self._made_of: tuple[object, ...] = ()
         self._of_expert: dict[int, kernels.Weight] = {}
+        self._decoded: tuple[Tensor, Tensor | float | Table] | None = None
 
     @classmethod
     def from_qtensor(cls, q: QTensor, matrix: Matrix) -> PackedExperts:
@@ -80,20 +82,19 @@ class PackedExperts(Packed, PerExpert):
         return self._of_expert.get(expert) or self._made(expert)
 
     def _forget_changed(self) -> None:
-        whole = (self.weight_packed, self.weight_scale, self.zero)
-        key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in whole if isinstance(t, Tensor))
+        key = tuple((t.data_ptr(), version) for t, version in self._versions())
         if self._made_of != key:
-            self._made_of, self._of_expert = key, {}
+            self._made_of, self._of_expert, self._decoded = key, {}, self.decoded()
 
     def _made(self, expert: int) -> kernels.Weight:
         rows = slice(expert * self.matrix.outputs, (expert + 1) * self.matrix.outputs)
-        whole = (self.weight_packed, self.weight_scale, self.zero)
-        packed_OB, scale_OG, zero = (t[rows] if isinstance(t, Tensor) else t for t in whole)
-        assert isinstance(packed_OB, Tensor)
-        assert isinstance(scale_OG, Tensor)
-        made = kernels.Weight(packed_OB, scale_OG, zero, bits=self.scheme.bits, in_features=self.matrix.inputs)
+        assert self._decoded is not None
+        scale_OG, zero = self._decoded
+        of_rows = zero if isinstance(zero, float) else zero.rows(rows) if isinstance(zero, Table) else zero[rows]
+        bits, columns = self.scheme.bits, self.matrix.inputs
+        made = kernels.Weight(self.weight_packed[rows], scale_OG[rows], of_rows, bits=bits, in_features=columns)
         self._of_expert[expert] = made
         return made
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_weight": None, "_made_of": (), "_of_expert": {}}
+        return {**self.__dict__, "_weight": None, "_stored": [], "_made_of": (), "_of_expert": {}, "_decoded": None}

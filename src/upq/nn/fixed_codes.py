@@ -33,9 +33,7 @@ class Coded:
 
     def qtensor(self) -> QTensor:
         codes_OI = unpack(self.packed_OB, self.scheme.bits, self.in_features)
-        with torch.no_grad():
-            scale_OG, zero_OG = GRIDS.get(self.scheme.grid).scale_and_zero(self.params, self.scheme)
-        return QTensor(codes_OI, scale_OG.to(self.scheme.scale_torch_dtype), zero_OG, self.scheme)
+        return GRIDS.get(self.scheme.grid).qtensor(codes_OI, self.params, self.scheme)
 
     def layer(self, bias_O: Tensor | None, device: torch.device) -> FixedCodesLinear:
         """The linear that trains from here."""
@@ -46,7 +44,7 @@ Start = Solution | Coded  # what a linear trains from
 
 
 class FixedCodesLinear(TrainedLinear):
-    """`Ŵ = (code - zero) · scale`. Of the codes nothing learns.
+    """`Ŵ = level(code) · scale`. Of the codes nothing learns.
 
     Law (tests/test_fixed_codes.py): output and gradients of the grid's parameters are those of the plain form, and
     what it starts from is what it was frozen from, bit for bit.
@@ -69,10 +67,10 @@ class FixedCodesLinear(TrainedLinear):
         return dict(self.grid_params)
 
     def _weight(self, learned: dict[str, Tensor], rows: slice = ALL) -> Tensor:
-        scale_OG, zero_OG = GRIDS.get(self.scheme.grid).scale_and_zero(learned, self.scheme)
+        scale_OG, levels = GRIDS.get(self.scheme.grid).scale_and_levels(learned, self.scheme)
         codes_OI = unpack(self.packed[rows], self.scheme.bits, self.in_features)
         # In place as far as autograd allows: the largest matrix of an 8B is 235 MB in float32.
-        centred_OGS = codes_OI.view(*scale_OG.shape, -1).float().sub_(zero_OG[..., None])
+        levels_OGS = levels.of(codes_OI.view(*scale_OG.shape, -1))
         scale_OG1 = scale_OG[..., None]
-        weight_OGS = centred_OGS * scale_OG1 if torch.is_grad_enabled() else centred_OGS.mul_(scale_OG1)
+        weight_OGS = levels_OGS * scale_OG1 if torch.is_grad_enabled() else levels_OGS.mul_(scale_OG1)
         return weight_OGS.view_as(codes_OI)

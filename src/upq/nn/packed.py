@@ -16,13 +16,18 @@ from transformers.pytorch_utils import Conv1D
 
 from upq import kernels
 from upq.core.errors import UPQError
+from upq.core.levels import Levels, Table, Uniform
+from upq.core.scales import REAL_SCALES
 from upq.core.scheme import QTensor, QuantScheme
 from upq.grids import GRIDS
 from upq.kernels.reference import row_bytes
 
 
 class Packed(nn.Module):
-    """Buffers `weight_packed` (O, B) uint8 and `weight_scale` (O, G); `weight_zero` (O, G) where groups have their own.
+    """Buffers `weight_packed` (O, B) uint8 and `weight_scale` (O, G).
+
+    Where groups have levels of their own also what the grid keeps of them (O, G), `weight_zero` of uniform ones; where
+    the type of the scales has a second factor also `weight_outer`, (1, 1) of a matrix or (O, 1) of rows.
 
     This is the layout of an artefact on disk (tests/test_packed.py holds its golden bytes). A row of `weight_packed` is
     a little-endian bit stream of codes, B = ceil(I·bits/8), its last byte filled with zeros.
@@ -32,42 +37,69 @@ class Packed(nn.Module):
 
     weight_packed: Tensor
     weight_scale: Tensor
-    weight_zero: Tensor | None
+    weight_outer: Tensor | None
 
     def __init__(self, rows: int, columns: int, scheme: QuantScheme) -> None:
         super().__init__()
         self._weight: kernels.Weight | None = None
+        self._stored: list[tuple[Tensor, int]] = []  # the buffers that it was made of, and their versions
         self.rows, self.columns = rows, columns
         self.scheme = scheme
-        self.constant_zero = GRIDS.get(scheme.grid).zero(scheme)
-        scales = (rows, scheme.groups(columns))
-        zero = None if self.constant_zero is not None else torch.zeros(scales, dtype=scheme.scale_torch_dtype)
+        grid = GRIDS.get(scheme.grid)
+        self.shared, self.beside = grid.shared(scheme), tuple(grid.beside(scheme))
+        scales, outer = (rows, scheme.groups(columns)), scheme.scale.outer
         self.register_buffer("weight_packed", torch.zeros(rows, row_bytes(columns, scheme.bits), dtype=torch.uint8))
         self.register_buffer("weight_scale", torch.ones(scales, dtype=scheme.scale_torch_dtype))
-        self.register_buffer("weight_zero", zero)
+        for name, dtype in grid.beside(scheme).items():
+            self.register_buffer(f"weight_{name}", torch.zeros(scales, dtype=dtype))
+        if outer is not None:
+            shape = (1 if outer == "matrix" else rows, 1)
+            self.register_buffer("weight_outer", torch.ones(shape, dtype=scheme.scale.outer_dtype))
+        # Levels evenly spaced, scales not encoded: the buffers are what kernels take.
+        self._plain = grid.uniform and scheme.scale_dtype in REAL_SCALES
+        self._constant = self.shared.zero if isinstance(self.shared, Uniform) else None
 
     def _fill(self, q: QTensor) -> Self:
         self.weight_packed = kernels.pack(q.codes_OI, q.scheme.bits)
         self.weight_scale = q.scale_OG
-        # A zero is stored as a scale is. Integers up to 256 fit every scale dtype.
-        stored = q.zero_OG.to(q.scheme.scale_torch_dtype)
-        kept = stored.float() if self.constant_zero is None else torch.full_like(q.zero_OG, self.constant_zero)
-        if not torch.equal(kept, q.zero_OG):
-            rule = f"exact in {q.scheme.scale_dtype}" if self.constant_zero is None else str(self.constant_zero)
-            raise UPQError(f"cannot pack for grid {q.scheme.grid!r}: zero points must be {rule}; use its freeze()")
-        if self.constant_zero is None:
-            self.weight_zero = stored
+        for name, stored in GRIDS.get(q.scheme.grid).store_levels(q).items():
+            setattr(self, f"weight_{name}", stored)
+        if q.outer_O1 is not None:
+            outer = q.outer_O1[:1] if q.scheme.scale.outer == "matrix" else q.outer_O1
+            self.weight_outer = outer.to(q.scheme.scale.outer_dtype)
+        if not _same(self.levels, q.levels) or not torch.equal(self._scales(), q.scales()):
+            raise UPQError(f"cannot pack for grid {q.scheme.grid!r}: it stores other levels; use its freeze()")
         return self
 
     @property
-    def zero(self) -> Tensor | float:
-        if self.weight_zero is not None:
-            return self.weight_zero
-        assert self.constant_zero is not None
-        return self.constant_zero
+    def levels(self) -> Levels:
+        if self.shared is not None:
+            return self.shared.to(self.weight_packed.device)
+        beside = {name: self.get_buffer(f"weight_{name}") for name in self.beside}
+        return GRIDS.get(self.scheme.grid).load_levels(beside, self.weight_scale, self.scheme)
+
+    def _scales(self) -> Tensor:
+        """The scales (O, G), decoded."""
+        inner_OG = self.scheme.scale.decode(self.weight_scale)
+        return inner_OG if self.scheme.scale.outer is None else inner_OG * self.get_buffer("weight_outer").float()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_weight": None}  # copies and pickles make the kernels' layout again
+        return {**self.__dict__, "_weight": None, "_stored": []}  # copies and pickles make the kernels' layout again
+
+    def decoded(self) -> tuple[Tensor, Tensor | float | Table]:
+        """Scales and levels as kernels take them. Where they were encoded, in bfloat16 if that holds all scales."""
+        if self._plain:
+            return self.weight_scale, self._zero()
+        levels, scale_OG = self.levels, self._scales()
+        short_OG = scale_OG.bfloat16()
+        scale_OG = short_OG if torch.equal(short_OG.float(), scale_OG) else scale_OG
+        return scale_OG, levels if isinstance(levels, Table) else levels.zero
+
+    def _zero(self) -> Tensor | float:
+        """Of levels that are evenly spaced, as stored."""
+        zero = self._constant if self._constant is not None else self._buffers["weight_zero"]
+        assert zero is not None
+        return zero
 
     def kernel_weight(self) -> kernels.Weight:
         """What kernels multiply with: made when first asked for, and again when a buffer has changed."""
@@ -75,29 +107,38 @@ class Packed(nn.Module):
         packed_OB, scale_OG = self._buffers["weight_packed"], self._buffers["weight_scale"]
         assert packed_OB is not None
         assert scale_OG is not None
-        zero = self.zero
-        if self._weight is None or not self._weight.is_of(packed_OB, scale_OG, zero):
+        if self._plain:
+            current = self._weight is not None and self._weight.is_of(packed_OB, scale_OG, self._zero())
+        else:
+            current = self._weight is not None and self._same_buffers()
+        if self._weight is None or not current:
+            scales_OG, zero = self.decoded()
             bits, columns = self.scheme.bits, self.columns
-            self._weight = kernels.Weight(packed_OB, scale_OG, zero, bits=bits, in_features=columns)
+            self._weight = kernels.Weight(packed_OB, scales_OG, zero, bits=bits, in_features=columns)
+            self._stored = [] if self._plain else self._versions()
         return self._weight
+
+    def _versions(self) -> list[tuple[Tensor, int]]:
+        named = ((name, tensor) for name, tensor in self._buffers.items() if tensor is not None)
+        return [(t, 0 if t.is_inference() else t._version) for name, t in named if name.startswith("weight_")]
+
+    def _same_buffers(self) -> bool:
+        pairs = zip(self._stored, self._versions(), strict=True)
+        return all(old is new and before == now for (old, before), (new, now) in pairs)
 
     def qtensor(self) -> QTensor:
         """The value this layer holds, as it was given."""
-        zero = self.zero
-        zero_OG = zero.float() if isinstance(zero, Tensor) else torch.full_like(self.weight_scale.float(), zero)
         codes_OI = kernels.unpack(self.weight_packed, self.scheme.bits, self.columns)
-        return QTensor(codes_OI, self.weight_scale, zero_OG, self.scheme)
+        outer_O1 = None
+        if self.scheme.scale.outer is not None:
+            outer_O1 = self.get_buffer("weight_outer").float().expand(self.rows, 1)
+        return QTensor(codes_OI, self.weight_scale, self.levels, self.scheme, outer_O1)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight (O, I)."""
-        return kernels.dequantize(
-            self.weight_packed,
-            self.weight_scale,
-            self.zero,
-            bits=self.scheme.bits,
-            in_features=self.columns,
-            dtype=dtype,
-        )
+        scale_OG, zero = self.decoded()
+        bits, columns = self.scheme.bits, self.columns
+        return kernels.dequantize(self.weight_packed, scale_OG, zero, bits=bits, in_features=columns, dtype=dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -119,6 +160,12 @@ class Packed(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.rows}, {self.columns}, {self.scheme}"
+
+
+def _same(a: Levels, b: Levels) -> bool:
+    if isinstance(a, Table) or isinstance(b, Table):
+        return isinstance(a, Table) and isinstance(b, Table) and torch.equal(a.values, b.values)
+    return not bool((torch.as_tensor(a.zero) != torch.as_tensor(b.zero)).any())
 
 
 class PackedLinear(Packed):
@@ -182,11 +229,12 @@ class PackedEmbedding(Packed):
         return layer._fill(q)
 
     def forward(self, ids: Tensor) -> Tensor:
+        scale_OG, zero = self.decoded()
         rows = kernels.embedding(
             ids,
             self.weight_packed,
-            self.weight_scale,
-            self.zero,
+            scale_OG,
+            zero,
             bits=self.scheme.bits,
             in_features=self.embedding_dim,
             dtype=self.like.dtype,

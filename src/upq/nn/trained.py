@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from upq.core.scheme import QTensor, QuantScheme
-from upq.grids import Params
+from upq.grids import GRIDS, Params
 
 if TYPE_CHECKING:
     from upq.nn.fixed_codes import Start
@@ -23,7 +23,7 @@ ALL = slice(None)
 
 
 class TrainedLinear(nn.Module):
-    """`y = x · Ŵᵀ + b` with Ŵ on a grid. What learns is float32: of the grid's parameters (O, G), all do."""
+    """`y = x · Ŵᵀ + b` with Ŵ on a grid. What learns is float32: of the grid's parameters all but its fixed ones."""
 
     bias: Tensor | None
 
@@ -31,7 +31,9 @@ class TrainedLinear(nn.Module):
         """A bias is shared, and has to be on `device` already."""
         super().__init__()
         self.scheme = scheme
-        self.grid_params = nn.ParameterDict({k: nn.Parameter(owned(v, device)) for k, v in params.items()})
+        fixed = GRIDS.get(scheme.grid).fixed
+        own = {k: nn.Parameter(owned(v, device), requires_grad=k not in fixed) for k, v in params.items()}
+        self.grid_params = nn.ParameterDict(own)
         self.register_buffer("bias", None if bias_O is None else bias_O.detach())
 
     @property

@@ -31,6 +31,7 @@ from upq.files.digests import digest_of
 from upq.files.lock import lock
 from upq.files.tensors import keys_required
 from upq.run.recipe import Recipe, flat, stages_at_top, stages_together
+from upq.run.tracking import TRACKING
 from upq.stages import ModelState
 
 WORK = ".work"
@@ -175,7 +176,7 @@ class RunDirectory:
                 return False
             if not redo and (record is None or _settings(record.recipe, self.recipe) != self.recipe.settings()):
                 self._refuse(manifest.recipe, manifest.seconds, self._unfinished())
-        elif record is None and any(path.name not in (WORK, LOCK) for path in self.out.iterdir()):
+        elif record is None and any(path.name not in (WORK, LOCK, TRACKING) for path in self.out.iterdir()):
             raise UPQError(f"{self.out}: not empty, and no UPQ run is in it; name a new directory")
         if record is not None:
             self._check_model(record.model, record.files)

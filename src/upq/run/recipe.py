@@ -17,13 +17,15 @@ from importlib import resources
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import SerializeAsAny, field_serializer
+from pydantic import SerializeAsAny, field_serializer, field_validator
 
 from upq.core.bounded import YAML_BYTES, parse_yaml, read_bytes
 from upq.core.config import Plugin, Strict, decode, fixed, free, override
 from upq.core.errors import UPQError
 from upq.core.paths import local
+from upq.core.scheme import QuantScheme
 from upq.data.config import Data
+from upq.run.tracking import Tracker
 from upq.stages import STAGES, Memory, Stage
 
 # Where the former form kept its stages, in the order of a run, and their kinds.
@@ -45,6 +47,12 @@ class Header(Strict):
     embeddings: Embeddings = Embeddings()
     memory: Memory = free(Memory())
     export: tuple[Plugin, ...] = free(())  # formats to write beside the artefact, once it is finished
+    track: tuple[Tracker, ...] = free(())  # where figures go beside metrics.jsonl; one name may stand alone
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 # Keys beside the stages, folders beside theirs, and rows of the final table beside theirs.
@@ -171,12 +179,20 @@ def _stage(name: Any, settings: Any, where: str) -> Stage:
 
 
 def _check_order(stages: dict[str, Stage], where: str) -> None:
-    solved = False
+    scheme: QuantScheme | None = None
     for name, stage in stages.items():
-        if stage.trains and not solved:
+        if stage.trains and scheme is None:
             raise UPQError(f"{where}: {name} trains what a block-wise stage has solved; put one before it")
-        solved = solved or stage.solves
-    if not solved:
+        if scheme is not None and not stage.learns(scheme):
+            raise UPQError(
+                f"{where}: {name}: the scales of grid {scheme.grid} do not learn; set {name}.train_weights=true, or"
+                f" {name}.train_norms=true"
+            )
+        try:
+            scheme = stage.scheme() or scheme
+        except UPQError as error:
+            raise UPQError(f"{where}: {name}.{error}") from None
+    if scheme is None:
         raise UPQError(f"{where}: no stage quantises; add one, for example int2: {{stage: blockwise, bits: 2, …}}")
 
 

@@ -137,7 +137,7 @@ class LiveBars(_Reporter):
 class PlainLines(_Reporter):
     """A line at the start of a stage, then at most one each `every` seconds, and one at its end."""
 
-    def __init__(self, console: Console, *, every: float = 10.0) -> None:
+    def __init__(self, console: Console, *, every: float) -> None:
         super().__init__(console)
         self._every = every
         self._last = 0.0
@@ -164,11 +164,14 @@ class PlainLines(_Reporter):
         self.console.print(styled(text), soft_wrap=True)
 
 
-def reporter(console: Console) -> LiveBars | PlainLines:
-    """Bars on a terminal, lines in a pipe or a log file. A notebook has bars where ipywidgets is installed."""
+def reporter(console: Console, *, every: float = 10.0) -> LiveBars | PlainLines:
+    """Bars on a terminal, lines in a pipe or a log file. A notebook has bars where ipywidgets is installed.
+
+    `every`: seconds that pass between two lines.
+    """
     if console.is_jupyter:
-        return LiveBars(console) if find_spec("ipywidgets") else PlainLines(console)
-    return LiveBars(console) if console.is_terminal else PlainLines(console)
+        return LiveBars(console) if find_spec("ipywidgets") else PlainLines(console, every=every)
+    return LiveBars(console) if console.is_terminal else PlainLines(console, every=every)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from upq.data.tokens import TokenSet
 from upq.exports import exporter
 from upq.files.digests import model_digests
 from upq.files.lock import lock
-from upq.files.metrics import METRICS, Metrics
+from upq.files.metrics import METRICS, Metrics, read_metrics
 from upq.model.coverage import coverage
 from upq.model.loading import context_of, load_config, load_tokenizer
 from upq.model.source import Source
@@ -38,6 +38,7 @@ from upq.run.directory import LOCK, CpuType, Keep, Place, RunDirectory, sweep
 from upq.run.dry import check_text
 from upq.run.frame import Frame, export
 from upq.run.recipe import Recipe
+from upq.run.tracking import Tracking, check_trackers
 from upq.stages import Job, ModelState, Reading, Stage
 
 _LARGE = 2_000_000_000  # bytes: from here on checksums take seconds
@@ -101,7 +102,11 @@ def quantize(
         progress.plan(costs(recipe, reading, len(source)))
         progress.note(covered.text(recipe.bits))
         frame = Frame(directory, path, tokenizer, device, reading, progress)
-        run = _Run(frame, state, processes, stop or Stop())
+        with processes.shared_errors():
+            tracked = recipe.track if processes.first else ()
+            tracking = Tracking(tracked, recipe.name, directory.out, recipe.settings(), progress.note)
+            held.callback(tracking.finish)
+        run = _Run(frame, state, processes, stop or Stop(), tracking)
         solved = run.stages()
         if processes.first:
             with directory.timed("check"):
@@ -109,6 +114,8 @@ def quantize(
                 trim()  # after packing, 240 MB at width 1024
                 manifest = frame.check(run.rows(solved), solved)
             frame.publish(manifest)
+            for name, figures in manifest.metrics.items():
+                tracking.figures(name, figures)
             if not keep_work:
                 shutil.rmtree(directory.work)
             export(recipe.export, directory.out, progress)
@@ -119,8 +126,10 @@ def quantize(
 class _Run:
     """One call of the runner: goes through the stages with the state that passes from each to the next."""
 
-    def __init__(self, frame: Frame, accelerate: PartialState, processes: Processes, stop: Stop) -> None:
-        self.frame, self.processes, self.stop = frame, processes, stop
+    def __init__(
+        self, frame: Frame, accelerate: PartialState, processes: Processes, stop: Stop, tracking: Tracking
+    ) -> None:
+        self.frame, self.processes, self.stop, self.tracking = frame, processes, stop, tracking
         self._accelerate = accelerate
         self._packed: tuple[ModelState, TokenSet] | None = None
 
@@ -140,6 +149,8 @@ class _Run:
                 if run.shared is not None:
                     self.frame.progress.note(f"{name}: taken from {place.folder}")
                     run.seconds[name] = place.seconds()
+                for line in read_metrics(place.folder / METRICS) if processes.first else ():
+                    self.tracking.line(line)
                 return done
         if stage.demands(run.recipe.data).rows:
             self.rows(state)
@@ -183,7 +194,7 @@ class _Run:
             data=frame.recipe.data,
             reading=frame.reading,
             rows=lambda: self.rows(state),
-            metrics=Metrics(place.folder / METRICS if self.processes.first else None, place.name),
+            metrics=Metrics(place.folder / METRICS if self.processes.first else None, place.name, self.tracking.line),
         )
 
     def rows(self, state: ModelState) -> TokenSet:
@@ -221,6 +232,7 @@ def check(config: PretrainedConfig, recipe: Recipe, model: Source, name: str) ->
             codes_alone = stage_name if demands.codes_alone else codes_alone if not stage.solves else ""
     for plugin in recipe.export:
         exporter(plugin.name, plugin.model_extra)
+    check_trackers(recipe.track)
 
 
 def reading_of(recipe: Recipe) -> Reading:

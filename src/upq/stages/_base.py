@@ -211,6 +211,10 @@ class Stage(Strict):
         """Of the codes that it leaves; None for a stage that solves no blocks."""
         return None
 
+    def learns(self, scheme: QuantScheme) -> bool:
+        """Whether it has anything to learn from blocks on `scheme`, if it trains."""
+        return True
+
     def check(self, name: str, model: Source, data: Data) -> None:
         """Raises UPQError for every fault that shows without data. `name` is that of the stage in its recipe."""
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from upq.blockwise import BlockStore
 from upq.core.errors import UPQError
+from upq.core.scheme import QuantScheme
 from upq.data.tokens import TokenSet
 from upq.distill import optimizer, teacher
 from upq.distill.config import TrainingSettings
@@ -19,6 +20,7 @@ from upq.distill.student import load_student, make_student, norm_weight, norms, 
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher
 from upq.distill.trainer import Batches, distill, settled, skipped_steps
 from upq.files.tensors import load_tensors, save_tensors
+from upq.grids import GRIDS
 from upq.losses import LOSSES
 from upq.model.layout import block_list, layout_of
 from upq.model.loading import check_finite, load_model
@@ -42,6 +44,9 @@ class TrainingStage(TrainingSettings, Stage):
         # Codes stay as the block-wise stage has left them.
         Saving(9, ("train_weights=false", "scale_lr=5e-3"), other_artefact=True),
     )
+
+    def learns(self, scheme: QuantScheme) -> bool:
+        return self.train_weights or self.train_norms or GRIDS.get(scheme.grid).scales_learn
 
     def check_training(self, name: str) -> None:
         """Faults that every training may have. Raises UPQError."""

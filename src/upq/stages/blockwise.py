@@ -20,6 +20,7 @@ from upq.data.packing import prepare
 from upq.data.sources import sources_of
 from upq.data.tokens import TokenSet
 from upq.files.tensors import load_tensors, save_tensors
+from upq.grids import GRIDS, scheme_of
 from upq.model.loading import load_tokenizer
 from upq.model.source import Source
 from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, register
@@ -34,6 +35,7 @@ class Blockwise(Stage):
     bits: int
     grid: str = "seq"
     group_size: int = PER_CHANNEL
+    scale_dtype: str | None = neutral(None)  # of the stored scales; None: the grid's usual type
     method: Plugin
     samples: int = Field(128, ge=1)  # calibration sequences of data.seq_len tokens
     # What it calibrates on: the run's text, its sources of one domain, or sources of its own.
@@ -50,7 +52,7 @@ class Blockwise(Stage):
     solves: ClassVar[bool] = True
 
     def scheme(self) -> QuantScheme:
-        return QuantScheme(bits=self.bits, grid=self.grid, group_size=self.group_size)
+        return scheme_of(bits=self.bits, grid=self.grid, group_size=self.group_size, scale_dtype=self.scale_dtype)
 
     def solver(self) -> Method:
         cls = METHODS.get(self.method.name)
@@ -76,6 +78,14 @@ class Blockwise(Stage):
                 f"{name}: {self.method.name} does not learn on a block's output, so window, grow and annealing change"
                 f" nothing; leave them out, or set {name}.method to one of {learning}"
             )
+        grid = GRIDS.get(self.grid)
+        if method.between_levels and not grid.uniform:
+            raise UPQError(
+                f"{name}: {self.method.name} learns a rounding between evenly spaced levels, which grid {self.grid} has"
+                f" not; set {name}.method=gptq or block_ap"
+            )
+        if self.mixed and len(grid.widths) == 1:
+            raise UPQError(f"{name}.mixed: grid {self.grid} has {grid.widths[0]} bits alone; set {name}.mixed=false")
         for index in range(len(model)):
             for matrix in model.matrices(index):
                 self.scheme().groups(matrix.inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from upq.core.errors import UPQError
+from upq.core.scheme import QuantScheme
 from upq.data.config import Data
 from upq.data.tokens import TokenSet
 from upq.distill.config import Distill as Settings
@@ -19,6 +20,9 @@ from upq.stages._training import TrainingStage
 @register("distill")
 class Distill(Settings, TrainingStage):
     """A training on the run's text."""
+
+    def learns(self, scheme: QuantScheme) -> bool:
+        return not self.tokens or super().learns(scheme)
 
     def check(self, name: str, model: Source, data: Data) -> None:
         self.check_training(name)

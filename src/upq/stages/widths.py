@@ -18,6 +18,7 @@ from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.data.config import Data
 from upq.files.digests import digest_model_dir
 from upq.files.tensors import load_tensors, save_tensors
+from upq.grids import scheme_of
 from upq.model.sizes import FP32, tensors
 from upq.model.source import Source
 from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, register
@@ -46,7 +47,7 @@ class Widths(Stage):
         return value
 
     def _scheme(self, bits: int) -> QuantScheme:
-        return QuantScheme(bits=bits, grid=self.grid, group_size=self.group_size)
+        return scheme_of(bits=bits, grid=self.grid, group_size=self.group_size)
 
     def check(self, name: str, model: Source, data: Data) -> None:
         least, most = self.choices[0], self.choices[-1]
