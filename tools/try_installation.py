@@ -30,7 +30,7 @@ def run(folder: str, *command: str) -> str:
     began = time.monotonic()
     # -P: nothing is imported from the directory, not even from this script's.
     done = subprocess.run([sys.executable, "-P", *command], cwd=folder, check=True, stdout=subprocess.PIPE, text=True)
-    print(f"{time.monotonic() - began:6.1f} s  {' '.join(command[:3])}", flush=True)
+    print(f"{time.monotonic() - began:6.1f} s  {' '.join(command[1:3]) if command[0] == '-m' else 'text'}", flush=True)
     return done.stdout.strip()
 
 
