@@ -13,6 +13,7 @@ from upq.blockwise import METHODS, BlockStore, Method, Order, spans, walk
 from upq.core.config import Plugin, neutral
 from upq.core.errors import UPQError
 from upq.core.precision import Precision
+from upq.core.scales import REAL_SCALES
 from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.data.config import Data, TextSource, of_domain
 from upq.data.held import HeldOut
@@ -79,10 +80,10 @@ class Blockwise(Stage):
                 f" nothing; leave them out, or set {name}.method to one of {learning}"
             )
         grid = GRIDS.get(self.grid)
-        if method.between_levels and not grid.uniform:
+        if method.between_levels and not (grid.uniform and self.scheme().scale_dtype in REAL_SCALES):
             raise UPQError(
-                f"{name}: {self.method.name} learns a rounding between evenly spaced levels, which grid {self.grid} has"
-                f" not; set {name}.method=gptq or block_ap"
+                f"{name}: {self.method.name} learns a rounding between evenly spaced levels on plain scales, which"
+                f" grid {self.grid} has not; set {name}.method=gptq or block_ap"
             )
         if self.mixed and len(grid.widths) == 1:
             raise UPQError(f"{name}.mixed: grid {self.grid} has {grid.widths[0]} bits alone; set {name}.mixed=false")
