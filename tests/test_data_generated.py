@@ -88,6 +88,19 @@ def read(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted(folder.iterdir())}
 
 
+def test_given_questions_are_answered_and_no_others(tmp_path: Path) -> None:
+    """Each once before any comes again, by the compiled decoder and by transformers."""
+    asked = [[{"role": "system", "content": "Be."}, {"role": "user", "content": f"{n}?"}] for n in range(3)]
+    model = various()
+    found = read(side_by_side(tmp_path / "a", model, size=3, questions=asked))
+    talks = [json.loads(line)["messages"] for text in found.values() for line in text.splitlines()]
+    assert {talk[-1]["role"] for talk in talks} == {"assistant"}
+    assert all(talk[:-1] in asked for talk in talks)
+    assert len({talk[-2]["content"] for talk in talks}) == 3
+    alone = write_conversations(tmp_path / "b", model, TOKENIZER, SECTION, seed=1, progress=Silent(), questions=asked)
+    assert read(alone) == found
+
+
 def test_a_batch_that_is_there_stays_and_the_rest_is_the_same(tmp_path: Path) -> None:
     model = tiny(20)
     first = read(write_conversations(tmp_path / "a", model, TOKENIZER, SECTION, seed=1, progress=Silent()))

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import upq
 from schemes import fitting
-from tiny import tiny_artifact
+from test_distill import VOCAB, make_config, train
+from tiny import tiny_artifact, tiny_model
 from upq import kernels
 from upq.core.errors import UPQError
 from upq.core.levels import E2M1, E3M2, Table, Uniform
 from upq.core.scheme import QTensor, QuantScheme
+from upq.distill.student import make_student, trained_linears
 from upq.grids import GRIDS, check_scheme, scheme_of, search_scale
 from upq.grids._table import Nearest
 from upq.kernels.weight import Weight
+from upq.nn.blocks import model_weights
+from upq.nn.fake_quant import Solution
 from upq.nn.packed import PackedLinear
 
 
@@ -83,7 +88,8 @@ def test_kernels_multiply_with_the_same_weight(name: str) -> None:
     """On evenly spaced levels of more bits: the weight itself, bit for bit, and its products."""
     layer = PackedLinear.from_qtensor(frozen(name, gaussian(8, 128)))
     weight = layer.kernel_weight()
-    assert weight.compiled
+    assert weight.compiles_on("cpu")
+    assert not weight.compiles_on("cuda")
     packed_OB, scale_OG, zero, bits = weight.uniform()
     assert bits == 5
     again = kernels.dequantize(packed_OB, scale_OG, zero, bits=bits, in_features=128, dtype=torch.float32)
@@ -100,7 +106,7 @@ def test_a_table_of_no_integers_runs_in_torch() -> None:
     table = Table(torch.tensor([-1.0, -0.3, 0.3, 1.0]))
     codes = torch.randint(4, (8, 32), dtype=torch.uint8)
     weight = Weight(kernels.pack(codes, 2), torch.ones(8, 1).half(), table, bits=2, in_features=32)
-    assert not weight.compiled
+    assert not weight.compiles_on("cpu")
     x = torch.randn(3, 32)
     with kernels.computing("w2a8"):
         assert torch.equal(kernels.linear(x, weight), x @ table.values[codes.long()].T)
@@ -131,6 +137,28 @@ def test_an_artefact_loads_generates_and_is_as_large_as_it_says(tmp_path: Path) 
     assert compiled.why_not_compiled is None
 
 
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_a_training_leaves_what_does_not_learn(name: str, tmp_path: Path) -> None:
+    teacher = tiny_model("llama", intermediate_size=96, vocab_size=VOCAB).requires_grad_(False)
+    weights = {path: teacher.get_submodule(path).weight for path in model_weights(teacher)}
+    scheme = fitting(name)
+    start = {path: Solution(w, search_scale(w, scheme), scheme) for path, w in weights.items()}
+    student = make_student(teacher, start, train_norms=False)
+    before = {path: layer.freeze() for path, layer in trained_linears(student).items()}
+    train(student, teacher, make_config(lr=5e-2, scale_lr=1e-1), tmp_path / "c.safetensors", steps=4)
+    moved = 0
+    for path, layer in trained_linears(student).items():
+        q = layer.freeze()
+        assert torch.equal(q.dequantize(), layer.fake())
+        moved += int((q.codes_OI != before[path].codes_OI).sum())
+        if name == "nvfp4":
+            assert torch.equal(q.outer_O1, before[path].outer_O1)
+            assert not torch.equal(q.scale_OG, before[path].scale_OG)
+        else:
+            assert torch.equal(q.scale_OG, before[path].scale_OG)
+    assert moved
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -144,7 +172,7 @@ def test_an_artefact_loads_generates_and_is_as_large_as_it_says(tmp_path: Path) 
         ({"grid": "seq", "bits": 2, "scale_dtype": "e4m3"}, "scale_dtype=e4m3: grid seq stores scales in float16 or"),
     ],
 )
-def test_what_a_grid_has_not_is_one_line(options: dict, message: str) -> None:
+def test_what_a_grid_has_not_is_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UPQError, match=message):
         scheme_of(**options)
 

@@ -95,9 +95,12 @@ class TestLaws:
             error_OGS = to_groups(frozen.dequantize() - w_OI, scheme).abs()
             if isinstance(frozen.levels, Table):
                 half = frozen.levels.values.sort(-1).values.diff(dim=-1).amax(-1) / 2
+                choice_OG = frozen.levels.choice_OG
+                half = half if choice_OG is None else half[choice_OG.long()]
             else:  # affine's integer zero point may cut off half a step more at an end of the range
                 half = torch.tensor(0.5 if grid.zero(scheme) is not None else 1.0)
-            assert (error_OGS <= ((half * 1.0001) * frozen.scales())[..., None]).all()
+            slack = 1.0001 if scheme.scale_dtype == "float32" else 1.01  # a rounded scale cuts the range
+            assert (error_OGS <= ((half * slack) * frozen.scales())[..., None]).all()
 
     @every_grid
     @pytest.mark.parametrize("group_size", GROUPS)
@@ -159,7 +162,8 @@ class TestSearch:
 
                 def error(params: Params, w_OI: Tensor = w_OI, importance: Tensor | None = importance) -> Tensor:
                     e_OI = (grid.fake(w_OI, params, scheme) - w_OI).square()
-                    return to_groups(e_OI if importance is None else e_OI * importance, scheme).sum(-1)
+                    error_OG = to_groups(e_OI if importance is None else e_OI * importance, scheme).sum(-1)
+                    return error_OG.sum(-1) if scheme.scale.outer == "row" else error_OG
 
                 ranged, searched = error(grid.init(w_OI, scheme)), error(search_scale(w_OI, scheme, importance))
                 assert (searched <= ranged).all()
@@ -175,10 +179,13 @@ class TestSearch:
         assert ((weighed - w_OI)[:, ::6].square().sum() < 0.9 * (plain - w_OI)[:, ::6].square().sum()).item()
         assert ((weighed - w_OI).square().sum() > (plain - w_OI).square().sum()).item()
 
-    @every_grid
+    # The searches of the other two are no list: tests/test_related_grids.py
+    @pytest.mark.parametrize("name", [name for name in GRIDS.names() if name not in ("r2q", "dgq")])
     @pytest.mark.parametrize("bits", [2, 3, 4])
     def test_matches_a_search_over_every_candidate_in_float64(self, name: str, bits: int) -> None:
         scheme = fitting(name, bits=bits)
+        if scheme.bits != bits and bits > 2:
+            pytest.skip("the grid has one width")
         size = 8 if scheme.group_size == PER_CHANNEL else scheme.group_size
         for seed in range(5):
             w_OI = weight(1, size, seed=seed)
@@ -232,7 +239,8 @@ class TestSearch:
         scheme, grid, w_OI = fitting(name), GRIDS.get(name), weight(8, 512)
 
         def error(params: Params) -> Tensor:
-            return to_groups((grid.fake(w_OI, params, scheme) - w_OI).square(), scheme).sum(-1)
+            error_OG = to_groups((grid.fake(w_OI, params, scheme) - w_OI).square(), scheme).sum(-1)
+            return error_OG.sum(-1) if scheme.scale.outer == "row" else error_OG
 
         fine = torch.stack([error(grid.init(s * w_OI, scheme)) for s in torch.linspace(0.05, 1.5, 1000).tolist()])
         assert (error(search_scale(w_OI, scheme)) <= 1.05 * fine.amin(0)).all()
@@ -258,8 +266,18 @@ def every_levels(name: str, row: list[float], bits: int) -> Iterator[list[float]
         for scale in fp4_scales(name, peak):
             yield [sign * scale * level for sign in (1, -1) for level in (0, 0.5, 1, 1.5, 2, 3, 4, 6)]
         return
+    if name == "razer":
+        for special in (5, -5, 8, -8):
+            for scale in razer_scales(peak, max(6, abs(special))):
+                yield [*(s * scale * level for s in (1, -1) for level in (0, 0.5, 1, 1.5, 2, 3, 4, 6)), special * scale]
+        return
     for shrink in [1.0, *SHRINK.tolist()]:
-        if name == "seq":
+        if name == "fp6":
+            scale = half(shrink * peak / 28)
+            small = [m / 16 for m in range(4)]
+            large = [m / 4 * 2.0**e for e in range(-2, 5) for m in range(4, 8)]
+            yield [sign * scale * level for sign in (1, -1) for level in small + large]
+        elif name == "seq":
             scale = half(shrink * peak / (1 << (bits - 1)))
             yield [(code - ((1 << bits) - 1) / 2) * scale for code in codes]
         elif name in ("sym", "q2_0"):
@@ -272,6 +290,14 @@ def every_levels(name: str, row: list[float], bits: int) -> Iterator[list[float]
             exact = (high - low) / ((1 << bits) - 1)
             zero, scale = round(-low / exact), half(exact)
             yield [(code - zero) * scale for code in codes]
+
+
+def razer_scales(peak: float, top: float) -> list[float]:
+    outer = next(2.0**e for e in range(-20, 40) if peak / (6 * 2.0**e) <= 28)
+    stored = sorted({m / 8 * 2.0**e for e in range(-2, 5) for m in range(8, 16)} | {m / 32 for m in range(1, 8)})
+    stored = [value for value in stored if value <= 28]
+    near = min(range(len(stored)), key=lambda i: abs(stored[i] * outer - peak / top))
+    return [value * outer for value in stored[max(0, near - 8) : near + 9]]
 
 
 def fp4_scales(name: str, peak: float) -> list[float]:

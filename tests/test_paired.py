@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("scipy", reason="scipy is not installed: pip install 'upq[report]'")
 
 from upq.evals.items import items_of, loops
-from upq.evals.paired import paired
+from upq.evals.paired import holm, paired
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (1, 0), (3, 3), (2, 9), (14, 3), (0, 6)])
@@ -21,6 +21,43 @@ def test_mcnemar_is_its_definition(only_a: int, only_b: int) -> None:
     assert found.p == pytest.approx(min(1.0, 2 * sum(comb(n, k) for k in range(few + 1)) / 2**n))
     assert (found.only_a, found.only_b) == (only_a, only_b)
     assert found.difference == pytest.approx((only_b - only_a) / (n + 9))
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (1, 0), (3, 3), (2, 9), (14, 3), (0, 6)])
+def test_odds_are_those_of_matched_pairs(only_a: int, only_b: int) -> None:
+    """Exact: at either end of the interval, so many discordant items or more (or fewer) have a chance of 2.5 %."""
+    found = paired([1.0] * only_a + [0.0] * only_b + [1.0], [0.0] * only_a + [1.0] * only_b + [1.0])
+    n = only_a + only_b
+    assert found.odds == (only_b / only_a if only_a else None)
+
+    def at_least(odds: float, k: int) -> float:
+        share = odds / (1 + odds)
+        return sum(comb(n, i) * share**i * (1 - share) ** (n - i) for i in range(k, n + 1))
+
+    assert found.odds_low is not None
+    if only_b:
+        assert at_least(found.odds_low, only_b) == pytest.approx(0.025)
+    else:
+        assert found.odds_low == 0
+    if only_a:
+        assert found.odds_high is not None
+        assert 1 - at_least(found.odds_high, only_b + 1) == pytest.approx(0.025)
+    else:
+        assert found.odds_high is None
+
+
+def test_holm_is_its_definition() -> None:
+    """Rejected by the adjusted values: as stepping down through the sorted ones does, for every level."""
+    values = [0.01, 0.04, 0.03, 0.005, 0.5]
+    assert holm(values) == pytest.approx([0.04, 0.09, 0.09, 0.025, 0.5])
+    assert holm([]) == []
+    for level in np.linspace(0.001, 0.6, 60):
+        rejected, ordered = set[float](), sorted(values)
+        for rank, value in enumerate(ordered):
+            if value > level / (len(values) - rank):
+                break
+            rejected.add(value)
+        assert {value for value, p in zip(values, holm(values), strict=True) if p <= level} == rejected
 
 
 def test_a_model_and_itself() -> None:

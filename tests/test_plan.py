@@ -17,7 +17,8 @@ from tiny import byte_tokenizer, tiny_model
 from upq.blockwise import METHODS, BlockStore, walk
 from upq.core.progress import Silent
 from upq.core.signals import Stop
-from upq.distill.student import load_student, make_student
+from upq.data.generated import continued
+from upq.distill.student import frozen, load_student, make_student
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, write_cache
 from upq.distill.trainer import Training, steps
 from upq.grids import GRIDS
@@ -33,7 +34,10 @@ from upq.run import run as pipeline
 from upq.run.frame import Frame
 from upq.run.plan import needs, plan
 from upq.run.recipe import Recipe
+from upq.stages._need import writing_need
 from upq.stages._sizes import Machine, Need, Speed
+from upq.stages.on_policy import OnPolicy
+from upq.text.generation import Sampling
 
 T = 32
 LAW = 0.15  # of what is counted
@@ -258,6 +262,27 @@ def test_conversations(sizes: dict[str, int]) -> None:
     assert need.memory == pytest.approx(tally.peak, rel=LAW)
 
 
+def test_answers_of_a_student() -> None:
+    """By transformers, beside teacher, latents and their moments."""
+    shape, prompt, limit, rows = config(6), 12, 24, 8
+    stage = OnPolicy(
+        steps=1, scale_lr=1e-3, batch_size=rows, prompt_tokens=prompt, max_new_tokens=limit, written_at_once=rows
+    )
+    scheme = _int2(recipe()).scheme()
+    with counted() as tally:
+        original = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval().requires_grad_(False)
+        student = make_student(original, _starts(original, recipe(), latents=True), train_norms=False)
+        moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in student.parameters() if p.requires_grad]
+        prompts = torch.randint(600, (rows, prompt)).tolist()
+        continued(frozen(student), byte_tokenizer(), prompts, [Sampling(1.0, n) for n in range(rows)], limit, [])
+    assert moments
+    need = writing_need(
+        stage, sizes_of(shape), CPU, answers=rows, prompt=prompt, limit=limit, at_once=rows, scheme=scheme
+    )
+    assert need.memory == pytest.approx(tally.peak, rel=LAW)
+    assert need.flops == pytest.approx(tally.flops / 2, rel=0.35)  # half as long on average; a prompt is read whole
+
+
 @pytest.mark.parametrize("settings", [(), ("memory.activations=disk",)])
 @pytest.mark.parametrize("sizes", [{"vocab_size": 6000}, {"hidden_size": 256, "intermediate_size": 1024}])
 def test_check(
@@ -297,6 +322,19 @@ def test_every_stage_of_every_recipe_has_its_row() -> None:
     cached = needed(config(2), recipe("distill.teacher=cached", "distill.hidden=0"))
     assert list(cached) == ["data", "int2", "distill.teacher", "distill", "check"]
     assert cached["distill"].memory < needed(config(2), recipe("distill.hidden=0"))["distill"].memory
+    raw = recipe("distill.hidden=0").model_dump(mode="json")
+    policy = {
+        "steps": 4,
+        "scale_lr": 1e-3,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "chunk_tokens": 40,
+        "written_at_once": 1,
+    }
+    policy |= {"prompt_tokens": 8, "max_new_tokens": 24}
+    written = needed(config(2), Recipe.of({**raw, "stages": {**raw["stages"], "on_policy": policy}}, "test"))
+    assert list(written) == ["data", "int2", "distill", "on_policy", "check"]
+    assert written["on_policy"].memory == pytest.approx(written["distill"].memory, rel=0.1)  # rows of 32 tokens too
     untrained = needed(config(2), recipe("distill.tokens=0"))["distill"]
     assert untrained.tokens == untrained.flops == 0 < untrained.memory
 

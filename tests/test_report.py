@@ -24,7 +24,7 @@ from upq.report.comparison import Request, compare
 from upq.report.facts import engines, facts
 from upq.report.make import make
 from upq.run.run import quantize
-from victim import Victim, make_victim
+from victim import STEPS, Victim, make_victim
 
 SECTIONS = [name for name, _ in page._SECTIONS]
 PROMPTS = "Where is the river?\n\nName three geese.\n"
@@ -131,7 +131,7 @@ def test_the_facts_are_those_of_the_run(pages: dict[str, tuple[Path, dict[str, A
     manifest = json.loads((finished / "upq.json").read_text())
     assert found["models"] == manifest["metrics"]
     assert [layer["error"] for layer in found["layers"]] == [layer["error"] for layer in manifest["layers"]]
-    assert [step["step"] for step in found["steps"]] == list(range(24))
+    assert [step["step"] for step in found["steps"]] == list(range(STEPS))
     assert going["steps"] == [{**step, "seconds": here["seconds"]} for step, here in
                               zip(found["steps"], going["steps"], strict=False)]  # fmt: skip
     assert len(going["steps"]) == 5

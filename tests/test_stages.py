@@ -39,6 +39,7 @@ CHAIN: dict[str, dict[str, Any]] = {
         "method": {"name": "block_ap", "scale": "max", "iterations": 2},
     },
     "distill": {**DISTILL, "tokens": 512, "checkpoint_every": 2},
+    "on_policy": {**DISTILL, "loss": "rkl", "steps": 2, "prompt_tokens": 8, "max_new_tokens": 8, "off_policy": 0.5},
     "again": {**DISTILL, "stage": "distill", "tokens": 256, "train_weights": False},
 }
 
@@ -117,10 +118,12 @@ def test_a_run_keeps_its_figures(finished: Path) -> None:
     lines = metrics(finished)
     numbers = [(line["stage"], line[line["kind"]]) for line in lines if line["kind"] in ("block", "step")]
     assert numbers == [
-        (name, i) for name, n in (("int4", 3), ("int2", 3), ("distill", 4), ("again", 2)) for i in range(n)
+        (name, i)
+        for name, n in (("int4", 3), ("int2", 3), ("distill", 4), ("on_policy", 2), ("again", 2))
+        for i in range(n)
     ]
     steps = [line for line in lines if line["kind"] == "step"]
-    assert [line["tokens"] for line in steps] == [128, 256, 384, 512, 128, 256]
+    assert [line["tokens"] for line in steps if line["stage"] != "on_policy"] == [128, 256, 384, 512, 128, 256]
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 and 0 < line["lr"] <= 1e-3 for line in steps)
     assert all(0 < line["error"] < 2 for line in lines if line["kind"] == "block")
     assert {line["stage"] for line in lines if line["kind"] == "stage"} == {*CHAIN, "data", "check"}
@@ -163,8 +166,12 @@ def test_a_free_setting_changes_no_byte(
 
 CHANGES: list[tuple[str, dict[str, Any], str]] = [
     ("again", {"tokens": 512}, r"again\.tokens was 256 and is now 512; again would be done anew"),
-    ("distill", {"tokens": 1024}, r"distill\.tokens was 512 and is now 1024; distill, again would be done anew"),
-    ("int2", {"samples": 4}, r"int2\.samples was 8 and is now 4; int2, distill, again would be done anew"),
+    (
+        "distill",
+        {"tokens": 1024},
+        r"distill\.tokens was 512 and is now 1024; distill, on_policy, again would be done anew",
+    ),
+    ("int2", {"samples": 4}, r"int2\.samples was 8 and is now 4; int2, distill, on_policy, again would be done anew"),
 ]
 
 
@@ -222,7 +229,7 @@ def test_runs_that_share_a_work_folder_solve_the_blocks_once(
         seen = now
     assert weights(tmp_path / "0.001") == weights(finished)
     kinds = [path.name.partition("-")[0] for path in work.iterdir()]
-    assert [kinds.count(name) for name in CHAIN] == [1, 1, 1, 1, 1, 4, 4]
+    assert [kinds.count(name) for name in CHAIN] == [1, 1, 1, 1, 1, 4, 4, 4]
 
 
 def test_two_runs_at_once_in_a_shared_folder(victim: Victim, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -245,7 +252,7 @@ def test_a_finished_run_with_a_shared_folder_says_what_is_kept_there(
     quantize(victim.model, recipe(), tmp_path / "out", work=tmp_path / "work")
     changed, message = (
         recipe(again={"tokens": 512}),
-        r"again would be done anew.*, generate, turn, int4, widths, int2, distill kept;",
+        r"again would be done anew.*, generate, turn, int4, widths, int2, distill, on_policy kept;",
     )
     with pytest.raises(UPQError, match=message):
         quantize(victim.model, changed, tmp_path / "out", work=tmp_path / "work")
@@ -254,8 +261,10 @@ def test_a_finished_run_with_a_shared_folder_says_what_is_kept_there(
 def test_weights_do_not_train_after_a_stage_that_leaves_codes_alone(
     victim: Victim, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    wrong = recipe(distill={"train_weights": False}, again={"train_weights": True})
-    with pytest.raises(UPQError, match=r"again trains weights, and distill before it leaves codes alone; set again"):
+    wrong = recipe(distill={"train_weights": False})
+    with pytest.raises(
+        UPQError, match=r"on_policy trains weights, and distill before it leaves codes alone; set on_policy"
+    ):
         quantize(victim.model, wrong, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

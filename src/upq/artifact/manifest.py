@@ -65,6 +65,9 @@ class Manifest(Strict):
     seconds: dict[str, float] = Field(default_factory=dict)  # by stage
     peak_memory_bytes: int | None = None
     skipped_steps: list[int] = Field(default_factory=list)  # of the training: their loss or gradient was not finite
+    # By stage that trained on the student's own answers: `written`, their mean length in `tokens`, the shares that were
+    # cut `at_limit` and that end in `loops`, and both of the last round.
+    answers: dict[str, dict[str, float]] = Field(default_factory=dict)
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
     @property

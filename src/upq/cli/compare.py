@@ -27,6 +27,10 @@ def compare(
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local files of tasks (docs/tasks.md), not the hub's.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task (of each subject for mmlu).")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Programs written for each problem of humaneval or code.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Of these programs; default 0 for one, 0.2 for several.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows or questions computed at a time.")] = 4,
     answers: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep answers here; the same command goes on where it stopped.")
@@ -43,6 +47,7 @@ def compare(
     from upq.run.reporter import loading, reporter
 
     with loading():
+        from upq.evals.code import Samples
         from upq.report import page as pages
         from upq.report.comparison import Request, compare
         from upq.run.api import device_of
@@ -60,6 +65,7 @@ def compare(
         batch_size=batch_size,
         answers=None if answers is None else local(answers),
         device=device_of(device),
+        samples=Samples.of(samples, temperature),
     )
     with reporter(console(stderr=True)) as progress:
         found = compare([local_or_hub(model) for model in models], request, progress)

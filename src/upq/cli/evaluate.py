@@ -31,6 +31,10 @@ def evaluate(
         int | None, typer.Option(min=0, help="Examples before a question; default as in lm-eval.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task (of each subject for mmlu).")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Programs written for each problem of humaneval or code.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Of these programs; default 0 for one, 0.2 for several.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows or questions computed at a time.")] = 4,
     answers: Annotated[
         Path | None, typer.Option(help="Keep answers to tasks in this file; the same command goes on where it stopped.")
@@ -58,6 +62,8 @@ def evaluate(
         data_dir=data_dir,
         fewshot=fewshot,
         limit=limit,
+        samples=samples,
+        temperature=temperature,
         batch_size=batch_size,
         answers=answers,
         device=device,

@@ -31,21 +31,26 @@ class Uniform:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """`values[code]`: float32, (L,) for all groups, or (O, G, L) where each has its own."""
+    """`values[code]`, float32: (L,) for all groups, (O, G, L) for each its own, or (K, L) of which each takes one."""
 
     values: Tensor
+    choice_OG: Tensor | None = None  # uint8: which of K
 
     def of(self, codes_OGS: Tensor) -> Tensor:
         """Levels of codes, float32; differentiable with respect to the values."""
-        if self.values.dim() == 1:
-            return self.values.index_select(0, codes_OGS.flatten().int()).view(codes_OGS.shape)
-        return self.values.gather(-1, codes_OGS.long())
+        if self.values.dim() == 3:
+            return self.values.gather(-1, codes_OGS.long())
+        place_OGS = codes_OGS.int()
+        if self.choice_OG is not None:
+            place_OGS += self.choice_OG.int()[..., None] * self.values.shape[1]
+        return self.values.flatten().index_select(0, place_OGS.flatten()).view(codes_OGS.shape)
 
     def to(self, device: torch.device | str) -> Table:
-        return Table(self.values.to(device))
+        return Table(self.values.to(device), None if self.choice_OG is None else self.choice_OG.to(device))
 
     def rows(self, rows: slice | Tensor) -> Table:
-        return self if self.values.dim() == 1 else Table(self.values[rows])
+        values = self.values[rows] if self.values.dim() == 3 else self.values
+        return Table(values, None if self.choice_OG is None else self.choice_OG[rows])
 
 
 # A code of AQLM stands for eight weights at once, of books that belong to a matrix: it will be a third kind.

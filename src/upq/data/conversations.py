@@ -97,10 +97,11 @@ class ChatTemplate:
         contents = self._in_one_pass(messages, turns, text, where)
         if contents is None:
             contents = [self._one(messages, turn, text, where) for turn in turns]
-        return [(a, b + _in_common(text[b:], self._end_of_turn)) for a, b in contents]
+        return [(a, b + _in_common(text[b:], self.end_of_turn)) for a, b in contents]
 
     @cached_property
-    def _end_of_turn(self) -> str:
+    def end_of_turn(self) -> str:
+        """What stands behind a last answer: `<|im_end|>`, `</s>`, or white space."""
         word = STAND_IN.format(0)
         text = self.render((Message("user", "x"), Message("assistant", word)), "a first question and answer")
         after = text.rpartition(word)[2]

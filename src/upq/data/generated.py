@@ -1,8 +1,8 @@
 """Conversations that the original model writes itself, both sides: instruction text without any data set.
 
 The model is given the chat template up to where the user's words begin and goes on from there, then answers itself
-(Magpie, arXiv 2406.08464). Sampling is from the model's own distribution (LLM-QAT, arXiv 2305.17888), of answers too
-unless the recipe asks for the likeliest ones.
+(Magpie, arXiv 2406.08464). With questions, it answers these alone. Sampling is from the model's own distribution
+(LLM-QAT, arXiv 2305.17888), of answers too unless the recipe asks for the likeliest ones.
 
 Where the compiled decoder takes the model, conversations are written side by side: one that ends leaves, and one of the
 next batch takes its place. Else a batch is written by transformers until its longest text ends.
@@ -15,12 +15,12 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from upq.core.scramble import scramble
 from upq.data.config import Generated
 from upq.data.conversations import ChatTemplate
 from upq.data.rows import Message
+from upq.data.tokens import permutation
 from upq.files.atomic import atomic_write, write_errors
 from upq.text.generation import Chosen, Over, Request, Sampling, end_tokens, own_distribution, written
 from upq.text.tokenizer import check_tokens
@@ -76,6 +77,7 @@ def write_conversations(
     processes: Processes = ALONE,
     sharded: bool = False,
     texts: Texts | None = None,
+    questions: Sequence[Conversation] = (),
 ) -> Path:
     """Conversations of one turn in `folder`, a file of JSON lines for each batch, of `section.tokens` tokens in all.
 
@@ -84,17 +86,20 @@ def write_conversations(
 
     Process r writes batches r, r + world, …; sizes are exchanged each round, so all processes stop after the same one.
     `texts`: what writes; None for transformers. `sharded`: each process holds a part of `model`. `progress` advances by
-    tokens. Raises UPQError, in all processes, where the model has no chat template or ends no answer.
+    tokens. `questions`: to answer, in an order of their own each time they begin again; without them, the model asks
+    too. Raises UPQError, in all processes, where the model has no chat template or ends no answer.
     """
     assert section.tokens is not None
     with processes.shared_errors(), write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     sampler = _Sampler(model, tokenizer, section.max_new_tokens, processes if sharded else ALONE)
-    talks: Callable[[int], Iterable[Conversation]] = partial(_conversations, sampler, tokenizer, section, seed)
+    talks: Callable[[int], Iterable[Conversation]] = partial(
+        _conversations, sampler, tokenizer, section, seed, questions
+    )
     if texts is not None:
         ends = end_tokens(model.generation_config, tokenizer)
         mine = (number for number in count(processes.rank, processes.world) if not _file(folder, number).is_file())
-        talks = _Stream(texts, tokenizer, section, frozenset(ends), seed, mine)
+        talks = _Stream(texts, tokenizer, section, frozenset(ends), seed, mine, questions)
     done = number = empty = 0
     needed: list[Path] = []  # a batch without a finished conversation has no file: the data would not have an empty one
     while done < section.tokens:
@@ -173,20 +178,34 @@ def _write_batch(
 
 
 def _conversations(
-    sampler: _Sampler, tokenizer: PreTrainedTokenizerBase, section: Generated, seed: int, number: int
+    sampler: _Sampler,
+    tokenizer: PreTrainedTokenizerBase,
+    section: Generated,
+    seed: int,
+    questions: Sequence[Conversation],
+    number: int,
 ) -> Iterator[Conversation]:
     """One batch by transformers. What was cut off is left out: the template would end it where the model did not."""
-    frame = Frame.of(tokenizer)
-    asking, answering = zip(*(_samplings(section, seed, number, i) for i in range(section.batch_size)), strict=True)
-    header_ids = _header(tokenizer, frame)
-    asked = sampler([header_ids] * section.batch_size, list(asking), closing=frame.closing)
-    turns = [[{"role": "user", "content": prompt}] for prompt in asked if prompt]
-    prompts = [_tokens(tokenizer, turn, prompt=True) for turn in turns]
-    how = [sampling for sampling, prompt in zip(answering, asked, strict=True) if prompt]
-    answers = sampler(prompts, how, closing=frame.ending)
+    frame, batch = Frame.of(tokenizer), range(section.batch_size)
+    asking, answering = zip(*(_samplings(section, seed, number, i) for i in batch), strict=True)
+    turns: list[Conversation]
+    if questions:
+        turns = [_question(questions, section, seed, number, i) for i in batch]
+    else:
+        asked = sampler([_header(tokenizer, frame)] * section.batch_size, list(asking), closing=frame.closing)
+        turns = [[{"role": "user", "content": prompt}] if prompt else [] for prompt in asked]
+    how = [sampling for sampling, turn in zip(answering, turns, strict=True) if turn]
+    turns = [turn for turn in turns if turn]
+    answers = sampler([_tokens(tokenizer, turn, prompt=True) for turn in turns], how, closing=frame.ending)
     for turn, answer in zip(turns, answers, strict=True):
         if answer:
             yield [*turn, {"role": "assistant", "content": answer}]
+
+
+def _question(questions: Sequence[Conversation], section: Generated, seed: int, number: int, i: int) -> Conversation:
+    """That of conversation `i` of a batch."""
+    epoch, place = divmod(number * section.batch_size + i, len(questions))
+    return questions[int(permutation(len(questions), seed, epoch)[place])]
 
 
 def _samplings(section: Generated, seed: int, number: int, i: int) -> tuple[Sampling, Sampling]:
@@ -216,7 +235,7 @@ class _Turn:
 
     batch: int
     i: int
-    asked: str | None = None  # the prompt, where this is its answer
+    asked: tuple[dict[str, str], ...] = ()  # the question, where this is its answer
 
 
 class _Stream:
@@ -230,12 +249,14 @@ class _Stream:
         ends: frozenset[int],
         seed: int,
         numbers: Iterator[int],
+        questions: Sequence[Conversation],
     ) -> None:
         """`numbers`: of the batches to write, in order."""
         self._texts, self._tokenizer, self._section, self._seed = texts, tokenizer, section, seed
+        self._questions = questions
         self._frame, self._ends = Frame.of(tokenizer), ends
-        self._closing = _unless_end(tokenizer, self._frame.closing, ends)
-        self._ending = _unless_end(tokenizer, self._frame.ending, ends)
+        self._closing = unless_end(tokenizer, self._frame.closing, ends)
+        self._ending = unless_end(tokenizer, self._frame.ending, ends)
         self._answers = deque[Request[_Turn]]()
         self._open = dict[int, _Open]()
         self._prompts = self._all_prompts(numbers)
@@ -257,31 +278,36 @@ class _Stream:
         for number in numbers:
             self._open[number] = _Open(self._section.batch_size)
             for i in range(self._section.batch_size):
-                yield self._request(_Turn(number, i), header, self._closing)
+                if self._questions:
+                    yield self._answer(number, i, _question(self._questions, self._section, self._seed, number, i))
+                else:
+                    yield self._request(_Turn(number, i), header, self._closing)
+
+    def _answer(self, number: int, i: int, asked: Conversation) -> Request[_Turn]:
+        ids = _tokens(self._tokenizer, asked, prompt=True)
+        return self._request(_Turn(number, i, tuple(asked)), ids, self._ending)
 
     def _request(self, turn: _Turn, ids: list[int], closing: str) -> Request[_Turn]:
         asking, answering = _samplings(self._section, self._seed, turn.batch, turn.i)
         over = Over(self._tokenizer, self._ends, (closing,) if closing else ())
-        sampling = asking if turn.asked is None else answering
+        sampling = answering if turn.asked else asking
         return Request(turn, tuple(ids), self._section.max_new_tokens, over, sampling)
 
     def _ended(self, turn: _Turn, ids: list[int]) -> None:
         """A prompt gets its answer. What was cut off, or cannot be a conversation, ends it."""
         batch = self._open[turn.batch]
-        closing = self._closing if turn.asked is None else self._ending
+        closing = self._ending if turn.asked else self._closing
         try:
             words = _finished(self._tokenizer, ids, set(self._ends), closing)
-            if words and turn.asked is None:
-                prompt = _tokens(self._tokenizer, [{"role": "user", "content": words}], prompt=True)
-                self._answers.append(self._request(_Turn(turn.batch, turn.i, words), prompt, self._ending))
+            if words and not turn.asked:
+                self._answers.append(self._answer(turn.batch, turn.i, [{"role": "user", "content": words}]))
                 return
         except UPQError as error:
             batch.errors[turn.i] = error
             words = ""
         batch.left -= 1
-        if words and turn.asked is not None:
-            talk = [{"role": "user", "content": turn.asked}, {"role": "assistant", "content": words}]
-            batch.talks[turn.i] = talk
+        if words and turn.asked:
+            batch.talks[turn.i] = [*turn.asked, {"role": "assistant", "content": words}]
 
 
 @dataclass(frozen=True)
@@ -345,7 +371,6 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, talk: Conversation, *, prompt: b
     return ids
 
 
-@torch.inference_mode()
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -365,22 +390,44 @@ def sample(
     if not any(company.each(len(prompts))):
         return []
     ends = end_tokens(model.generation_config, tokenizer)
-    closing = _unless_end(tokenizer, closing, ends)
-    settings = own_distribution(ends, tokenizer, max_new_tokens=max_new_tokens if prompts else 1)
-    asked = prompts or [[cast(int, settings.pad_token_id)]]
-    closed = [_Closed(tokenizer, closing, max(map(len, asked)))] if closing else []
-    found = written(
-        model,
-        asked,
-        settings,
-        synced_gpus=company.world > 1,
-        stopping_criteria=StoppingCriteriaList(closed),
-        logits_processor=LogitsProcessorList([Chosen(samplings or [Sampling()])]),
+    closing = unless_end(tokenizer, closing, ends)
+    asked = prompts or [[tokenizer.pad_token_id or 0]]
+    limit = max_new_tokens if prompts else 1
+    found = continued(
+        model, tokenizer, asked, samplings or [Sampling()], limit, ends, closing, together=company.world > 1
     )
     return [_finished(tokenizer, ids, set(ends), closing) for ids in found[: len(prompts)]]
 
 
-def _unless_end(tokenizer: PreTrainedTokenizerBase, closing: str, ends: Container[int]) -> str:
+@torch.inference_mode()
+def continued(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    samplings: list[Sampling],
+    max_new_tokens: int,
+    ends: list[int],
+    closing: str = "",
+    *,
+    together: bool = False,
+) -> list[list[int]]:
+    """The ids that transformers writes after each prompt, all to one length: the end of some is followed by padding.
+
+    `closing` ends a text beside the `ends`. `together`: other processes hold a part of the model.
+    """
+    settings = own_distribution(ends, tokenizer, max_new_tokens=max_new_tokens)
+    closed = [_Closed(tokenizer, closing, max(map(len, prompts)))] if closing else []
+    return written(
+        model,
+        prompts,
+        settings,
+        synced_gpus=together,
+        stopping_criteria=StoppingCriteriaList(closed),
+        logits_processor=LogitsProcessorList([Chosen(samplings)]),
+    )
+
+
+def unless_end(tokenizer: PreTrainedTokenizerBase, closing: str, ends: Container[int]) -> str:
     """What ends a text as an end token does; empty where it is one."""
     return "" if closing and tokenizer.convert_tokens_to_ids(closing) in ends else closing
 

@@ -31,6 +31,7 @@ from upq.core.scramble import scramble
 from upq.data import tokens
 from upq.data.config import Data, OnBadRow, TextSource
 from upq.data.encoding import Encoded, Encoder, tokenizer_identity
+from upq.data.held import HeldOut
 from upq.data.rows import Document, Tally
 from upq.data.sources import identity, left_out, read_documents, sources_of
 from upq.data.tokens import SourceUse, TokenSet
@@ -50,6 +51,7 @@ def prepare(
     sequences: int,
     seed: int,
     progress: Progress | None = None,
+    without: HeldOut | None = None,
 ) -> TokenSet:
     """Pack the section's text into `sequences` training rows and `section.validation` held-out rows at `path`.
 
@@ -66,6 +68,8 @@ def prepare(
     Setting a document aside can take more tokens than validation needs. Where that would leave less than nine tenths
     of the possible training rows (or half of all rows), as with a single long document, rows spread evenly over the
     text are held out instead, and `progress` gets a note. At least half of the rows are always left for training.
+
+    `without`: documents of which most stands there are passed over.
 
     Fewer rows than asked for are no error: training then goes through them more than once, and `progress` gets a note.
     Raises UPQError where there is less text than one row.
@@ -89,7 +93,7 @@ def prepare(
         with spool:
             encoder = Encoder(tokenizer, section.loss_on)
             reading = _Reading(sources, encoder, section.on_bad_row, progress)
-            plan = _collect(section, reading, spool, sequences, seed, progress)
+            plan = _collect(section, reading, spool, sequences, seed, progress, without)
             if not plan.training.count:
                 raise UPQError("data: no sequence holds a token of the assistant; set data.loss_on=all or add text")
             reading.report()
@@ -285,11 +289,21 @@ class _Plan:
     without_target: int  # rows left out
 
 
-def _collect(section: Data, reading: _Reading, spool: _Spool, sequences: int, seed: int, progress: Progress) -> _Plan:
+def _collect(
+    section: Data,
+    reading: _Reading,
+    spool: _Spool,
+    sequences: int,
+    seed: int,
+    progress: Progress,
+    without: HeldOut | None,
+) -> _Plan:
     wanted = sequences + section.validation
     goal, counted = wanted, 0
     while True:
         for _, encoded in reading:
+            if without is not None and without.holds_most(encoded.tokens_L.tolist()):
+                continue
             spool.add(encoded)
             rows = min(spool.total // section.seq_len, wanted)
             if rows > counted:

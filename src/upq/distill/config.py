@@ -10,12 +10,12 @@ from upq.core.config import Plugin, Strict, free, neutral
 from upq.core.precision import Precision
 
 
-class Distill(Strict):
+class TrainingSettings(Strict):
+    """What every training from the original has."""
+
     loss: Plugin
     hidden: float = Field(0.0, ge=0)  # weight of the hidden states' relative error beside the loss
     teacher: Literal["resident", "offloaded", "cached"] = "resident"  # in memory, read block by block, or its top k
-    teacher_top_k: int = Field(64, ge=1)  # cached: tokens kept a position; the rest counts as one
-    tokens: int = Field(ge=0)  # budget; 0 skips the training
     batch_size: int = Field(16, ge=1)  # sequences an optimiser step, over all processes
     micro_batch_size: int = Field(4, ge=1)  # sequences a forward pass on one process
     # Of the weights, in units of each matrix's RMS: 5e-3 moves a weight of 0.02 by 1e-4 a step. None: by the width.
@@ -45,3 +45,10 @@ class Distill(Strict):
         if self.lr is not None:
             return self.lr
         return max(2e-4, 1e-3 * min(1.0, 256 / width) ** 2)
+
+
+class Distill(TrainingSettings):
+    """A training on packed text."""
+
+    teacher_top_k: int = Field(64, ge=1)  # cached: tokens kept a position; the rest counts as one
+    tokens: int = Field(ge=0)  # budget; 0 skips the training

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from upq.core.errors import UPQError
-from upq.distill.config import Distill
+from upq.distill.config import TrainingSettings
 
 
-def make_optimizer(config: Distill, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: TrainingSettings, groups: list[dict[str, Any]], device: torch.device
+) -> torch.optim.Optimizer:
     """AdamW with moments in float32 (8 bytes a weight) or, block by block of 256, in 8 bits (2 bytes)."""
     betas = (0.9, config.beta2)
     if config.optimizer == "adamw":
@@ -23,7 +25,7 @@ def make_optimizer(config: Distill, groups: list[dict[str, Any]], device: torch.
     return optimizer
 
 
-def check(config: Distill) -> None:
+def check(config: TrainingSettings) -> None:
     """An optimiser that is not installed is an error, before any work."""
     if config.optimizer == "adamw8bit":
         _adamw8bit(torch.device("cpu"))

@@ -16,7 +16,7 @@ from upq.model.matrices import matrices, place
 from upq.model.source import Source
 from upq.nn.experts import TrainedExperts
 from upq.nn.fixed_codes import Start
-from upq.nn.trained import TrainedLinear
+from upq.nn.trained import TrainedLinear, full_tensor
 
 Starts = Mapping[str, Start]  # by the path of a linear
 
@@ -152,6 +152,38 @@ def trained_blocks(student: PreTrainedModel) -> Iterator[tuple[int, dict[str, St
     """
     for index, block in enumerate(block_list(student)):
         yield index, {name: layer.solution() for name, layer in trained_linears(block).items()}
+
+
+@torch.no_grad()
+def frozen(student: PreTrainedModel, *, keep: bool = True) -> PreTrainedModel:
+    """A plain model of the weights that the student computes with now, each as its codes say. All else is shared.
+
+    Law (tests/test_on_policy.py): its logits are the student's. Where the student is sharded, every process has to call
+    this, and those without `keep` get a model without memory.
+    """
+    with torch.device("meta"):
+        twin = type(student)(student.config)
+    blocks, trained = layout_of(student).blocks, trained_linears(student)
+    dense = dict[str, nn.Parameter]()
+    for index, block in enumerate(block_list(twin)):
+        for matrix in matrices(block):
+            if (layer := trained.get(f"{blocks}.{index}.{matrix.name}")) is not None:
+                weight = layer.freeze().dequantize()
+                if keep:
+                    dense[f"{blocks}.{index}.{matrix.parameter}"] = nn.Parameter(matrix.shaped(weight), False)
+    for name in [name for name, _ in twin.named_parameters(remove_duplicate=False)]:
+        path, _, leaf = name.rpartition(".")
+        if name not in dense and (shared := getattr(student.get_submodule(path), leaf, None)) is not None:
+            value = full_tensor(shared.detach())
+            if keep:
+                dense[name] = nn.Parameter(value, False)
+    for name, parameter in dense.items():
+        path, _, leaf = name.rpartition(".")
+        twin.get_submodule(path)._parameters[leaf] = parameter
+    for name in [name for name, _ in twin.named_buffers(remove_duplicate=False)]:
+        path, _, leaf = name.rpartition(".")
+        twin.get_submodule(path)._buffers[leaf] = getattr(student.get_submodule(path), leaf)
+    return twin.eval()  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _skeleton_like(model: PreTrainedModel) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from upq.core.errors import UPQError
 from upq.core.precision import computes_in_bf16
 from upq.core.progress import Progress
-from upq.distill.config import Distill
+from upq.distill.config import Distill, TrainingSettings
 from upq.files.tensors import load_rows, save_tensors
 from upq.losses import LOSSES, Divergence, TopK, log_softmax
 from upq.model.head import Head
@@ -27,7 +27,7 @@ from upq.model.walker import Replay, walk
 ROWS_A_SHARD = 64  # 8 MB at 512 tokens and 64 of a vocabulary below 2^16: what a killed run does again
 
 
-def check(config: Distill) -> None:
+def check(config: TrainingSettings) -> None:
     """A recipe that asks of its teacher what is not there is an error, before any work."""
     if config.teacher != "cached":
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +27,7 @@ from upq.core.errors import UPQError
 from upq.core.precision import computes_in_bf16
 from upq.core.progress import Progress
 from upq.core.signals import Stop, Stopped
-from upq.distill.config import Distill
+from upq.distill.config import Distill, TrainingSettings
 from upq.distill.objective import Objective
 from upq.distill.optimizer import make_optimizer, plain, restored, set_rate
 from upq.distill.sharding import shard
@@ -59,7 +60,7 @@ def steps(config: Distill, seq_len: int) -> int:
     return config.tokens // (config.batch_size * seq_len)
 
 
-def learning_rate_factor(step: int, total: int, config: Distill) -> float:
+def learning_rate_factor(step: int, total: int, config: TrainingSettings) -> float:
     """Linear warm-up, then a cosine from 1 to `final_lr`; a pure function of the step."""
     warmup = max(1, round(config.warmup * total))
     if step < warmup:
@@ -72,7 +73,7 @@ def distill(
     student: PreTrainedModel,
     teacher: Teacher,
     data: Batches,
-    config: Distill,
+    config: TrainingSettings,
     *,
     total_steps: int,
     checkpoint: Path,
@@ -81,6 +82,8 @@ def distill(
     stop: Stop | None = None,
     name: str = "distill",
     metrics: Metrics = NOWHERE,
+    loss_of: Callable[[int], Loss | None] | None = None,
+    figures: Callable[[int], Mapping[str, float]] | None = None,
 ) -> list[float]:
     """Train `student` in place; returns the loss of each step (nats a token) since the last resume.
 
@@ -91,8 +94,11 @@ def distill(
     call goes on from there. A step whose loss or gradient is not finite changes nothing; `skip_bad_steps` of them are
     left out, one more is an UPQError. That, and a `stop` that waits, which raises Stopped after a step,
     come once the state is in `checkpoint`. Each step has a line of `metrics`.
+
+    `loss_of`: by step; None is the configuration's. `figures`: what a step's line has of its batch; without it, the
+    tokens so far.
     """
-    training, stop = Training(student, teacher, data, config, sharded=sharded), stop or Stop()
+    training, stop = Training(student, teacher, data, config, sharded=sharded, loss_of=loss_of), stop or Stop()
     first, skipped = _resume(checkpoint, training, progress) if checkpoint.is_file() else (0, [])
     metrics.begin("step", first)
     progress.start(name, done=first)
@@ -119,7 +125,7 @@ def distill(
             "step",
             step,
             durable=saves,
-            tokens=finished * training.tokens,
+            **({"tokens": finished * training.tokens} if figures is None else figures(step)),
             loss=value,
             lr=factor * training.rate,
             grad_norm=norm,
@@ -138,7 +144,14 @@ class Training:
     """Everything of a training but its loop: objective and optimiser over the processes, and one step of them."""
 
     def __init__(
-        self, student: PreTrainedModel, teacher: Teacher, data: Batches, config: Distill, *, sharded: bool = False
+        self,
+        student: PreTrainedModel,
+        teacher: Teacher,
+        data: Batches,
+        config: TrainingSettings,
+        *,
+        sharded: bool = False,
+        loss_of: Callable[[int], Loss | None] | None = None,
     ) -> None:
         self.config, self._data = config, data
         self.tokens = 0  # of a step, over all processes
@@ -162,6 +175,8 @@ class Training:
                 if ZERO in layer.grid_params:
                     layer.grid_params[ZERO].requires_grad_(False)
         objective = Objective(student, taught, loss, chunk=config.chunk_tokens, hidden=config.hidden)
+        self._loss_of: Callable[[int], Loss] = lambda step: (loss_of(step) if loss_of else None) or loss
+        self._own = objective
         sharded = sharded and self.accelerator.num_processes > 1
         if sharded:
             shard(objective, self.accelerator.device.type)
@@ -181,6 +196,7 @@ class Training:
         config, accelerator = self.config, self.accelerator
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             set_rate(group, rate * factor)
+        self._own.loss = self._loss_of(step)
         batch: tuple[Tensor, ...] = self._data.batch(step, config.batch_size)
         self.tokens = batch[0].numel()
         if self._cache is not None:
@@ -216,13 +232,13 @@ def skipped_steps(checkpoint: Path) -> list[int]:
     return skipped
 
 
-def make_loss(config: Distill, teacher: Teacher, data: Batches) -> Loss:
+def make_loss(config: TrainingSettings, teacher: Teacher, data: Batches) -> Loss:
     config = settled(config, teacher, data)
     cls = LOSSES.get(config.loss.name)
     return cls(config.loss.options(cls.Config, f"distill.loss {config.loss.name}"))
 
 
-def settled(config: Distill, teacher: Teacher, data: Batches) -> Distill:
+def settled(config: TrainingSettings, teacher: Teacher, data: Batches) -> TrainingSettings:
     """With what the loss asks of the whole teacher measured, so that it can go: the confidence of `cakld`."""
     cls = LOSSES.get(config.loss.name)
     options = config.loss.options(cls.Config, f"distill.loss {config.loss.name}")
@@ -250,7 +266,7 @@ def confidence(teacher: PreTrainedModel | StreamedTeacher, data: Batches, *, row
     return float(torch.cat(found).mean())
 
 
-def _groups(student: PreTrainedModel, config: Distill, width: int) -> list[dict[str, Any]]:
+def _groups(student: PreTrainedModel, config: TrainingSettings, width: int) -> list[dict[str, Any]]:
     """A group a tensor kind. Each matrix moves in proportion to its RMS."""
     layers, lr = trained_linears(student).values(), config.learning_rate(width)
     groups: list[dict[str, Any]] = [

@@ -153,12 +153,12 @@ def write_local_tasks(names: Sequence[str], data_dir: Path, out: Path) -> list[s
     notes = []
     if "ifeval" in names:
         path = data_dir / "ifeval.jsonl"
-        _require(path, "ifeval")
+        require(path, "ifeval")
         definition = _lm_eval_tasks() / "ifeval" / "ifeval.yaml"
         _write_task(out / "ifeval.yaml", definition, "ifeval_docs", {"file": str(path)})
     for name in (name for name in names if name in _ROWS):
         file, definition = data_dir / _ROWS[name].file, _lm_eval_tasks() / _ROWS[name].definition
-        _require(file, name)
+        require(file, name)
         # lm-eval would look for examples in a split that the files do not have
         splits = {"training_split": None, "validation_split": None, "test_split": "test", "fewshot_split": "test"}
         _write_task(out / f"{name}.yaml", definition, "row_docs", {"task": name, "file": str(file)}, **splits)
@@ -176,7 +176,7 @@ def mmlu_docs(*, test: str, dev: str, **_metadata: Any) -> DatasetDict:
 def row_docs(*, task: str, file: str, **_metadata: Any) -> DatasetDict:
     """The columns of lm-eval's own source of `task`."""
     kind, rows = _ROWS[task], list[dict[str, Any]]()
-    for number, row in _read_rows(Path(file), task, kind.keys):
+    for number, row in read_rows(Path(file), task, kind.keys):
         try:
             rows.append(kind.convert(row))
         except (TypeError, ValueError) as error:
@@ -187,7 +187,7 @@ def row_docs(*, task: str, file: str, **_metadata: Any) -> DatasetDict:
 def ifeval_docs(*, file: str, **_metadata: Any) -> DatasetDict:
     """lm-eval scores the split that the original calls `train`."""
     rows = []
-    for number, row in _read_rows(Path(file), "ifeval", _IFEVAL_KEYS):
+    for number, row in read_rows(Path(file), "ifeval", _IFEVAL_KEYS):
         if not all(isinstance(row[key], list) for key in ("kwargs", "instruction_id_list")):
             raise UPQError(f"{file}:{number}: kwargs and instruction_id_list must be lists; mend the row")
         if not all(isinstance(kwargs, dict) for kwargs in row["kwargs"]):
@@ -198,8 +198,8 @@ def ifeval_docs(*, file: str, **_metadata: Any) -> DatasetDict:
     return DatasetDict({"train": Dataset.from_list(_with_all_arguments(rows))})
 
 
-def _read_rows(path: Path, task: str, keys: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number of the line and its object, which has all `keys`."""
+def read_rows(path: Path, task: str, keys: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number of each line and its object, which has all `keys`. Raises UPQError."""
     found = False
     for number, line in enumerate(read_bytes(path, remedy=f"is it the file of {task}?").splitlines(), start=1):
         if not line.strip():
@@ -240,7 +240,7 @@ def _read_mmlu(path: Path) -> Dataset:
 
 
 def _write_mmlu(mmlu: _Mmlu, data_dir: Path, out: Path) -> list[str]:
-    _require(data_dir / "mmlu" / "test", "mmlu")
+    require(data_dir / "mmlu" / "test", "mmlu")
     tests = {p.name.removesuffix("_test.csv"): p for p in sorted((data_dir / "mmlu" / "test").glob("*_test.csv"))}
     if not tests:
         raise UPQError(f"{data_dir / 'mmlu' / 'test'}: no files named <subject>_test.csv")
@@ -248,7 +248,7 @@ def _write_mmlu(mmlu: _Mmlu, data_dir: Path, out: Path) -> list[str]:
         if subject not in mmlu.subjects:
             raise UPQError(f"{test}: MMLU has no subject {subject!r}; remove the file or correct its name")
         dev = data_dir / "mmlu" / "dev" / f"{subject}_dev.csv"
-        _require(dev, f"mmlu ({subject})")
+        require(dev, f"mmlu ({subject})")
         source = {"test": str(test), "dev": str(dev)}
         _write_task(out / f"{mmlu.tasks[subject]}.yaml", mmlu.subjects[subject], "mmlu_docs", source)
     present = {mmlu.tags[subject] for subject in tests}
@@ -297,6 +297,6 @@ def _lm_eval_tasks() -> Path:
     return Path(spec.submodule_search_locations[0]) / "tasks"
 
 
-def _require(path: Path, task: str) -> None:
+def require(path: Path, task: str) -> None:
     if not path.exists():
         raise UPQError(f"{path} is missing, which {task} needs; complete --data-dir, or leave it out to use the hub")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ NO_DIFFERENCE = "no difference shown"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paired:
-    """B minus A, over `items`. `p`, `only_a` and `only_b` are of items that one has right and the other wrong."""
+    """B minus A, over `items`. What follows `p` is of items that one has right and the other wrong."""
 
     items: int
     mean_a: float
@@ -31,6 +32,9 @@ class Paired:
     p: float | None = None
     only_a: int | None = None
     only_b: int | None = None
+    odds: float | None = None  # of matched pairs: only_b / only_a; None also where only_a is 0
+    odds_low: float | None = None  # of its exact interval at LEVEL
+    odds_high: float | None = None  # None also where it has no end
 
     @property
     def shown(self) -> bool:
@@ -68,12 +72,12 @@ def paired(scores_a: Sequence[float], scores_b: Sequence[float], *, seed: int = 
             rng=np.random.default_rng(seed),
         )
         low, high = float(found.confidence_interval.low), float(found.confidence_interval.high)
-    exact: dict[str, float] = {}
+    exact: dict[str, Any] = {}
     if set(np.unique([a_N, b_N])) <= {0.0, 1.0}:
         only_a, only_b = int((a_N > b_N).sum()), int((b_N > a_N).sum())
         discordant = only_a + only_b
         p = float(binomtest(only_b, discordant).pvalue) if discordant else 1.0
-        exact = {"p": p, "only_a": only_a, "only_b": only_b}
+        exact = {"p": p, "only_a": only_a, "only_b": only_b} | _odds(only_a, only_b)
     return Paired(
         items=len(a_N),
         mean_a=float(a_N.mean()),
@@ -81,5 +85,27 @@ def paired(scores_a: Sequence[float], scores_b: Sequence[float], *, seed: int = 
         difference=float(difference_N.mean()),
         low=low,
         high=high,
-        **exact,  # type: ignore[arg-type]
+        **exact,
     )
+
+
+def _odds(only_a: int, only_b: int) -> dict[str, Any]:
+    """The odds ratio of matched pairs. Its interval is that of only_b's share (Clopper and Pearson, 1934), as odds."""
+    from scipy.stats import binomtest
+
+    low = high = None
+    if discordant := only_a + only_b:
+        share = binomtest(only_b, discordant).proportion_ci(LEVEL, method="exact")
+        low = share.low / (1 - share.low)
+        high = share.high / (1 - share.high) if only_a else None
+    return {"odds": only_b / only_a if only_a else None, "odds_low": float(low or 0.0), "odds_high": high}
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p-values of several comparisons, adjusted (Holm, 1979): one below α is a chance of α at most for all together."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    adjusted, largest = [0.0] * len(values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
+        adjusted[index] = largest
+    return adjusted

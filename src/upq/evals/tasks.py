@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from upq.core.errors import UPQError
 from upq.core.progress import Progress, Silent
 from upq.decoding import Unsuitable, batch
-from upq.evals import mini
+from upq.evals import code, mini
 from upq.evals.choices import score
 from upq.evals.items import Item, items_of
 from upq.evals.kept import KeptAnswers
@@ -67,6 +67,7 @@ def evaluate_tasks(
     of: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     items: list[Item] | None = None,
+    samples: code.Samples = code.ONE,
 ) -> dict[str, dict[str, float]]:
     """Scores by task name: for a group also its inner groups (`mmlu`, then `mmlu_stem` and so on), never its leaves.
 
@@ -84,29 +85,53 @@ def evaluate_tasks(
     `thinking`: for chat templates with such a switch; off, because the limit on new tokens is meant for the answer.
     `items`: gets every scored item, in order; needs `answers`.
     A `model` that is an lm-eval LM already is used as it is.
+
+    Tasks of upq.evals.code run what the model writes, `samples` of them for each problem, and never go through lm-eval.
     """
-    _require_packages(tasks)
+    programs = {name: code.read_problems(name, data_dir, limit) for name in tasks if name in code.FILES}
+    others, results = [name for name in tasks if name not in code.FILES], dict[str, dict[str, float]]()
+    if programs and not isinstance(model, PreTrainedModel):
+        raise UPQError(f"task {min(programs)} needs a model of transformers")
+    _require_packages(others)
     shown = progress
     progress = progress or Silent()
     options = _Options(limit=limit, seed=seed, num_fewshot=num_fewshot, chat=chat)
     with ExitStack() as stack:
-        stack.enter_context(_quiet())
-        stack.enter_context(_seeded(seed))
         stack.enter_context(fixed_date())
-        loaded = _load(tasks, data_dir, progress, stack)
-        harness = _as_lm(model, tokenizer, batch_size, thinking, shown)
+        kept = None
         if answers is not None:
             kept = stack.enter_context(KeptAnswers(answers, {**(of or {}), "thinking": thinking}))
             if len(kept):
                 progress.note(f"{answers}: {len(kept)} answers are there already")
-            harness.upq_kept = harness.cache_hook = kept
-        for name, parts in loaded.items():  # all of them first: a task may take hours
-            _check_room(harness, name, parts["tasks"])
         if chat and tokenizer.chat_template is None:
             raise UPQError("the tokenizer has no chat template for chat prompts; use chat=False")
-        results: dict[str, dict[str, float]] = {}
-        for name, parts in loaded.items():
-            results |= _run(harness, tokenizer, name, parts, options, progress, items)
+        if others:
+            stack.enter_context(_quiet())
+            stack.enter_context(_seeded(seed))
+            loaded = _load(others, data_dir, progress, stack)
+            harness = _as_lm(model, tokenizer, batch_size, thinking, shown)
+            if kept is not None:
+                harness.upq_kept = harness.cache_hook = kept
+            for name, parts in loaded.items():  # all of them first: a task may take hours
+                _check_room(harness, name, parts["tasks"])
+            for name, parts in loaded.items():
+                results |= _run(harness, tokenizer, name, parts, options, progress, items)
+        for name, problems in programs.items():
+            assert isinstance(model, PreTrainedModel)
+            results[name] = code.evaluate_code(
+                model,
+                tokenizer,
+                name,
+                problems,
+                samples,
+                seed=seed,
+                batch_size=batch_size,
+                chat=chat,
+                thinking=thinking,
+                kept=kept,
+                progress=progress,
+                items=items,
+            )
     return results
 
 
@@ -425,6 +450,8 @@ def _check_room(harness: Any, name: str, tasks: dict[str, Any]) -> None:
 
 
 def _require_packages(tasks: Sequence[str]) -> None:
+    if not tasks:
+        return
     needed = ["lm_eval", *(_IFEVAL_PACKAGES if any("ifeval" in task for task in tasks) else ())]
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:

@@ -182,7 +182,8 @@ class Source:
         weights: dict[str, Weight] = {}
         for name, tensor in model.state_dict().items():
             module, _, kind = name.rpartition(".")
-            if name not in files or (kind.startswith("weight_") and kind != "weight_packed"):
+            beside = kind.startswith("weight_") and kind != "weight_packed" and f"{module}.weight_packed" in files
+            if name not in files or beside:
                 continue  # the second name of tied weights, and what belongs to weight_packed
             if kind == "weight_packed":
                 weight = _packed(model.get_submodule(module), module, dtype, schemes[module], files)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, ClassVar, Self
 
 import torch
@@ -103,9 +104,15 @@ class Grid(ABC):
 
     def search(self, w_OI: Tensor, scheme: QuantScheme, importance_I: Tensor) -> Params:
         """Per group, the parameters of least squared error among `init` and `candidates`."""
-        best = self.init(w_OI, scheme)
+        tried = chain([self.init(w_OI, scheme)], self.candidates(w_OI, scheme, importance_I))
+        return self._best(w_OI, tried, scheme, importance_I)
+
+    def _best(self, w_OI: Tensor, tried: Iterable[Params], scheme: QuantScheme, importance_I: Tensor) -> Params:
+        """Per group, the first of those with the least squared error."""
+        each = iter(tried)
+        best = next(each)
         best_error_OG = self._error(w_OI, best, scheme, importance_I)
-        for params in self.candidates(w_OI, scheme, importance_I):
+        for params in each:
             error_OG = self._error(w_OI, params, scheme, importance_I)
             better_OG = error_OG < best_error_OG
             own = {k: v for k, v in best.items() if v.shape == error_OG.shape}  # and not what a row shares

@@ -23,9 +23,7 @@ class FourOverSix(Nvfp4):
         six = super().init(w_OI, scheme)
         four = six | {"log_scale": six["log_scale"] + math.log(6 / 4)}
         everywhere_I = torch.ones(w_OI.shape[1], device=w_OI.device)
-        w_OI = w_OI.detach().float()
-        errors = [self._error(w_OI, params, scheme, everywhere_I) for params in (six, four)]
-        return six | {"log_scale": torch.where(errors[1] < errors[0], four["log_scale"], six["log_scale"])}
+        return self._best(w_OI.detach().float(), (six, four), scheme, everywhere_I)
 
 
 GRIDS.register("four_over_six")(FourOverSix())

@@ -6,8 +6,8 @@
     w2a16       compiled, activations in float32 on the CPU, as they come on CUDA: the default there
     reference   plain torch: exactly what was trained, and slow
 
-Other devices always run the reference, and so does a table of levels that are no small integers on one step (R2Q, FP6).
-Nothing else falls back to it in silence: without the compiled module on the CPU or
+Other devices always run the reference. So does a table of levels, on CUDA every one, on the CPU one that is not small
+integers on one step (R2Q, FP6). Nothing else falls back to it in silence: without the compiled module on the CPU or
 gemlite on CUDA, w2a8 and w2a16 are an UPQError, and so is w2a8 on CUDA.
 """
 
@@ -95,7 +95,7 @@ def linears(x: Tensor, weights: Sequence[Weight], biases_O: Sequence[Tensor | No
     biases_O = [None] * len(weights) if biases_O is None else biases_O
     device = "cpu" if x.is_cpu else x.device.type  # the name takes 0.8 µs
     how = compute(device)
-    if how == "reference" or not all(weight.compiled for weight in weights):
+    if how == "reference" or not all(weight.compiles_on(device) for weight in weights):
         return [
             reference.linear(x, w.packed_OB, w.scale_OG, w.zero, bits=w.bits, in_features=w.in_features, bias_O=bias_O)
             for w, bias_O in zip(weights, biases_O, strict=True)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from upq.core.errors import UPQError
 from upq.core.levels import Table
 from upq.core.memory import page_out
 from upq.kernels import cpu, cuda
@@ -35,7 +34,7 @@ def _integers(table: Table) -> tuple[float, float, int, Table] | None:
         above = (table.values - lowest) / step
         if not above.frac().any():
             bits = max(int(above.max()).bit_length(), 2)
-            return (step, -float(lowest) / step, bits, Table(above)) if bits <= 8 else None
+            return (step, -float(lowest) / step, bits, Table(above, table.choice_OG)) if bits <= 8 else None
     return None
 
 
@@ -50,10 +49,14 @@ class Weight:
     def __init__(self, packed_OB: Tensor, scale_OG: Tensor, zero: Zero | Table, *, bits: int, in_features: int) -> None:
         self.packed_OB, self.scale_OG, self.zero = packed_OB, scale_OG, zero
         self.bits, self.in_features = bits, in_features
-        self.compiled = not isinstance(zero, Table) or _integers(zero) is not None
+        self._compiled = not isinstance(zero, Table) or _integers(zero) is not None
         self._versions = self._current_versions()
         self._matrix: _cpu.PackedMatrix | None = None
         self._cuda_matrix: cuda.Matrix | None = None
+
+    def compiles_on(self, device: str) -> bool:
+        """Whether compiled kernels of this type of device multiply with it."""
+        return self._compiled and not (device == "cuda" and isinstance(self.zero, Table))
 
     def is_of(self, packed_OB: Tensor, scale_OG: Tensor, zero: Zero | Table) -> bool:
         """Whether it was made of these tensors, and nothing has been written to them since.
@@ -74,11 +77,7 @@ class Weight:
     def cuda_matrix(self) -> cuda.Matrix:
         """The CUDA layout. Built on first use, then cached. Only scales and zeros take memory of their own."""
         if self._cuda_matrix is None:
-            if isinstance(self.zero, Table):
-                raise UPQError(
-                    "the CUDA kernels hold evenly spaced levels, not a table: UPQ_KERNELS=reference, or load with "
-                    "dequantize=True"
-                )
+            assert not isinstance(self.zero, Table), "a table that is not compiled"
             # The buffer stays as it is: a tensor with a version counter, or one of inference mode.
             with torch.inference_mode(self.packed_OB.is_inference()):
                 self._cuda_matrix = cuda.pack(

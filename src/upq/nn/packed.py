@@ -163,9 +163,18 @@ class Packed(nn.Module):
 
 
 def _same(a: Levels, b: Levels) -> bool:
-    if isinstance(a, Table) or isinstance(b, Table):
-        return isinstance(a, Table) and isinstance(b, Table) and torch.equal(a.values, b.values)
-    return not bool((torch.as_tensor(a.zero) != torch.as_tensor(b.zero)).any())
+    if isinstance(a, Table) and isinstance(b, Table):
+        return torch.equal(a.values, b.values) and _equal(a.choice_OG, b.choice_OG)
+    return isinstance(a, Uniform) and isinstance(b, Uniform) and _equal(a.zero, b.zero)
+
+
+def _equal(a: Tensor | float | None, b: Tensor | float | None) -> bool:
+    """Also of one number and as many of it."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, Tensor):
+        return isinstance(b, float) and torch.equal(a, torch.full_like(a, b))
+    return _equal(b, a) if isinstance(b, Tensor) else a == b
 
 
 class PackedLinear(Packed):

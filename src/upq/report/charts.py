@@ -133,6 +133,8 @@ CURVES = (
     ("loss", "Loss", "nats a token"),
     ("lr", "Learning rate", ""),
     ("grad_norm", "Gradient norm", "before clipping"),
+    ("at_limit", "Share of answers cut at the limit", ""),
+    ("loops", "Share of answers that loop", ""),
 )
 
 

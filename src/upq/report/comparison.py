@@ -19,8 +19,9 @@ from upq.core.memory import give_back
 from upq.core.precision import dtype_name, to_compute_dtype
 from upq.core.progress import Progress
 from upq.data import load_eval_text
+from upq.evals.code import ONE, Samples
 from upq.evals.items import Item
-from upq.evals.paired import NO_DIFFERENCE, RESAMPLES, check_packages, paired
+from upq.evals.paired import LEVEL, NO_DIFFERENCE, RESAMPLES, check_packages, holm, paired
 from upq.evals.tasks import evaluate_tasks
 from upq.evals.text import ByToken, evaluate_text
 from upq.files.digests import digest_model_dir
@@ -46,6 +47,7 @@ class Request:
     batch_size: int = 4
     answers: Path | None = None
     device: str = "cpu"
+    samples: Samples = ONE  # of tasks whose answers are programs
 
 
 @dataclass
@@ -162,6 +164,7 @@ def _on_tasks(
         of=of,
         progress=progress,
         items=measured.items,
+        samples=request.samples,
     )
     for item in measured.items:
         measured.scores.setdefault(f"{item.asked} {item.measure}", []).append(item.score)
@@ -171,7 +174,9 @@ def _together(found: Sequence[_Measured], request: Request) -> dict[str, Any]:
     first = found[0]
     for other in found[1:]:
         assert [item.key for item in other.items] == [item.key for item in first.items]
-    pairs = [_pair(a, b, measure, named=len(found) > 2) for a, b in combinations(found, 2) for measure in first.scores]
+    pairs = _corrected(
+        [_pair(a, b, measure, named=len(found) > 2) for a, b in combinations(found, 2) for measure in first.scores]
+    )
     changed = _changed(found)
     return {
         "names": [each.name for each in found],
@@ -191,14 +196,18 @@ def _together(found: Sequence[_Measured], request: Request) -> dict[str, Any]:
 def _pair(a: _Measured, b: _Measured, measure: str, *, named: bool) -> dict[str, Any]:
     result = paired(a.scores[measure], b.scores[measure])
     better = b if (result.difference < 0) == _less_is_better(measure) else a
-    return {
-        "a": a.name,
-        "b": b.name,
-        "named": named,
-        "measure": measure,
-        **asdict(result),
-        "verdict": f"{better.name} is better" if result.shown else NO_DIFFERENCE,
-    }
+    verdict = f"{better.name} is better" if result.shown else NO_DIFFERENCE
+    return {"a": a.name, "b": b.name, "named": named, "measure": measure, **asdict(result), "verdict": verdict}
+
+
+def _corrected(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With `p_holm`, over all rows that have a p: what one shows by chance alone shows no difference."""
+    exact = [pair for pair in pairs if pair["p"] is not None]
+    for pair, p in zip(exact, holm([pair["p"] for pair in exact]), strict=True):
+        pair["p_holm"] = p
+        if p >= 1 - LEVEL:
+            pair["verdict"] = NO_DIFFERENCE
+    return [{"p_holm": None, **pair} for pair in pairs]
 
 
 def _less_is_better(measure: str) -> bool:
@@ -232,9 +241,19 @@ def _differences(pairs: Sequence[Mapping[str, Any]], *, named: bool) -> dict[str
         change = f"{pair['only_a']} / {pair['only_b']}" if shares else "–"
         row = [f"{pair['a']} → {pair['b']}"] * named + [pair["measure"], f"{pair['difference']:{style}}"]
         row += [f"{pair['low']:{style}} to {pair['high']:{style}}", change]
-        rows.append([*row, f"{pair['p']:.2g}" if shares else "–", pair["verdict"]])
-    columns = ["measure", "change", "95 % interval", "alone", "p", "verdict"]
+        odds = _odds(pair) if shares else "–"
+        exact = [f"{pair['p']:.2g}", f"{pair['p_holm']:.2g}"] if shares else ["–", "–"]
+        rows.append([*row, odds, *exact, pair["verdict"]])
+    columns = ["measure", "change", "95 % interval", "alone", "odds ratio", "p", "p (Holm)", "verdict"]
     return {"columns": ["models"] * named + columns, "rows": rows}
+
+
+def _odds(pair: Mapping[str, Any]) -> str:
+    """B's odds where one alone is right, with their interval."""
+    if not pair["only_a"] + pair["only_b"]:
+        return "–"
+    ratio, high = ("∞" if pair[key] is None else f"{pair[key]:.2g}" for key in ("odds", "odds_high"))
+    return f"{ratio} ({pair['odds_low']:.2g} to {high})"
 
 
 def _changed(found: Sequence[_Measured]) -> list[dict[str, Any]]:

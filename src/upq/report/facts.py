@@ -81,6 +81,7 @@ def _finished(directory: Path, manifest: Manifest) -> Facts:
             for name, seconds in manifest.seconds.items()
         ],
         "skipped_steps": manifest.skipped_steps,
+        "answers": manifest.answers,
         "massive": {str(block): found for block, found in manifest.massive.items()},
         "recipe": _yaml(manifest.recipe),
         "data": manifest.data,
@@ -116,6 +117,7 @@ def _under_way(directory: Path, record: Record) -> Facts:
             for name, seconds in record.seconds.items()
         ],
         "skipped_steps": [],
+        "answers": {},
         "massive": {},
         "recipe": _yaml(record.recipe),
         "data": [{"path": source} for source in record.sources],

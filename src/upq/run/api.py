@@ -172,6 +172,8 @@ def evaluate(
     data_dir: str | Path | None = None,
     fewshot: int | None = None,
     limit: int | None = None,
+    samples: int = 1,
+    temperature: float | None = None,
     batch_size: int = 4,
     answers: str | Path | None = None,
     device: str = "auto",
@@ -190,6 +192,8 @@ def evaluate(
     tasks: names of lm-eval's tasks, as a list or separated by commas. Needs `pip install 'upq[eval]'`.
     data_dir: local files of mmlu, ifeval and the other tasks of docs/tasks.md, in place of the hub.
     fewshot, limit: examples before a question (None: as in lm-eval); questions of each task (None: all).
+    samples, temperature: programs for each problem of humaneval or code, and how they are drawn (None: 0 for one, 0.2
+        for several). These programs are run here (docs/tasks.md#programs).
     batch_size: rows or questions computed at a time.
     answers: a file that keeps the answers to tasks as they come; with the same file a run that was stopped goes on.
     device: "auto", "cpu" or "cuda".
@@ -208,13 +212,14 @@ def evaluate(
         from upq.core.precision import dtype_name
         from upq.data import load_eval_text
         from upq.evals import evaluate_tasks
+        from upq.evals.code import Samples
         from upq.model.loading import context_of, embedding_rows, load_config, load_tokenizer
         from upq.run.quiet import quietly
         from upq.text.tokenizer import check_ids, check_tokens
 
     if compute not in kernels.COMPUTES:
         raise UPQError(f"--compute must be one of {', '.join(kernels.COMPUTES)}, got {compute!r}")
-    target = device_of(device)
+    target, drawn = device_of(device), Samples.of(samples, temperature)
     with quietly(), reporting(progress, stderr=True) as shown, kernels.computing(compute):
         kernels.compute(target)  # not every device has them all
         _verify(Path(model))
@@ -243,6 +248,7 @@ def evaluate(
                 answers=kept,
                 of=None if kept is None else _identity(model, student, compute),
                 progress=shown,
+                samples=drawn,
             )
     return figures
 

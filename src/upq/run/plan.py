@@ -25,7 +25,7 @@ from upq.run.run import reading_of
 from upq.stages import Planned
 from upq.stages._need import check_need, data_need
 from upq.stages._sizes import Machine, Need, Speed
-from upq.stages.distill import Distill
+from upq.stages._training import TrainingStage
 
 __all__ = ["GPU_CONTEXT", "SCALES_ALONE", "Machine", "Plan", "Speed", "Stage", "check", "needs", "plan", "this_speed"]
 
@@ -181,7 +181,7 @@ def _installed(recipe: Recipe) -> bool:
     """Whether the training's optimiser is on this machine."""
     try:
         for stage in recipe.stages.values():
-            if isinstance(stage, Distill):
+            if isinstance(stage, TrainingStage):
                 check_optimizer(stage)
     except UPQError:
         return False

@@ -191,6 +191,7 @@ class _Run:
             memory=frame.recipe.memory,
             keep=keep,
             cpu_dtype=cpu_dtype,
+            data=frame.recipe.data,
             reading=frame.reading,
             rows=lambda: self.rows(state),
             metrics=Metrics(place.folder / METRICS if self.processes.first else None, place.name, self.tracking.line),

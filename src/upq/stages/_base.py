@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -89,6 +89,7 @@ class ModelState:
     norms: Path | None = None  # trained norms, by parameter name
     skipped_steps: tuple[int, ...] = ()  # of trainings: their loss or gradient was not finite
     widths: tuple[Mapping[str, int], ...] = ()  # by block and weight, the bits that a stage has chosen
+    answers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by stage, what a student has written
 
     def dump(self, work: Path) -> dict[str, Any]:
         """As JSON types; paths are relative to `work`, so that the folder can be moved."""
@@ -104,6 +105,7 @@ class ModelState:
             "norms": None if self.norms is None else _relative(self.norms, work),
             "skipped_steps": list(self.skipped_steps),
             "widths": [dict(each) for each in self.widths],
+            "answers": {name: dict(figures) for name, figures in self.answers.items()},
         }
 
     @classmethod
@@ -123,6 +125,7 @@ class ModelState:
             model=work / raw["model"] if raw.get("model") else None,
             skipped_steps=tuple(raw["skipped_steps"]),
             widths=tuple(raw.get("widths", ())),
+            answers=raw.get("answers", {}),
         )
 
 
@@ -150,6 +153,7 @@ class Job:
     memory: Memory
     keep: Start  # what the stages after this one read of its blocks
     cpu_dtype: torch.dtype  # of products on the CPU where `precision` is auto: what the stage began with
+    data: Data
     reading: Reading
     rows: Callable[[], TokenSet]  # the packed text; the stage must have demanded rows
     metrics: Metrics  # figures as they come; no result depends on them

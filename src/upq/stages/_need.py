@@ -14,7 +14,7 @@ from upq.blockwise import Calibration, Work, pass_work, spans
 from upq.core.precision import compute_dtype, computes_in_bf16
 from upq.core.scheme import QuantScheme
 from upq.data.config import Generated
-from upq.distill.config import Distill
+from upq.distill.config import Distill, TrainingSettings
 from upq.distill.teacher import ROWS_A_SHARD
 from upq.distill.trainer import steps
 from upq.losses import LOSSES
@@ -119,23 +119,26 @@ def teacher_need(config: Distill, sizes: Sizes, machine: Machine, *, seq_len: in
 
 
 def distill_need(
-    config: Distill, sizes: Sizes, machine: Machine, *, seq_len: int, scheme: QuantScheme, sharded: bool
+    config: TrainingSettings,
+    sizes: Sizes,
+    machine: Machine,
+    *,
+    steps: int,
+    seq_len: int,
+    scheme: QuantScheme,
+    sharded: bool,
 ) -> Need:
     """The larger of building and of a step: fixed tensors, gradients, what one micro-batch keeps, logits of a chunk.
 
     With `sharded`, what is cut is divided: FSDP itself is not run.
     """
-    number, bf16 = steps(config, seq_len), computes_in_bf16(config.precision, machine.device, sizes.hidden)
+    bf16 = computes_in_bf16(config.precision, machine.device, sizes.hidden)
     coded = sizes.solved(scheme, latents=False) * sizes.blocks
-    if not number:  # the processor holds the codes
+    if not steps:  # the processor holds the codes
         return need(0, Bytes() if machine.gpus else Bytes(coded), 0, flops=0.0, moved=0.0, bf16=bf16)
     own = -(-config.batch_size // machine.processes)
     micro = min(config.micro_batch_size, own)
-    learned = sizes.groups(scheme) * sizes.blocks + (sizes.coded if config.train_weights else 0)
-    moments = learned * (8.0 if config.optimizer == "adamw" else 2.0 + 16 / 256)
-    fixed = FP32 * learned + moments + (0 if config.train_weights else sizes.coded * scheme.bits / 8)
-    if config.teacher == "resident":
-        fixed += FP32 * sizes.block * sizes.blocks
+    learned, moments, fixed = _fixed(config, sizes, scheme)
     step, gradients = _step(config, sizes, micro, seq_len, bf16=bf16, many=own > micro)
     solutions = FP32 * sizes.coded if config.train_weights else coded
     built = FP32 * sizes.rest + solutions + (FP32 * sizes.block if config.teacher != "resident" else 0)
@@ -153,12 +156,48 @@ def distill_need(
     peak = largest(Bytes(built), Bytes(FP32 * sizes.rest + fixed) + gradients + step)
     work = _step_work(config, sizes, micro, seq_len, bf16=bf16) * (own / micro)
     work += Work(0.0, (40.0 if config.optimizer == "adamw" else 90.0) * learned)
-    checkpoint = (FP32 * learned + moments) * (2 if number > config.checkpoint_every else 1)  # one replaces the other
-    tokens = number * config.batch_size * seq_len
-    return need(tokens, peak, checkpoint, flops=work.flops * number, moved=work.moved * number, bf16=bf16)
+    checkpoint = (FP32 * learned + moments) * (2 if steps > config.checkpoint_every else 1)  # one replaces the other
+    tokens = steps * config.batch_size * seq_len
+    return need(tokens, peak, checkpoint, flops=work.flops * steps, moved=work.moved * steps, bf16=bf16)
 
 
-def _step(config: Distill, sizes: Sizes, micro: int, seq_len: int, *, bf16: bool, many: bool) -> tuple[Bytes, Bytes]:
+def writing_need(
+    config: TrainingSettings,
+    sizes: Sizes,
+    machine: Machine,
+    *,
+    answers: int,
+    prompt: int,
+    limit: int,
+    at_once: int,
+    scheme: QuantScheme,
+) -> Need:
+    """Beside what its training holds, a student is dense once more, with a cache. Answers half as long as may be."""
+    rows, (_, _, fixed) = min(at_once, answers), _fixed(config, sizes, scheme)
+    of_a_layer = FP32 * rows * sizes.fp32.cache  # bytes a token, keys and values
+    logits = tensors(3, FP32 * rows * sizes.vocabulary)
+    reading = tensors(2 * sizes.blocks, of_a_layer * prompt) + sizes.forward(rows, prompt)
+    writing = tensors(2 * sizes.blocks + 1, of_a_layer * (prompt + limit))
+    head = Work(2.0 * rows * sizes.head, 12.0 * rows * sizes.vocabulary)
+    once = Work(sizes.fp32.flops(rows, prompt), 2 * sizes.fp32.kept(rows, prompt)) * sizes.blocks + head
+    moved = 3 * of_a_layer * (prompt + limit / 4) + FP32 * sizes.block
+    step = Work(sizes.fp32.flops(rows, 1), moved) * sizes.blocks + head
+    work = (once + step * (limit / 2)) * (answers / rows)
+    peak = Bytes(FP32 * (sizes.rest + sizes.coded) + fixed) + largest(reading + logits, writing + logits)
+    return need(answers * limit // 2, peak, 4 * answers * (prompt + limit), flops=work.flops, moved=work.moved)
+
+
+def _fixed(config: TrainingSettings, sizes: Sizes, scheme: QuantScheme) -> tuple[float, float, float]:
+    """What learns, the bytes of its moments, and all bytes that stay between two steps beside embedding and head."""
+    learned = sizes.groups(scheme) * sizes.blocks + (sizes.coded if config.train_weights else 0)
+    moments = learned * (8.0 if config.optimizer == "adamw" else 2.0 + 16 / 256)
+    fixed = FP32 * learned + moments + (0 if config.train_weights else sizes.coded * scheme.bits / 8)
+    return learned, moments, fixed + (FP32 * sizes.block * sizes.blocks if config.teacher == "resident" else 0)
+
+
+def _step(
+    config: TrainingSettings, sizes: Sizes, micro: int, seq_len: int, *, bf16: bool, many: bool
+) -> tuple[Bytes, Bytes]:
     """What comes and goes in a step: all but the gradients, and the gradients that are there at its peak."""
     loss, size = LOSSES.get(config.loss.name), 2 if bf16 else FP32
     streamed, cached = config.teacher == "offloaded", config.teacher == "cached"
@@ -193,7 +232,7 @@ def _step(config: Distill, sizes: Sizes, micro: int, seq_len: int, *, bf16: bool
     return largest(step, gradients + weight), Bytes()
 
 
-def _step_work(config: Distill, sizes: Sizes, micro: int, seq_len: int, *, bf16: bool) -> Work:
+def _step_work(config: TrainingSettings, sizes: Sizes, micro: int, seq_len: int, *, bf16: bool) -> Work:
     """Of one micro-batch."""
     loss = LOSSES.get(config.loss.name)
     taught = (loss.uses_teacher or config.hidden > 0) and config.teacher != "cached"

@@ -13,10 +13,16 @@ from upq.blockwise import METHODS, BlockStore, Method, Order, spans, walk
 from upq.core.config import Plugin, neutral
 from upq.core.errors import UPQError
 from upq.core.precision import Precision
+from upq.core.scales import REAL_SCALES
 from upq.core.scheme import PER_CHANNEL, QuantScheme
-from upq.data.config import Data
+from upq.data.config import Data, TextSource, of_domain
+from upq.data.held import HeldOut
+from upq.data.packing import prepare
+from upq.data.sources import sources_of
+from upq.data.tokens import TokenSet
 from upq.files.tensors import load_tensors, save_tensors
 from upq.grids import GRIDS, scheme_of
+from upq.model.loading import load_tokenizer
 from upq.model.source import Source
 from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, register
 from upq.stages._need import blockwise_need
@@ -33,6 +39,8 @@ class Blockwise(Stage):
     scale_dtype: str | None = neutral(None)  # of the stored scales; None: the grid's usual type
     method: Plugin
     samples: int = Field(128, ge=1)  # calibration sequences of data.seq_len tokens
+    # What it calibrates on: the run's text, its sources of one domain, or sources of its own.
+    calibration: str | tuple[TextSource, ...] | None = neutral(None)
     precision: Precision = "auto"  # of the products; weights and hidden states are float32
     window: int = neutral(1, ge=1)  # blocks that are solved together
     overlap: int = neutral(0, ge=0)  # of them with the next window
@@ -57,6 +65,8 @@ class Blockwise(Stage):
 
     def check(self, name: str, model: Source, data: Data) -> None:
         method, order = self.solver(), self.order
+        if self.calibration is not None and not self._sources(name, data):
+            raise UPQError(f"{name}.calibration: no sources; list some, or leave it out for the run's text")
         try:
             spans(len(model), order)
         except UPQError as error:
@@ -70,10 +80,10 @@ class Blockwise(Stage):
                 f" nothing; leave them out, or set {name}.method to one of {learning}"
             )
         grid = GRIDS.get(self.grid)
-        if method.between_levels and not grid.uniform:
+        if method.between_levels and not (grid.uniform and self.scheme().scale_dtype in REAL_SCALES):
             raise UPQError(
-                f"{name}: {self.method.name} learns a rounding between evenly spaced levels, which grid {self.grid} has"
-                f" not; set {name}.method=gptq or block_ap"
+                f"{name}: {self.method.name} learns a rounding between evenly spaced levels on plain scales, which"
+                f" grid {self.grid} has not; set {name}.method=gptq or block_ap"
             )
         if self.mixed and len(grid.widths) == 1:
             raise UPQError(f"{name}.mixed: grid {self.grid} has {grid.widths[0]} bits alone; set {name}.mixed=false")
@@ -122,7 +132,28 @@ class Blockwise(Stage):
         path = job.folder / "calibration.safetensors"
         with job.processes.shared_errors():
             if job.processes.first and not path.is_file():
-                save_tensors(path, {"tokens": job.rows().calibration(self.samples).to(torch.int32)})
+                rows = job.rows() if self.calibration is None else self._own(job)
+                save_tensors(path, {"tokens": rows.calibration(self.samples).to(torch.int32)})
         with job.processes.shared_errors():
             rows_NT = load_tensors(path)[0]["tokens"].long()
         return rows_NT
+
+    def _sources(self, name: str, data: Data) -> tuple[TextSource, ...]:
+        if isinstance(self.calibration, str):
+            return of_domain(sources_of(data), self.calibration, f"{name}.calibration")
+        return sources_of(data) if self.calibration is None else self.calibration
+
+    def _own(self, job: Job) -> TokenSet:
+        """Rows of the stage's own sources, without what the run holds out."""
+        section = job.data.model_copy(
+            update={"sources": self._sources(job.name, job.data), "loss_on": "all", "validation": 1}
+        )
+        path, held = job.folder / "text.safetensors", HeldOut(job.rows().validation_tokens_NT)
+        tokenizer = load_tokenizer(job.model)
+        found = prepare(section, tokenizer, path, sequences=self.samples, seed=job.seed, without=held)
+        if len(found.tokens_NT) < self.samples:
+            job.progress.note(
+                f"{job.name}: {len(found.tokens_NT)} rows to calibrate on, {self.samples} are asked for; add text"
+            )
+        path.unlink()  # what is mapped stays readable
+        return found

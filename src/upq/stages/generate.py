@@ -10,11 +10,13 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from upq.core.errors import UPQError
 from upq.data.config import Data, Generated, TextSource
 from upq.data.generated import check, write_conversations
+from upq.data.prompts import questions
 from upq.decoding import Batch, Unsuitable, batch
 from upq.files.atomic import atomic_write
-from upq.model.loading import check_finite, generation_config, load_model, load_tokenizer
+from upq.model.loading import check_finite, context_of, generation_config, load_model, load_tokenizer
 from upq.model.sharding import load_original, make_mesh
 from upq.model.source import Source
 from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, register
@@ -28,6 +30,14 @@ class Generate(Generated, Stage):
 
     # Ranked after what a training mostly needs anyway: fewer conversations at a time take as many times longer.
     savings: ClassVar[tuple[Saving, ...]] = (Saving(4, ("batch_size=32",)), Saving(5, ("batch_size=8",)))
+
+    def check(self, name: str, model: Source, data: Data) -> None:
+        context = context_of(model.config)
+        if self.questions == "data" and context is not None and self.max_new_tokens >= context:
+            raise UPQError(
+                f"{name}.max_new_tokens={self.max_new_tokens} leaves no room for a question in the model's context of"
+                f" {context}; lower it"
+            )
 
     def check_text(self, tokenizer: PreTrainedTokenizerBase, ends: list[int], rows: int) -> None:
         check(tokenizer, ends, rows)
@@ -56,6 +66,10 @@ class Generate(Generated, Stage):
         mesh = make_mesh(job.device_type) if job.sharded else None
         with job.processes.shared_errors():
             model, tokenizer = _original(job, mesh), load_tokenizer(job.model)
+            context, asked = context_of(model.config), list[list[dict[str, str]]]()
+            if self.questions == "data":
+                longest = None if context is None else context - self.max_new_tokens
+                asked = questions(job.data, tokenizer, tokens=self.amount(job.reading), longest=longest, name=job.name)
         batches = write_conversations(
             job.folder / "batches",
             model,
@@ -66,6 +80,7 @@ class Generate(Generated, Stage):
             processes=job.processes,
             sharded=job.sharded,
             texts=_side_by_side(job, model, section.batch_size),
+            questions=asked,
         )
         # One file for each amount: a later run may want more of the same batches.
         written = job.folder / f"conversations-{section.tokens}.jsonl"
