@@ -20,7 +20,7 @@ class TransformersServer(Serve):
 
     def start_server(self) -> None:
         """Called by the constructor, once the model is loaded; `server.run()` listens."""
-        models = self._model_manager
+        models: Any = self._model_manager  # whose method is cached, which its type says
         for loaded in models.loaded_models.values():
             if loaded.model.device.type == "cpu":
                 decoding.attach(loaded.model)
