@@ -58,6 +58,7 @@ def judge(
         which = f"_{name}" if number else ""
         for key in ("ppl", "kld", "top1"):
             figures[f"{key}{which}"] = getattr(text, key)
+        figures[f"original_ppl{which}"] = text.teacher_ppl
         for key in ("kld", "top1"):
             figures[f"{key}{which}_stderr"] = getattr(text, f"{key}_stderr")
     del teacher

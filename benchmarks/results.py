@@ -17,6 +17,7 @@ from rich.console import Console
 
 import _findings
 import _plots
+import stages
 import stories
 from _design import GROUPS, Group
 from _findings import SURE, Results
@@ -25,7 +26,7 @@ from _table import Figure, Table, read_csv
 from ablation import RUNS, TOKENS
 
 DOCS = ROOT / "docs"
-PEERS = "peers_"  # and the subject: names of the copies
+PEERS, STAGES = "peers_", "stages_"  # and the subject: names of the copies
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -76,6 +77,7 @@ def copy_new(runs: Path, folder: Path) -> None:
             newest = {run.task: run for each in found for run in each}
             _findings.save((newest[task] for task in sorted(newest)), kept)
     names = {runs.parent / "stories" / "stories.csv": "stories"}
+    names |= {path: f"{STAGES}{path.parent.name}" for path in sorted((runs.parent / "stages").glob("*/table.csv"))}
     names |= {path: f"{PEERS}{path.parent.name}" for path in sorted((runs.parent / "peers").glob("*/table.csv"))}
     for path, name in names.items():
         if path.is_file():
@@ -93,6 +95,8 @@ def sections(page: Page) -> Iterator[str]:
     for subject in SUBJECTS.values():
         if subject.name != "reference" and (found := page.results(f"ablation_{subject.name}")):
             yield from subject_sections(page, found, subject)
+    for file in sorted(page.folder.glob(f"{STAGES}*.csv")):
+        yield from stages_section(file, SUBJECTS[file.stem.removeprefix(STAGES)])
     if (page.folder / "stories.csv").is_file():
         yield "## The methods on stories260K\n"
         yield "A real model of another kind, on text only: perplexity on held-out stories, KL to the original, and how"
@@ -112,6 +116,15 @@ def subject_sections(page: Page, results: Results, subject: Subject) -> Iterator
         yield table.markdown()
         yield page.command(subject.name, "main")
     yield from group_sections(page, results, subject.name)
+
+
+def stages_section(file: Path, subject: Subject) -> Iterator[str]:
+    lines = read_csv(file)
+    yield f"## Stage by stage on {subject.name}\n"
+    yield f"{subject.about} `default` cut down, text alone, rows of {subject.seq_len} tokens, whole rows share a scale;"
+    yield f"{lines[0]['rows']} held-out rows of each text. ± is the standard error over rows.\n"
+    yield stages.table_of(subject.name, list(lines)).markdown()
+    yield code(f"python benchmarks/stages.py --subject {subject.name}")
 
 
 def reference_sections(page: Page, results: Results) -> Iterator[str]:
