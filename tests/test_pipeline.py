@@ -18,7 +18,7 @@ import upq
 import upq.blockwise._store
 import upq.distill.teacher
 import upq.distill.trainer
-import upq.stages.distill
+import upq.stages._training
 from tiny import byte_tokenizer
 from together import alone, together
 from upq.blockwise import BlockStore
@@ -416,7 +416,7 @@ def test_without_weights_to_train_codes_are_the_block_wise_stages(model, text, t
 def test_only_a_resident_teacher_is_in_memory_during_the_training(model, text, tmp_path, monkeypatch, teacher):
     weights, alive = [], []
 
-    def load(*args, original=upq.stages.distill.load_model, **options):
+    def load(*args, original=upq.stages._training.load_model, **options):
         loaded = original(*args, **options)
         weights.append(weakref.ref(loaded.model.layers[0].mlp.up_proj.weight))
         return loaded
@@ -425,8 +425,8 @@ def test_only_a_resident_teacher_is_in_memory_during_the_training(model, text, t
         alive.append(any(weight() is not None for weight in weights))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(upq.stages.distill, "load_model", load)
-    monkeypatch.setattr(upq.stages.distill, "distill", training)
+    monkeypatch.setattr(upq.stages._training, "load_model", load)
+    monkeypatch.setattr(upq.stages._training, "distill", training)
     recipe = make_recipe(text, *FITS, f"distill.teacher={teacher}", "distill.hidden=0")
     with pytest.raises(KeyboardInterrupt):
         quantize(model, recipe, tmp_path / "out")
@@ -459,7 +459,7 @@ def test_the_check_never_loads_the_original(model, text, tmp_path, monkeypatch):
 
     def pack(self, *args, original=Frame.pack):
         monkeypatch.setattr(upq.artifact.transformers, "load_model", load)
-        monkeypatch.setattr(upq.stages.distill, "load_model", load)
+        monkeypatch.setattr(upq.stages._training, "load_model", load)
         original(self, *args)
 
     monkeypatch.setattr(Frame, "pack", pack)
@@ -472,7 +472,7 @@ def test_nothing_of_the_training_is_left_when_its_result_is_checked(model, text,
     """A block that is checkpointed refers to itself; the student would wait for the garbage collector."""
     latents = []
 
-    def made(*args, original=upq.stages.distill.make_student, **options):
+    def made(*args, original=upq.stages._training.make_student, **options):
         student = original(*args, **options)
         latents.append(weakref.ref(student.model.layers[0].mlp.up_proj.weight))
         return student
@@ -481,7 +481,7 @@ def test_nothing_of_the_training_is_left_when_its_result_is_checked(model, text,
         assert latents[0]() is None
         return original(self, *args)
 
-    monkeypatch.setattr(upq.stages.distill, "make_student", made)
+    monkeypatch.setattr(upq.stages._training, "make_student", made)
     monkeypatch.setattr(Frame, "check", check)
     gc.disable()
     try:

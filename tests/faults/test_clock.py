@@ -15,7 +15,7 @@ from upq.run.run import quantize
 from victim import Unharmed, Victim, outcome
 
 WALL = {"time", "time_ns", "now", "utcnow", "today", "st_mtime", "st_mtime_ns", "st_ctime", "ctime", "localtime"}
-FOR_READERS = {"lock.py"}  # names a time in a message
+FOR_READERS = {"lock.py", "transformers_server.py"}  # name a time in a message, and in a list of models
 
 
 def test_a_clock_that_jumps(

@@ -275,9 +275,11 @@ def check_need(
     packing = Bytes(own * sizes.rest + 2 * codes) + tensors(3, sizes.largest)
     states = Bytes() if on_disk else tensors(1, FP32 * rows * seq_len * sizes.hidden)
     ending = Bytes(size * sizes.rest)
-    original = states + largest(sizes.matrices(size) + sizes.forward(batch, seq_len, size), ending)
-    if built_on:  # its codes, a byte each, and the largest of its weights
-        original += states + sizes.matrices(1) + tensors(2, FP32 * sizes.largest) + ending
+    forward = sizes.forward(batch, seq_len, size)
+    original = states + largest(sizes.matrices(size) + forward, ending)
+    if built_on:  # its codes, a byte each, and the largest of its weights, before the block runs
+        filled = sizes.matrices(1) + tensors(1, FP32 * sizes.largest)
+        original = states + states + ending + sizes.matrices(size) + largest(filled, forward)
     chunk = min(_CHUNK, batch * (seq_len - 1)) * sizes.vocabulary
     # Log-probabilities of both, and of the teacher the probabilities, the difference and their product.
     logits = tensors(5, FP32 * chunk)
