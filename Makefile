@@ -89,8 +89,10 @@ define install
 @echo "installing into $(VENV), versions of $(or $(LOCK),constraints.txt): 1. torch, 2. the kernels, compiled, and $(1)"
 @test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 @$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch $(if $(UV),uv)
-@$(if $(UV),$(UV) pip install --python $(BIN)/python --build-constraints constraints.txt --reinstall-package upq,$(BIN)/python -m pip install --no-compile --quiet) \
-	--constraint constraints.txt $(addprefix --constraint ,$(LOCK)) --editable ".[$(1)]"
+@wanted='--constraint constraints.txt $(addprefix --constraint ,$(LOCK)) --editable .[$(1)]'; \
+	$(if $(UV),$(UV) pip install --python $(BIN)/python --build-constraints constraints.txt --reinstall-package upq $$wanted || \
+	{ echo "uv could not install them (it reads no pip.conf): once more through pip"; false; } ||) \
+	$(BIN)/python -m pip install --no-compile --quiet $$wanted
 endef
 comma := ,
 
