@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import _corpora
 from _design import GROUPS
 from _real import GEMMA3_270M, SMOLLM2_135M_INSTRUCT, Missing, Packaged
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -53,6 +57,18 @@ class Subject:
 
         train = self.train.get("documents") or written("documents", "train")
         return train, dict(self.heldout) or {"documents": written("heldout", "heldout")}
+
+
+def prepared(name: str, folder: Path, *, tokens: int, rows: int) -> tuple[Subject, Path, dict[str, Tensor]]:
+    """The subject, installed; its text to learn from; and `rows` held-out rows (N, T) of each text, by name."""
+    from upq.data import load_eval_text
+    from upq.model.loading import load_tokenizer
+
+    chosen = named(name)
+    chosen.install()
+    train, heldout = chosen.texts(folder / "text", tokens=tokens)
+    tokenizer = load_tokenizer(chosen.model)
+    return chosen, train, {key: load_eval_text(path, tokenizer, chosen.seq_len)[:rows] for key, path in heldout.items()}
 
 
 def named(name: str, data: Path | None = None) -> Subject:

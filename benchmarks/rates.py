@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from _judge import judge
-from _subjects import ROOT, named
+from _subjects import ROOT, prepared
 from _table import Figure, Table, make_console, show_figures, write_figures
 
 SLACK = 1.05  # of the best KL: as much as the rate by width may leave
@@ -32,17 +32,11 @@ def main(
     out: Annotated[Path, typer.Option(help="Artefacts, and the blocks that they share.")] = ROOT / "runs" / "rates",
     json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
 ) -> None:
-    from upq.data import load_eval_text
-    from upq.model.loading import load_tokenizer
     from upq.run.api import quantize
     from upq.run.recipe import Recipe
 
-    chosen = named(subject)
-    chosen.install()
     folder = out / subject
-    train, heldout = chosen.texts(folder / "text", tokens=tokens)
-    tokenizer = load_tokenizer(chosen.model)
-    texts = {name: load_eval_text(path, tokenizer, chosen.seq_len)[:rows] for name, path in heldout.items()}
+    chosen, train, texts = prepared(subject, folder, tokens=tokens, rows=rows)
     shared = [f"int2.samples={samples}", f"int2.method.iterations={iterations}", *set_]
     found = {}
     for rate in rates.split(","):

@@ -124,7 +124,8 @@ def stages_section(file: Path, subject: Subject) -> Iterator[str]:
     yield f"{subject.about} `default` cut down, text alone, rows of {subject.seq_len} tokens, whole rows share a scale;"
     yield f"{lines[0]['rows']} held-out rows of each text. ± is the standard error over rows.\n"
     yield stages.table_of(subject.name, list(lines)).markdown()
-    yield code(f"python benchmarks/stages.py --subject {subject.name}")
+    settings = "".join(f" --set {setting}" for setting in lines[0]["settings"].split())
+    yield code(f"python benchmarks/stages.py --subject {subject.name} --rows {lines[0]['rows']}{settings}")
 
 
 def reference_sections(page: Page, results: Results) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from _judge import judge
-from _subjects import ROOT, named
+from _subjects import ROOT, prepared
 from _table import Figure, Table, make_console, show_figures, write_figures
 
 if TYPE_CHECKING:
@@ -42,17 +42,11 @@ def main(
     out: Annotated[Path, typer.Option(help="Artefacts, and the blocks that they share.")] = ROOT / "runs" / "rotations",
     json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
 ) -> None:
-    from upq.data import load_eval_text
-    from upq.model.loading import load_tokenizer
     from upq.run.api import quantize
     from upq.run.recipe import Recipe
 
-    chosen = named(subject)
-    chosen.install()
     folder = out / subject
-    train, heldout = chosen.texts(folder / "text", tokens=max(tokens, samples * chosen.seq_len))
-    tokenizer = load_tokenizer(chosen.model)
-    texts = {name: load_eval_text(path, tokenizer, chosen.seq_len)[:rows] for name, path in heldout.items()}
+    chosen, train, texts = prepared(subject, folder, tokens=max(tokens, 512 * samples), rows=rows)
     shared = [f"int2.samples={samples}", f"int2.method.iterations={iterations}", *set_]
     console, made, shown = make_console(), list[Figure](), list[tuple[str, ...]]()
     for variant in variants.split(","):

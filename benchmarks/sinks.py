@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from _judge import judge
-from _subjects import ROOT, named
+from _subjects import ROOT, prepared
 from _table import Figure, Table, make_console, show_figures, write_figures
 
 ERROR, KL = 0.5, 1.33  # at most; the KL is half of what was reached without regard to the sink
@@ -34,14 +34,10 @@ def main(
 ) -> None:
     from upq.blockwise import BlockStore
     from upq.core.scheme import QuantScheme
-    from upq.data import load_eval_text
-    from upq.model.loading import load_tokenizer
     from upq.run.api import quantize
     from upq.run.recipe import Recipe
 
-    chosen = named(subject)
-    chosen.install()
-    train, heldout = chosen.texts(out / "text", tokens=tokens)
+    chosen, train, texts = prepared(subject, out, tokens=tokens, rows=rows)
     settings = [f"int2.samples={samples}", f"int2.method.iterations={iterations}", f"distill.tokens={tokens}"]
     recipe = Recipe.load("default", ["generate=null", *chosen.overrides, *settings, *set_])
     quantize(chosen.model, out / "artefact", recipe, data=train, keep_work=True)
@@ -56,8 +52,6 @@ def main(
         for i, (m, o) in enumerate(zip(massive, others, strict=True))
     )
     Table(f"{subject}: error of the output", ("block", "massive states", "all others"), tuple(shown)).show(console)
-    tokenizer = load_tokenizer(chosen.model)
-    texts = {name: load_eval_text(path, tokenizer, chosen.seq_len)[:rows] for name, path in heldout.items()}
     found = judge(out / "artefact", chosen.model, texts, None, device="cpu")
     largest = max((m for m in massive if m is not None), default=0.0)
     figures = [

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from _judge import judge
-from _subjects import ROOT, named
+from _subjects import ROOT, prepared
 from _table import Figure, Table, make_console, show_figures, write_csv, write_figures
 
 RUNS = ROOT / "runs" / "stages"
@@ -33,17 +33,11 @@ def main(
     out: Annotated[Path, typer.Option(help="Artefacts, the stages that they share, and the table.")] = RUNS,
     json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
 ) -> None:
-    from upq.data import load_eval_text
-    from upq.model.loading import load_tokenizer
     from upq.run.api import quantize
     from upq.run.recipe import Recipe
 
-    chosen = named(subject)
-    chosen.install()
     folder, budgets = out / subject, [0, *map(int, tokens.split(","))]
-    train, heldout = chosen.texts(folder / "text", tokens=max(budgets))
-    tokenizer = load_tokenizer(chosen.model)
-    texts = {name: load_eval_text(path, tokenizer, chosen.seq_len)[:rows] for name, path in heldout.items()}
+    chosen, train, texts = prepared(subject, folder, tokens=max(budgets), rows=rows)
     shared = ["generate=null", *chosen.overrides, "data.validation=32", *set_]
     blocks = [f"int2.samples={samples}", f"int2.method.iterations={iterations}"]
     made: dict[str, list[str]] = {"nearest": ["distill=null", "int2.method=rtn"]}
@@ -58,6 +52,7 @@ def main(
             {
                 "row": name,
                 "rows": rows,
+                "settings": " ".join(set_),
                 "samples": samples if learns else None,
                 "iterations": iterations if learns else None,
                 "tokens": int(name) if learns else None,
@@ -84,7 +79,7 @@ def table_of(subject: str, lines: list[dict[str, Any]]) -> Table:
     head += tuple(f"{what}, {text}" for text in texts for what in ("KL", "perplexity"))
     rows = []
     for line in lines:
-        values = {key: float(value) for key, value in line.items() if value not in (None, "") and key != "row"}
+        values = {key: float(value) for key, value in line.items() if value not in (None, "") and key not in ("row", "settings")}
         cells = [_label(values), f"{values['bits_per_weight']:.2f}", f"{values['minutes']:.0f}"]
         for which in ("", *(f"_{text}" for text in texts)):
             cells += [

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny import tiny_model
+import upq
+from tiny import byte_tokenizer, tiny_model
+from upq.artifact.manifest import read_manifest
 from upq.core.errors import UPQError
 from upq.core.progress import Silent
 from upq.core.scheme import QuantScheme
@@ -17,6 +19,8 @@ from upq.data.config import Data
 from upq.grids import GRIDS, search_scale
 from upq.model.loading import load_model
 from upq.model.source import Source
+from upq.run.recipe import Recipe
+from upq.run.run import quantize
 from upq.stages.transform import Transformed
 from upq.transforms import TRANSFORMS, write_transformed
 from upq.transforms._hadamard import hadamard, orthogonal, randomised
@@ -113,6 +117,28 @@ def test_stopped_and_begun_again(tmp_path: Path) -> None:
         (part / file).unlink()
     assert transformed(model, tmp_path / "part", **UNTIED) == part
     assert {f.name: f.read_bytes() for f in part.iterdir()} == {f.name: f.read_bytes() for f in whole.iterdir()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_of_a_tied_model(dtype: torch.dtype, tmp_path: Path) -> None:
+    """At 8 bits with a training after it: the original's function in its own type, from a head of its own."""
+    model = tiny_model("llama", vocab_size=300, tie_word_embeddings=True).to(dtype)
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer(bos="<s>", eos="</s>").save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Story {i} of {i * 7} geese and a fox." for i in range(200)))
+    source = {"path": str(tmp_path / "text.txt"), "separator": "blank_line"}
+    training = {"tokens": 256, "loss": "gjs", "lr": 1e-5, "scale_lr": 1e-5, "batch_size": 4, "micro_batch_size": 2}
+    stages = {
+        "turn": {"stage": "transform", "method": {"name": "rotate", "untie": True}},
+        "codes": {"stage": "blockwise", "bits": 8, "method": "rtn"},
+        "distill": {**training, "hidden": 1.0},
+    }
+    data = {"seq_len": 32, "validation": 8, "sources": [source]}
+    quantize(tmp_path / "model", Recipe.of({"data": data, "stages": stages}, "here"), tmp_path / "out")
+    found = upq.load(tmp_path / "out")
+    assert read_manifest(tmp_path / "out").metrics["artifact"]["kld"] < 1e-4
+    assert found.dtype == dtype
+    assert found.lm_head.weight is not found.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("width", [1, 2, 12, 20, 24, 28, 32, 36, 44, 76, 576, 640, 896, 960])
