@@ -79,7 +79,11 @@ def table_of(subject: str, lines: list[dict[str, Any]]) -> Table:
     head += tuple(f"{what}, {text}" for text in texts for what in ("KL", "perplexity"))
     rows = []
     for line in lines:
-        values = {key: float(value) for key, value in line.items() if value not in (None, "") and key not in ("row", "settings")}
+        values = {
+            key: float(value)
+            for key, value in line.items()
+            if value not in (None, "") and key not in ("row", "settings")
+        }
         cells = [_label(values), f"{values['bits_per_weight']:.2f}", f"{values['minutes']:.0f}"]
         for which in ("", *(f"_{text}" for text in texts)):
             cells += [
