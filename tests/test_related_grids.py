@@ -1,4 +1,4 @@
-"""FP6, R2Q, DGQ, RaZeR and SplitQuantV2 against their papers' formulas, and against what others have computed of them."""
+"""FP6, R2Q, DGQ, RaZeR and SplitQuantV2 against their papers' formulas, and what others have computed of them."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ CARRIER = f"{PARTS} u4"
 
 class SplitOptions(Options):
     # 3: a linear becomes three, for engines that know one scale a tensor. Of grid `splitquant` alone.
-    split: int | None = None
+    split: Literal[3] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +49,8 @@ def splits(scheme: QuantScheme | None) -> bool:
     return scheme is not None and scheme.grid == "splitquant"
 
 
-def check(source: Source, name: str, split: int | None) -> None:
-    """Refuse in one line where `split` has no meaning."""
-    if split is None:
-        return
-    if split != PARTS:
-        raise UPQError(f"export {name}: split={split}: a linear becomes {PARTS}; take split={PARTS} or leave it out")
+def check(source: Source) -> None:
+    """Refuse in one line what `split` has no meaning for."""
     for weight in map(source.weights.__getitem__, sorted(source.linears)):
         if weight.scheme is not None and not splits(weight.scheme):
             raise UPQError(

@@ -64,9 +64,10 @@ class Onnx(DirectoryExporter):
 
     def plan(self, source: Source) -> Plan:
         decoder.check(source)
-        split.check(source, "onnx", self.options.split)
-        if self.options.split is not None and self._int8:
-            raise UPQError("export onnx: split=3 has no MatMulNBits, which activations=int8 is of; leave one out")
+        if self.options.split is not None:
+            split.check(source)
+            if self._int8:
+                raise UPQError("export onnx: split=3 has no MatMulNBits, which activations=int8 is of; leave one out")
         placements = tuple(self._place(source, weight) for weight in source.weights.values())
         dense = [p.weight.name for p in placements if p.weight.name in source.linears and p.carrier == "float32"]
         more = f" and {len(dense) - 1} more" if len(dense) > 1 else ""

@@ -51,7 +51,8 @@ class OpenVino(DirectoryExporter):
 
     def plan(self, source: Source) -> Plan:
         decoder.check(source)
-        split.check(source, "openvino", self.options.split)
+        if self.options.split is not None:
+            split.check(source)
         return Plan(placements=tuple(_place(source, weight) for weight in source.weights.values()))
 
     def save(self, source: Source, plan: Plan, out: Path, progress: Progress) -> None:

@@ -86,7 +86,7 @@ class SplitQuant(Grid):
 
     def store_levels(self, q: QTensor) -> dict[str, Tensor]:
         assert isinstance(q.levels, Table)
-        values_OGPC = q.levels.values.unflatten(-1, (PARTS, CODES))
+        values_OGPC = q.levels.values.view(*q.scale_OG.shape, PARTS, CODES)
         ratios_OGP = values_OGPC[..., 1] - values_OGPC[..., 0]  # exact, as are the quotients
         zeros_OGP = -values_OGPC[..., 0] / ratios_OGP
         stored = (ratios_OGP[..., 0], ratios_OGP[..., 2], *zeros_OGP.unbind(-1))
