@@ -202,7 +202,7 @@ def test_where_split_has_no_meaning_is_one_line(name: str, tmp_path: Path) -> No
     seq = tiny_artifact(tmp_path / "seq", num_hidden_layers=1)
     with pytest.raises(UPQError, match=r"split=3 writes grid splitquant, and .* is on seq"):
         export(seq, name, tmp_path / "out", options={"split": 3})
-    with pytest.raises(UPQError, match="split: input should be 3"):
+    with pytest.raises(UPQError, match="split: input should be greater than or equal to 3"):
         export(seq, name, tmp_path / "out", options={"split": 2})
     splitquant = tiny_artifact(tmp_path / "a", scheme=QuantScheme(bits=6, grid="splitquant"), num_hidden_layers=1)
     with pytest.raises(UPQError, match="cannot hold grid splitquant"):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from upq import kernels
@@ -25,7 +25,7 @@ CARRIER = f"{PARTS} u4"
 
 class SplitOptions(Options):
     # 3: a linear becomes three, for engines that know one scale a tensor. Of grid `splitquant` alone.
-    split: Literal[3] | None = None
+    split: int | None = Field(None, ge=PARTS, le=PARTS)
 
 
 @dataclass(frozen=True, slots=True)
