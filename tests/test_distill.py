@@ -227,6 +227,16 @@ def test_training_lowers_the_loss(tmp_path):
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_training_lowers_the_loss_with_backward_products_in_nvfp4_too(tmp_path):
+    teacher, losses = make_teacher(), {}
+    for backward in (None, "nvfp4"):
+        config = make_config(micro_batch_size=3, backward=backward)
+        losses[backward] = train(make(teacher), teacher, config, tmp_path / f"{backward}.safetensors", steps=30)
+    assert losses["nvfp4"][0] == losses[None][0]
+    assert losses["nvfp4"][1:] != losses[None][1:]
+    assert sum(losses["nvfp4"][-5:]) < 0.9 * sum(losses["nvfp4"][:5])
+
+
 def test_micro_batches_make_no_difference(tmp_path):
     teacher = make_teacher()
     runs = [
@@ -237,10 +247,12 @@ def test_micro_batches_make_no_difference(tmp_path):
         assert other == pytest.approx(runs[0], rel=1e-4)
 
 
-def test_resumed_training_is_bit_identical(tmp_path, device):
+@pytest.mark.parametrize("backward", [None, "nvfp4"])
+def test_resumed_training_is_bit_identical(tmp_path, device, backward):
     """Stopped after the first checkpoint by an error in the data, then gone on with a new student."""
 
-    teacher, config = make_teacher().to(device), make_config(train_norms=True, precision="fp32")
+    teacher = make_teacher().to(device)
+    config = make_config(train_norms=True, precision="fp32", backward=backward)
     whole = make(teacher, train_norms=True)
     train(whole, teacher, config, tmp_path / "whole.safetensors")
     with pytest.raises(KeyboardInterrupt):

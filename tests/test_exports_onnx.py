@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'upq[export]'")
-pytest.importorskip("onnx", reason="onnx is not installed: pip install 'upq[export]'")
+onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'upq[export]'")
 
 import upq  # noqa: E402
 from tiny import FAMILIES, tiny_artifact  # noqa: E402
+from upq.core.errors import UPQError  # noqa: E402
 from upq.core.scheme import QuantScheme  # noqa: E402
-from upq.exports import export  # noqa: E402
+from upq.exports import Source, export  # noqa: E402
+from upq.exports import _split as split  # noqa: E402
+from upq.kernels import unpack  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("reference")
 
@@ -33,6 +36,8 @@ class Session:
     def __init__(self, folder: Path) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
+        # At its usual level ONNX Runtime makes MatMulNBits with 8-bit activations of what `split` writes.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         self.session = onnxruntime.InferenceSession(
             str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
         )
@@ -166,3 +171,43 @@ def test_it_generates_in_onnxruntime_genai(tmp_path: Path) -> None:
     generate: Any = packed.generate
     wanted = generate(IDS[:1, :10], attention_mask=torch.ones(1, 10), max_new_tokens=14, do_sample=False)[0]
     assert list(generator.get_sequence(0))[: len(wanted)] == wanted.tolist()
+
+
+def test_splitquant_is_three_linears_with_one_scale_each(tmp_path: Path) -> None:
+    artifact = tiny_artifact(tmp_path / "artifact", scheme=QuantScheme(bits=6, grid="splitquant"), num_hidden_layers=1)
+    report = export(artifact, "onnx", tmp_path / "out", options={"split": 3})
+    assert report.exact
+    assert "3 u4" in str(report.carriers)
+    nodes = onnx.load(str(tmp_path / "out" / "model.onnx"), load_external_data=False).graph.node
+    assert {node.domain for node in nodes} == {""}  # standard operators alone
+    assert sum(node.op_type == "DequantizeLinear" for node in nodes) == 3 * 7
+    torch.testing.assert_close(Session(tmp_path / "out")(IDS), upq.load(artifact)(IDS).logits, **CLOSE)
+
+
+def test_the_three_parts_are_disjoint_and_their_sum_is_the_weight(tmp_path: Path) -> None:
+    artifact = tiny_artifact(tmp_path / "artifact", scheme=QuantScheme(bits=6, grid="splitquant"), num_hidden_layers=1)
+    source = Source.open(artifact)
+    for weight in (source.weights[name] for name in source.linears):
+        dense = []
+        for part in split.parts(weight):
+            codes_OI = torch.cat([unpack(packed, 4, weight.shape[1]) for packed in part.packed()])
+            dense.append((codes_OI.float() - part.zero) * part.scale)
+        assert torch.equal(dense[0] + dense[1] + dense[2], weight.dequantize())
+        assert sum((part != 0).int() for part in dense).max() == 1
+        assert all((part != 0).any() for part in dense)
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_where_split_has_no_meaning_is_one_line(name: str, tmp_path: Path) -> None:
+    seq = tiny_artifact(tmp_path / "seq", num_hidden_layers=1)
+    with pytest.raises(UPQError, match=r"split=3 writes grid splitquant, and .* is on seq"):
+        export(seq, name, tmp_path / "out", options={"split": 3})
+    with pytest.raises(UPQError, match="split: input should be greater than or equal to 3"):
+        export(seq, name, tmp_path / "out", options={"split": 2})
+    splitquant = tiny_artifact(tmp_path / "a", scheme=QuantScheme(bits=6, grid="splitquant"), num_hidden_layers=1)
+    with pytest.raises(UPQError, match="cannot hold grid splitquant"):
+        export(splitquant, name, tmp_path / "out")
+    if name == "onnx":
+        with pytest.raises(UPQError, match="split=3 has no MatMulNBits"):
+            export(splitquant, name, tmp_path / "out", options={"split": 3, "activations": "int8"})
+    assert not (tmp_path / "out").exists()

@@ -117,3 +117,9 @@ def test_it_generates_in_openvino_genai(tmp_path: Path) -> None:
         IDS[:1, :10], attention_mask=torch.from_numpy(mask), max_new_tokens=12, min_new_tokens=12, do_sample=False
     )
     assert list(found) == wanted[0, 10:].tolist()
+
+
+def test_splitquant_is_three_linears_with_one_scale_each(tmp_path: Path) -> None:
+    artifact = tiny_artifact(tmp_path / "artifact", scheme=QuantScheme(bits=6, grid="splitquant"), num_hidden_layers=1)
+    assert export(artifact, "openvino", tmp_path / "out", options={"split": 3}).exact
+    torch.testing.assert_close(Session(tmp_path / "out")(IDS), upq.load(artifact)(IDS).logits, **CLOSE)

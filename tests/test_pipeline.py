@@ -249,6 +249,7 @@ def test_a_directory_of_something_else_is_left_alone(model, text, tmp_path):
     [
         (["data.seq_len=4096"], r"data\.seq_len=4096 is more than the model's 128"),
         (["int2.group_size=24"], r"in_features 32 is not a multiple of group_size 24; try group_size=8"),
+        (["distill.backward=nvfp4"], r"backward=nvfp4 rounds whole blocks of 16, and mlp.gate_proj has 44 outputs"),
         (["int4.group_size=32"], r"in_features 44 is not a multiple of group_size 32"),
         (["distill.tokens=16"], r"distill\.tokens=16 is less than one step of 128 tokens"),
         (["distill.loss.name=hinge"], r"unknown loss 'hinge': choose one of cakld, ce"),

@@ -1,4 +1,4 @@
-"""FP6, R2Q, DGQ and RaZeR against their papers' formulas, and against what others have computed of them."""
+"""FP6, R2Q, DGQ, RaZeR and SplitQuantV2 against their papers' formulas, and what others have computed of them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from upq.core.scheme import QTensor, QuantScheme, to_groups
 from upq.grids import GRIDS, Params, search_scale
 from upq.grids.r2q import greedy
 from upq.grids.razer import SPECIALS
+from upq.grids.splitquant import _boundaries
 from upq.nn.packed import PackedLinear
 
 
@@ -147,3 +148,76 @@ class TestRazer:
             found = to_groups(q.dequantize(), q.scheme) / q.scales()[..., None]
             assert there.any()
             assert (found[there] == special).all()
+
+
+class TestSplitQuant:
+    """A matrix as three, each with one scale: what the levels of each are, and what they buy."""
+
+    def test_errors_on_gaussian_weights(self) -> None:
+        """As published, a weight takes the levels of its own cluster alone; one scale a tensor has eight times that."""
+        w_OI, scheme = gaussian(64), fitting("splitquant")
+        params = GRIDS.get("splitquant").init(w_OI, scheme)
+        assert error(w_OI, params, scheme) == pytest.approx(0.00396, rel=0.01)
+        published = sum(((part - w).square().sum().item()) for part, w in published_parts(w_OI, scheme))
+        assert published / w_OI.square().sum().item() == pytest.approx(0.00435, rel=0.01)
+        step = w_OI.abs().max() / 7.5
+        plain = (w_OI / step).round().clamp(-8, 7) * step
+        assert ((plain - w_OI).square().sum() / w_OI.square().sum()).item() == pytest.approx(0.0321, rel=0.01)
+
+    @pytest.mark.parametrize("power", [1, 3])
+    def test_three_scales_are_better_than_one(self, power: int) -> None:
+        w_OI, scheme = gaussian(16, 512) ** power, fitting("splitquant")
+        one = QuantScheme(bits=4, grid="affine")
+        line, plain = w_OI.view(1, -1), GRIDS.get("affine")
+        split = error(w_OI, search_scale(w_OI, scheme), scheme)
+        assert split < error(line, plain.init(line, one), one) / 4
+
+    @pytest.mark.parametrize("power", [1, 3])
+    def test_the_boundaries_are_those_of_k_means(self, power: int) -> None:
+        """Lloyd on the numbers themselves stays where the histogram's has ended, but for the width of a bin."""
+        w = (gaussian(16, 512) ** power).flatten().double()
+        first, second = _boundaries(w[None], w.min().item(), w.max().item())
+        parts = torch.bucketize(w, torch.tensor([first, second], dtype=torch.float64))
+        centres = torch.stack([w[parts == part].mean() for part in range(3)])
+        bins = (w.max() - w.min()).item() / 4096
+        assert ((centres[1:] + centres[:-1]) / 2).tolist() == pytest.approx([first, second], abs=2 * bins)
+
+    def test_every_row_has_the_same_levels_each_part_has_a_zero(self) -> None:
+        q = frozen(gaussian(16, 512), fitting("splitquant"))
+        assert isinstance(q.levels, Table)
+        levels_OPC = (q.levels.values[:, 0] * q.scales()).unflatten(-1, (3, 16))
+        assert (levels_OPC == levels_OPC[:1]).all()
+        assert (levels_OPC == 0).any(-1).all()
+        steps_OPC = levels_OPC.double().diff()
+        assert torch.equal(steps_OPC, steps_OPC[..., :1].expand_as(steps_OPC))  # evenly spaced, not a bit off
+        back = PackedLinear.from_qtensor(q).qtensor()
+        assert torch.equal(back.dequantize(), q.dequantize())
+
+    @pytest.mark.parametrize("kind", ["one value", "no weight", "positive", "an outlier", "two values"])
+    def test_clusters_may_be_empty(self, kind: str) -> None:
+        w_OI, scheme = gaussian(8, 64), fitting("splitquant")
+        w_OI = {
+            "one value": torch.full_like(w_OI, 0.3),
+            "no weight": torch.zeros_like(w_OI),
+            "positive": w_OI.abs() + 1,
+            "an outlier": torch.where(w_OI == w_OI.max(), 1e4, w_OI),
+            "two values": w_OI.sign() * 0.2,
+        }[kind]
+        q = frozen(w_OI, scheme)
+        w_N, q_N = w_OI.flatten(), q.dequantize().flatten()
+        assert q_N.isfinite().all()
+        span = max(w_N.max().item(), 0) - min(w_N.min().item(), 0)
+        assert (q_N - w_N).abs().max() <= 0.51 * span / 15 + 1e-6  # no worse than sixteen levels
+
+
+def published_parts(w_OI: Tensor, scheme: QuantScheme) -> list[tuple[Tensor, Tensor]]:
+    """Each cluster's weights, and what its own sixteen levels make of them."""
+    q = frozen(w_OI, scheme)
+    assert isinstance(q.levels, Table)
+    levels = (q.levels.values[0, 0] * q.scales()[0]).view(3, 16)
+    w = w_OI.flatten()
+    found, bounds = [], torch.tensor(_boundaries(w_OI, w.min().item(), w.max().item()))
+    for part in range(3):
+        own = w[torch.bucketize(w, bounds) == part]
+        found.append((levels[part][(own[:, None] - levels[part]).abs().argmin(-1)], own))
+    return found

@@ -32,6 +32,8 @@ class TrainingSettings(Strict):
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments in float32, or in 8 bits (torchao)
     gradient_checkpointing: bool = free(False)  # keep the blocks' inputs for the backward pass and run each block again
     precision: Precision = "auto"  # of the products; what is learned is float32
+    # nvfp4: the linears' products of the backward pass on rounded operands, without bias (upq.nn.ms_eden). Emulated.
+    backward: Literal["nvfp4"] | None = neutral(None)
     chunk_tokens: int = Field(1024, ge=1)  # tokens whose fp32 logits exist at one time
     checkpoint_every: int = Field(50, ge=1)  # optimiser steps
     skip_bad_steps: int = free(0, ge=0)  # as many whose loss or gradient is not finite are left out; one more stops

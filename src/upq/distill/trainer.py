@@ -40,6 +40,7 @@ from upq.losses import LOSSES, Loss
 from upq.model.head import Head
 from upq.model.layout import layout_of
 from upq.nn.fake_quant import FakeQuantLinear, rms
+from upq.nn.ms_eden import Backward, Draws
 from upq.nn.trained import full_tensor
 
 
@@ -174,6 +175,10 @@ class Training:
             for layer in trained_linears(student).values():
                 if ZERO in layer.grid_params:
                     layer.grid_params[ZERO].requires_grad_(False)
+        self._draws = Draws()
+        if config.backward == "nvfp4":
+            for place, layer in enumerate(trained_linears(student).values()):
+                layer.backward = Backward(self._draws, place << 16)
         objective = Objective(student, taught, loss, chunk=config.chunk_tokens, hidden=config.hidden)
         self._loss_of: Callable[[int], Loss] = lambda step: (loss_of(step) if loss_of else None) or loss
         self._own = objective
@@ -208,6 +213,7 @@ class Training:
         for i, (tokens, mask, *rows) in enumerate(mine):
             cached = [] if self._cache is None else [self._cache.read(rows[0].tolist()).to(accelerator.device)]
             last = i == len(mine) - 1
+            self._draws.begin(step, i, rank)
             # Gradients are averaged over processes, so each is scaled up: the sum is over the whole global batch.
             # Shards have nothing to put off: their gradients are summed up where they lie.
             with nullcontext() if last else accelerator.no_sync(self.objective):

@@ -7,6 +7,9 @@ zero points, so z is 2^(b-1); a matrix of rank one (one column a group) makes up
 
 Both terms are exact in float32, and without float zero points ONNX Runtime has a fast 2-bit kernel (int8 activations,
 blocks of at most 128). `activations: float` has float zero points instead, and arithmetic in float32 throughout.
+
+`split: 3` writes grid `splitquant` with standard operators alone, for compilers that know one scale a tensor: a linear
+is three DequantizeLinear of 4-bit codes, three MatMul, two Add.
 """
 
 from __future__ import annotations
@@ -22,12 +25,14 @@ import torch
 from torch import Tensor
 
 from upq import kernels
+from upq.core.errors import UPQError
 from upq.core.progress import Progress
-from upq.core.scheme import PER_CHANNEL
+from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.exports import _decoder as decoder
-from upq.exports._base import EXPORTS, Options, Placement, Plan, Rows
+from upq.exports import _split as split
+from upq.exports._base import EXPORTS, Placement, Plan, Rows
 from upq.exports._directory import DirectoryExporter
-from upq.exports._source import Source, Weight
+from upq.exports._source import Source, Weight, plain
 from upq.exports.dense import place
 from upq.files.tensors import TensorPlan
 from upq.grids import GRIDS
@@ -40,7 +45,7 @@ _DATA = "model.onnx.data"
 _CACHES = (("past", "past_key_values"), ("present", "present"))
 
 
-class OnnxOptions(Options):
+class OnnxOptions(split.SplitOptions):
     # int8: MatMulNBits rounds the inputs of the linears to 8 bits, which makes it ten times as fast; logits then differ
     # as they do in llama.cpp.
     activations: Literal["float", "int8"] = "float"
@@ -54,8 +59,15 @@ class Onnx(DirectoryExporter):
     checked = "ONNX Runtime's MatMulNBits on unit vectors, each block of the stored bytes"
     options: OnnxOptions
 
+    def holds(self, scheme: QuantScheme) -> bool:
+        return plain(scheme) or (self.options.split is not None and split.splits(scheme))
+
     def plan(self, source: Source) -> Plan:
         decoder.check(source)
+        if self.options.split is not None:
+            split.check(source)
+            if self._int8:
+                raise UPQError("export onnx: split=3 has no MatMulNBits, which activations=int8 is of; leave one out")
         placements = tuple(self._place(source, weight) for weight in source.weights.values())
         dense = [p.weight.name for p in placements if p.weight.name in source.linears and p.carrier == "float32"]
         more = f" and {len(dense) - 1} more" if len(dense) > 1 else ""
@@ -85,6 +97,9 @@ class Onnx(DirectoryExporter):
         graph = onnx.load(str(out / "model.onnx"), load_external_data=False).graph
         stored = {tensor.name: tensor for tensor in graph.initializer if tensor.external_data}
         for p in plan.placements:
+            if p.carrier == split.CARRIER:
+                yield p.weight.name, partial(_split_rows, out, stored, split.parts(p.weight))
+                continue
             layout = _layout(source, p.weight, self._int8)
             read = partial(_dense_rows, out) if layout is None else partial(_packed_rows, out, layout)
             yield p.weight.name, partial(read, stored, p.weight)
@@ -94,6 +109,13 @@ class Onnx(DirectoryExporter):
         return self.options.activations == "int8"
 
     def _place(self, source: Source, weight: Weight) -> Placement:
+        if source.packs(weight) and split.splits(weight.scheme):
+            shape = (weight.shape[0], weight.shape[1] // 2)
+            tensors = tuple(
+                TensorPlan(name=_part_name(part), dtype=torch.uint8, shape=shape, parts=part.packed)
+                for part in split.parts(weight)
+            )
+            return Placement(weight=weight, carrier=split.CARRIER, bytes=split.bytes_of(weight), tensors=tensors)
         layout = _layout(source, weight, self._int8)
         if layout is None:
             return place(weight, decoder.dense_dtype(weight))
@@ -187,6 +209,10 @@ def _stored(weight: Weight, layout: _Layout, int8: bool) -> list[TensorPlan]:
     ]
 
 
+def _part_name(part: split.Part) -> str:
+    return f"{part.weight.name}_part_{part.index}"
+
+
 # --- the graph
 
 
@@ -204,7 +230,7 @@ class _OnnxGraph:
         self.constants: dict[str, str] = {}
         for p in plan.placements:
             for tensor in p.tensors:
-                self._store(tensor)
+                self._store(tensor, nibbles=p.carrier == split.CARRIER)
 
     def model(self) -> onnx.ModelProto:
         from onnx import TensorProto
@@ -250,6 +276,9 @@ class _OnnxGraph:
 
     def linear(self, x: str, name: str) -> str:
         weight = self.source.weights[name]
+        if self.source.packs(weight) and split.splits(weight.scheme):
+            each = [self._node("MatMul", x, self._dequantized(part)) for part in split.parts(weight)]
+            return self.add(self.add(*each[:2]), each[2])
         layout = _layout(self.source, weight, self.int8)
         if layout is None:
             return self._node("MatMul", x, self._node("Transpose", self.to_float(name), perm=(1, 0)))
@@ -340,10 +369,22 @@ class _OnnxGraph:
         self.nodes.append(self.helper.make_node("Identity", [value], [described.name], name=described.name))
         return described
 
-    def _store(self, tensor: TensorPlan) -> None:
+    def _dequantized(self, part: split.Part) -> str:
+        """(I, O) in float32, of one part of a weight that is split."""
         from onnx import TensorProto
 
-        proto = TensorProto(name=tensor.name, data_type=_kinds()[tensor.dtype], dims=tensor.shape)
+        zero = f"{_part_name(part)}_zero"
+        self.initializers.append(self.helper.make_tensor(zero, TensorProto.UINT4, [], [part.zero]))
+        given = (_part_name(part), self.constant(torch.tensor(part.scale)), zero)
+        return self.transpose(self._node("DequantizeLinear", *given), (1, 0))
+
+    def _store(self, tensor: TensorPlan, *, nibbles: bool) -> None:
+        from onnx import TensorProto
+
+        kind, shape = _kinds()[tensor.dtype], tensor.shape
+        if nibbles:  # two codes a byte
+            kind, shape = TensorProto.UINT4, (*shape[:-1], 2 * shape[-1])
+        proto = TensorProto(name=tensor.name, data_type=kind, dims=shape)
         proto.data_location = TensorProto.EXTERNAL
         for key, value in (("location", _DATA), ("offset", self.offset), ("length", tensor.bytes)):
             proto.external_data.add(key=key, value=str(value))
@@ -422,6 +463,27 @@ def _dense_rows(out: Path, stored: dict[str, Any], weight: Weight, start: int, s
     width = weight.numel // weight.shape[0]
     flat = _numbers(out, stored[weight.name], start * width, stop * width)
     return flat.float().view(stop - start, *weight.shape[1:])
+
+
+def _split_rows(out: Path, stored: dict[str, Any], parts: Sequence[split.Part], start: int, stop: int) -> Tensor:
+    """The sum of ONNX Runtime's own DequantizeLinear of the three."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    columns = parts[0].weight.shape[1]
+    nodes, values = [], []
+    for i, part in enumerate(parts):
+        codes = _bytes(out, stored[_part_name(part)], start * columns // 2, stop * columns // 2)
+        values.append(helper.make_tensor(f"q{i}", TensorProto.UINT4, [stop - start, columns], codes, raw=True))
+        values.append(numpy_helper.from_array(torch.tensor(part.scale).numpy(), f"s{i}"))
+        values.append(helper.make_tensor(f"z{i}", TensorProto.UINT4, [], [part.zero]))
+        nodes.append(helper.make_node("DequantizeLinear", [f"q{i}", f"s{i}", f"z{i}"], [f"w{i}"]))
+    nodes.append(helper.make_node("Sum", [f"w{i}" for i in range(len(parts))], ["w"]))
+    made = helper.make_tensor_value_info("w", TensorProto.FLOAT, [stop - start, columns])
+    graph = helper.make_graph(nodes, "rows", [], [made], values)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {})[0])
 
 
 def _packed_rows(out: Path, layout: _Layout, stored: dict[str, Any], weight: Weight, start: int, stop: int) -> Tensor:

@@ -1,7 +1,8 @@
 """OpenVINO: a stateful causal model whose quantised linears are u2 (or u4, u8) constants, as openvino-genai runs them.
 
 A packed weight is Convert(u2) - zero, times scale, all in float32: exact by the graph's own meaning. The CPU plug-in
-keeps the constant packed and multiplies with it directly.
+keeps the constant packed and multiplies with it directly. `split: 3` writes a linear of grid `splitquant` as three,
+each a u4 constant with one scale and one zero point.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from upq import kernels
 from upq.core.progress import Progress
 from upq.core.scheme import QuantScheme
 from upq.exports import _decoder as decoder
+from upq.exports import _split as split
 from upq.exports._base import EXPORTS, Placement, Plan, Rows
 from upq.exports._directory import DirectoryExporter
-from upq.exports._source import Source, Weight
+from upq.exports._source import Source, Weight, plain
 from upq.exports.dense import place
 from upq.grids import GRIDS
 
@@ -38,11 +40,19 @@ class OpenVino(DirectoryExporter):
     The packed weights are in memory together while the file is written: OpenVINO's own writer wants the whole graph.
     """
 
+    Config = split.SplitOptions
     packages = ("openvino",)
     checked = "OpenVINO's CPU plug-in, which computes each weight from its constants"
 
+    options: split.SplitOptions
+
+    def holds(self, scheme: QuantScheme) -> bool:
+        return plain(scheme) or (self.options.split is not None and split.splits(scheme))
+
     def plan(self, source: Source) -> Plan:
         decoder.check(source)
+        if self.options.split is not None:
+            split.check(source)
         return Plan(placements=tuple(_place(source, weight) for weight in source.weights.values()))
 
     def save(self, source: Source, plan: Plan, out: Path, progress: Progress) -> None:
@@ -60,15 +70,20 @@ class OpenVino(DirectoryExporter):
         core = openvino.Core()
         model = core.read_model(out / _FILE)  # held: its constants point into the mapped file
         nodes = {node.get_friendly_name(): node for node in model.get_ordered_ops()}
+
+        def computed(name: str) -> Tensor:
+            part = openvino.Model([nodes[name].output(0)], [], "weight")
+            exact = {"INFERENCE_PRECISION_HINT": "f32"}
+            return torch.from_numpy(core.compile_model(part, "CPU", exact)([])[0].copy())
+
         for p in plan.placements:
-            node = nodes[p.weight.name]
-            if source.packs(p.weight):
-                part = openvino.Model([node.output(0)], [], "weight")
-                exact = {"INFERENCE_PRECISION_HINT": "f32"}
-                weight = torch.from_numpy(core.compile_model(part, "CPU", exact)([])[0].copy())
-                yield p.weight.name, partial(_part, weight)
+            if p.carrier == split.CARRIER:
+                each = [computed(_part_name(part)) for part in split.parts(p.weight)]
+                yield p.weight.name, partial(_part, each[0] + each[1] + each[2])
+            elif source.packs(p.weight):
+                yield p.weight.name, partial(_part, computed(p.weight.name))
             else:
-                yield p.weight.name, partial(_constant_rows, node, p.weight)
+                yield p.weight.name, partial(_constant_rows, nodes[p.weight.name], p.weight)
 
 
 def _place(source: Source, weight: Weight) -> Placement:
@@ -76,6 +91,8 @@ def _place(source: Source, weight: Weight) -> Placement:
         return place(weight, decoder.dense_dtype(weight))
     scheme = weight.scheme
     assert scheme is not None
+    if split.splits(scheme):
+        return Placement(weight=weight, carrier=split.CARRIER, bytes=split.bytes_of(weight))
     bits, groups = decoder.code_bits(scheme), weight.shape[0] * scheme.groups(weight.shape[1])
     zeros = groups if GRIDS.get(scheme.grid).zero(scheme) is None else 1
     size = -(-weight.numel * bits // 8) + groups * _scale_dtype(scheme).itemsize + 2 * zeros
@@ -85,6 +102,10 @@ def _place(source: Source, weight: Weight) -> Placement:
 def _scale_dtype(scheme: QuantScheme) -> torch.dtype:
     """float16, or float32 where that does not hold the scales."""
     return torch.float16 if scheme.scale_torch_dtype == torch.float16 else torch.float32
+
+
+def _part_name(part: split.Part) -> str:
+    return f"{part.weight.name}.{part.index}"
 
 
 def _part(weight: Tensor, start: int, stop: int) -> Tensor:
@@ -183,6 +204,10 @@ class _OvGraph:
         return self.to_float(self.op.gather(self._dense(name), ids_NT, np.array(0)))
 
     def linear(self, x: Any, name: str) -> Any:
+        if self.source.packs(self.source.weights[name]) and split.splits(self.source.weights[name].scheme):
+            parts = split.parts(self.source.weights[name])
+            each = [self.op.matmul(x, self._part(part), False, True) for part in parts]
+            return self.add(self.add(each[0], each[1]), each[2])
         packed = self.source.packs(self.source.weights[name])
         weight = self._packed(name) if packed else self.to_float(self._dense(name))
         return self.op.matmul(x, weight, False, True)
@@ -296,6 +321,17 @@ class _OvGraph:
         exact = op.multiply(op.subtract(self.to_float(codes), zeros), scales)
         dense = exact if groups == 1 else op.reshape(exact, np.array([rows, columns], np.int64), False)
         return self._named(dense, name)
+
+    def _part(self, part: split.Part) -> Any:
+        """(Convert(codes) - zero)·scale, (O, I), of one part of a weight that is split."""
+        import numpy as np
+        import openvino
+
+        packed = torch.cat([codes.flatten() for codes in part.packed()]).numpy()
+        self.buffers.append(packed)
+        codes = openvino.op.Constant(openvino.Tensor(packed, list(part.weight.shape), openvino.Type.u4))
+        shifted = self.op.subtract(self.to_float(codes), self.op.constant(np.float32(part.zero)))
+        return self._named(self.op.multiply(shifted, self.op.constant(np.float32(part.scale))), _part_name(part))
 
     def _named(self, node: Any, name: str) -> Any:
         node.set_friendly_name(name)

@@ -34,7 +34,8 @@ class TrainedExperts(PerExpert, nn.Module):
         outputs = self.layer.shape[0] // self.experts
         rows = slice(expert * outputs, (expert + 1) * outputs)
         learned = {name: parts[expert] for name, parts in self._parts().items()}
-        return product(x, None, partial(self.layer._weight, rows=rows), learned)
+        backward = None if self.layer.backward is None else self.layer.backward.at(expert)
+        return product(x, None, partial(self.layer._weight, rows=rows), learned, backward)
 
     def _parts(self) -> dict[str, tuple[Tensor, ...]]:
         """What learns, cut by expert. Once for all experts of a pass: a slice each would have a gradient as tall as

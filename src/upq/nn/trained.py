@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from upq.core.scheme import QTensor, QuantScheme
 from upq.grids import GRIDS, Params
+from upq.nn.ms_eden import Backward
 
 if TYPE_CHECKING:
     from upq.nn.fixed_codes import Start
@@ -35,6 +36,7 @@ class TrainedLinear(nn.Module):
         own = {k: nn.Parameter(owned(v, device), requires_grad=k not in fixed) for k, v in params.items()}
         self.grid_params = nn.ParameterDict(own)
         self.register_buffer("bias", None if bias_O is None else bias_O.detach())
+        self.backward: Backward | None = None  # how the products of the backward pass are rounded; None: not at all
 
     @property
     @abstractmethod
@@ -71,7 +73,7 @@ class TrainedLinear(nn.Module):
         return self._weight(self._learned())
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.bias, self._weight, self._learned())
+        return product(x, self.bias, self._weight, self._learned(), self.backward)
 
     def _whole_params(self) -> Params:
         return {key: full_tensor(value.detach()) for key, value in self.grid_params.items()}
@@ -81,7 +83,9 @@ class TrainedLinear(nn.Module):
         return f"in_features={i}, out_features={o}, bias={self.bias is not None}, {self.scheme}"
 
 
-def product(x: Tensor, bias_O: Tensor | None, weight: Weight, learned: dict[str, Tensor]) -> Tensor:
+def product(
+    x: Tensor, bias_O: Tensor | None, weight: Weight, learned: dict[str, Tensor], backward: Backward | None = None
+) -> Tensor:
     """`x · Ŵᵀ + b` with `Ŵ = weight(learned)`, keeping x and what learns; Ŵ is computed again in the backward pass.
 
     Law (tests/test_fake_quant.py): outputs and gradients are those of the plain form, bit for bit.
@@ -90,28 +94,34 @@ def product(x: Tensor, bias_O: Tensor | None, weight: Weight, learned: dict[str,
     again took 3 to 7 % of a training step of 1,024 tokens on a CPU (hidden 256: 740 ms for 717; hidden 1,024: 2.32 s
     for 2.16), and less the more tokens a step has. At the sizes that matter the memory decides, so there is no choice.
     """
-    y: Tensor = _Product.apply(x, bias_O, weight, tuple(learned), *learned.values())  # type: ignore[no-untyped-call]
+    y: Tensor = _Product.apply(x, bias_O, weight, backward, tuple(learned), *learned.values())  # type: ignore[no-untyped-call]
     return y
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias_O: Tensor | None, weight: Weight, names: tuple[str, ...], *learned: Tensor
+        ctx: Any,
+        x: Tensor,
+        bias_O: Tensor | None,
+        weight: Weight,
+        backward: Backward | None,
+        names: tuple[str, ...],
+        *learned: Tensor,
     ) -> Tensor:
         weight_OI = weight(dict(zip(names, learned, strict=True)))
         # Of a transposed x, torch chooses another product where no gradient is asked for, with other last bits.
         y = F.linear(x.contiguous(), weight_OI.to(x.dtype), bias_O)
         # x as it came, not as autocast saw it: one tensor for all linears that read it.
         ctx.save_for_backward(x, *learned)
-        ctx.weight, ctx.names = weight, names
+        ctx.weight, ctx.backward_products, ctx.names = weight, backward, names
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *learned = ctx.saved_tensors
-        needs = ctx.needs_input_grad[4:]
+        needs, rounded = ctx.needs_input_grad[5:], ctx.backward_products
         leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(learned, needs, strict=True)]
         with torch.enable_grad():
             weight_OI = ctx.weight(dict(zip(ctx.names, leaves, strict=True)))
@@ -120,15 +130,18 @@ class _Product(torch.autograd.Function):
         grad_TO = grad.reshape(-1, grad.shape[-1])
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_TO @ weight_OI.detach()).view(x.shape).to(x.dtype)
+            plain_OI = weight_OI.detach()
+            grad_TI = grad_TO @ plain_OI if rounded is None else rounded.of_input(grad_TO, plain_OI)
+            grad_x = grad_TI.view(x.shape).to(x.dtype)
         grads: list[Tensor | None] = [None] * len(leaves)
         if any(needs):
-            grad_OI = grad_TO.t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
+            x_TI = x.reshape(-1, x.shape[-1]).to(grad.dtype)
+            grad_OI = grad_TO.t() @ x_TI if rounded is None else rounded.of_weight(grad_TO, x_TI)
             learning = [i for i, need in enumerate(needs) if need]
             found = torch.autograd.grad(weight_OI, [leaves[i] for i in learning], grad_OI)
             for i, value in zip(learning, found, strict=True):
                 grads[i] = value
-        return grad_x, None, None, None, *grads
+        return grad_x, None, None, None, None, *grads
 
 
 def owned(tensor: Tensor, device: torch.device) -> Tensor:

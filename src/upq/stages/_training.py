@@ -24,6 +24,8 @@ from upq.grids import GRIDS
 from upq.losses import LOSSES
 from upq.model.layout import block_list, layout_of
 from upq.model.loading import check_finite, load_model
+from upq.model.source import Source
+from upq.nn.ms_eden import BLOCK
 from upq.nn.trained import full_tensor
 from upq.stages._base import Job, ModelState, Stage
 from upq.stages._sizes import Saving
@@ -48,12 +50,19 @@ class TrainingStage(TrainingSettings, Stage):
     def learns(self, scheme: QuantScheme) -> bool:
         return self.train_weights or self.train_norms or GRIDS.get(scheme.grid).scales_learn
 
-    def check_training(self, name: str) -> None:
+    def check_training(self, name: str, model: Source) -> None:
         """Faults that every training may have. Raises UPQError."""
         teacher.check(self)
         optimizer.check(self)
         loss = LOSSES.get(self.loss.name)
         self.loss.options(loss.Config, f"{name}.loss {self.loss.name}")
+        if self.backward is not None:
+            for matrix in (matrix for index in range(len(model)) for matrix in model.matrices(index)):
+                if matrix.outputs % BLOCK:
+                    raise UPQError(
+                        f"{name}.backward=nvfp4 rounds whole blocks of {BLOCK}, and {matrix.name} has {matrix.outputs}"
+                        f" outputs; leave {name}.backward out"
+                    )
 
     @property
     def passes(self) -> float:

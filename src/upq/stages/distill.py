@@ -25,7 +25,7 @@ class Distill(Settings, TrainingStage):
         return not self.tokens or super().learns(scheme)
 
     def check(self, name: str, model: Source, data: Data) -> None:
-        self.check_training(name)
+        self.check_training(name, model)
         if self.tokens > 0 and steps(self, data.seq_len) == 0:
             step = self.batch_size * data.seq_len
             raise UPQError(f"{name}.tokens={self.tokens} is less than one step of {step} tokens")

@@ -40,7 +40,7 @@ class OnPolicy(TrainingStage):
     off_policy_loss: Plugin = Plugin(name="fkl")  # of those steps
 
     def check(self, name: str, model: Source, data: Data) -> None:
-        self.check_training(name)
+        self.check_training(name, model)
         self._off_policy_loss(name)
         if self.teacher == "cached":
             raise UPQError(
