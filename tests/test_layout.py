@@ -36,7 +36,7 @@ def default_model(kind: str) -> PreTrainedModel | None:
     return model
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_type_has_a_layout_and_every_matrix_a_verdict() -> None:
     """Each linear and each tensor of experts in a block is quantised, or left out for a reason that has a name."""
     built = 0

@@ -73,7 +73,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return dist
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_wheel_has_what_it_needs_and_no_sources(built: Path) -> None:
     (wheel,) = built.glob("upq-*.whl")
     names = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name and not name.endswith("/")}
@@ -90,7 +90,7 @@ def test_a_wheel_has_what_it_needs_and_no_sources(built: Path) -> None:
     assert "upq/world/reference/model.safetensors" in names
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_source_distribution_compiles_elsewhere(built: Path) -> None:
     (source,) = built.glob("upq-*.tar.gz")
     with tarfile.open(source) as archive:

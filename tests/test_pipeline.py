@@ -275,7 +275,10 @@ def test_changed_data_is_refused_on_resume(model, text, tmp_path):
         quantize(model, recipe, out)
 
 
-@pytest.mark.parametrize(("weights", "train_weights"), [("replicated", True), ("sharded", True), ("replicated", False)])
+@pytest.mark.parametrize(
+    ("weights", "train_weights"),
+    [("replicated", True), ("sharded", True), pytest.param("replicated", False, marks=pytest.mark.nightly)],
+)
 def test_two_processes_share_the_work(model, text, finished, tmp_path, weights, train_weights):
     """Two processes make the artefact of one, up to the rounding of the summed gradients."""
     learns = f"distill.train_weights={train_weights}"

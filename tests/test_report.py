@@ -287,8 +287,17 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("kind", ["finished", "interrupted", "bare"])
+@pytest.mark.parametrize(
+    ("kind", "scheme"),
+    [
+        ("finished", "light"),
+        ("bare", "dark"),
+        *(
+            pytest.param(*each, marks=pytest.mark.nightly)
+            for each in (("finished", "dark"), ("bare", "light"), ("interrupted", "light"), ("interrupted", "dark"))
+        ),
+    ],
+)
 def test_a_browser_shows_it(
     browser: Any, pages: dict[str, tuple[Path, dict[str, Any]]], kind: str, scheme: str, tmp_path: Path
 ) -> None:

@@ -27,13 +27,14 @@ from transformers.generation.configuration_utils import GenerationMode
 from upq.decoding._parts import Unsuitable, parts
 from upq.decoding._session import Session
 from upq.kernels import compute
+from upq.model.cache import NAMES
 
 _log = logging.getLogger("upq")
 
 # Arguments of `generate` that ask for another loop, another model or another cache.
-_NOT_OURS = ("assistant_model", "cache_implementation", "custom_generate", "past_key_values", "position_ids")
+_NOT_OURS = ("assistant_model", "cache_implementation", "custom_generate", "position_ids", *NAMES)
 # What transformers hands to a decoding loop for one plain text.
-_PLAIN = {"attention_mask", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
+_PLAIN = {"attention_mask", "logits_to_keep", "position_ids", "use_cache", *NAMES}
 
 
 def attach(model: Any) -> None:

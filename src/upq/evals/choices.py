@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from upq.model.cache import cache_name
+
 _BRANCHING = (DynamicLayer, DynamicSlidingWindowLayer)  # keys and values of positions: each row can be had twice
 
 Scored = tuple[float, bool]  # sum of log-probabilities; whether each token is the likeliest
@@ -31,7 +33,8 @@ def score(
     """
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     read = model(input_ids=contexts_BT.to(model.device), use_cache=True, **last)
-    cache = read.past_key_values
+    name = cache_name(model.forward) or ""
+    cache = read.get(name)
     if not isinstance(cache, Cache) or any(type(layer) not in _BRANCHING for layer in cache.layers):
         return None
     rows = [(number, row) for number, group in enumerate(continuations) for row in group]
@@ -45,7 +48,7 @@ def score(
     likeliest_RC[:, 0] = first_RV.argmax(1) == tokens_RC[:, 0]
     if longest > 1:
         cache.batch_select_indices(context_R)
-        logits = model(input_ids=tokens_RC[:, :-1], past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=tokens_RC[:, :-1], **{name: cache}, use_cache=True).logits
         later = torch.tensor([[i < len(row) for i in range(1, longest)] for _, row in rows], device=model.device)
         token_N = tokens_RC[:, 1:][later]
         logp_NV = logits[later].float().log_softmax(-1)  # N = tokens that count, so not of padding

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from upq.core.scheme import QuantScheme
+from upq.model.cache import cache_name
 from upq.model.layout import block_list
 from upq.model.matrices import Matrix
 from upq.model.source import Source
@@ -297,10 +297,10 @@ def _run(model: PreTrainedModel, source: Source, at: int, tokens: int, bf16: boo
     for handle in handles:
         handle.remove()
     elements = 0
-    if "past_key_values" in signature(decoder.forward).parameters:
+    if name := cache_name(decoder.forward):
         cache = DynamicCache(config=source.text)
         with torch.no_grad(), only_block(model, source.layout, at):
-            decoder(input_ids=ids_1T, past_key_values=cache, use_cache=True)
+            decoder(input_ids=ids_1T, **{name: cache}, use_cache=True)
         layer: Any = cache.layers[at]  # its class has keys and values where the block has attention
         parts = (getattr(layer, name, None) for name in ("keys", "values"))
         elements = sum(part.numel() for part in parts if isinstance(part, Tensor)) // tokens
