@@ -26,7 +26,8 @@ test-slow: $(VENV)/.installed
 test-ci: $(VENV)/.installed
 	$(BIN)/python $(PYTEST) -m "$(SHORT)"
 
-# What takes minutes: the zoo, the soak, the GPU's kernels in Triton's interpreter, whole files of the public tests.
+# What takes minutes: the zoo, the soak, the GPU's kernels in Triton's interpreter, whole files of the public tests, the
+# wheel, the layouts of all types.
 nightly: $(VENV)/.installed
 	$(BIN)/python $(PYTEST) -m "(nightly or zoo or soak) and not gpu"
 

@@ -13,6 +13,7 @@ import upq
 from tiny import byte_tokenizer, tiny_model
 from upq.artifact.manifest import read_manifest
 from upq.core.errors import UPQError
+from upq.core.hadamard import hadamard, orthogonal, randomised
 from upq.core.progress import Silent
 from upq.core.scheme import QuantScheme
 from upq.data.config import Data
@@ -23,7 +24,6 @@ from upq.run.recipe import Recipe
 from upq.run.run import quantize
 from upq.stages.transform import Transformed
 from upq.transforms import TRANSFORMS, write_transformed
-from upq.transforms._hadamard import hadamard, orthogonal, randomised
 from zoo import random_model
 
 IDS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from upq.core.hadamard import hadamard
 from upq.core.levels import E2M1
 from upq.core.scales import SCALE_TYPES
 from upq.core.scramble import scramble
@@ -80,7 +81,7 @@ def product(a_RK: Tensor, b_CK: Tensor, generator: torch.Generator) -> Tensor:
 def turn(generator: torch.Generator) -> Tensor:
     """(D, D) float32, orthogonal: random signs, then Hadamard's matrix."""
     signs_D = torch.randint(0, 2, (TURNED, 1), generator=generator, device=generator.device) * 2.0 - 1
-    return signs_D * _hadamard(TURNED).to(generator.device)
+    return signs_D * _hadamard().to(generator.device)
 
 
 def turned(x_RK: Tensor, turn_DD: Tensor) -> Tensor:
@@ -113,9 +114,5 @@ def at_random(scales: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @cache
-def _hadamard(size: int) -> Tensor:
-    found = torch.ones(1, 1, device="cpu")
-    while len(found) < size:
-        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
-    scaled: Tensor = found / size**0.5
-    return scaled
+def _hadamard() -> Tensor:
+    return hadamard(TURNED).float()

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from upq.core.config import Strict
 from upq.core.errors import UPQError
+from upq.core.hadamard import orthogonal, randomised
 from upq.model.source import Source
 from upq.transforms._base import TRANSFORMS, Run, Transform
-from upq.transforms._hadamard import orthogonal, randomised
 from upq.transforms._residual import Residual, residual, rms_offset
 
 _SAME = 1e-4  # of the largest output: blocks are compared in float32, where 30 of them leave 3e-5 in the logits
