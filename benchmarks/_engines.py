@@ -123,9 +123,24 @@ def _mnn(out: Path, texts: list[list[int]]) -> Run:
     return Run([logits(ids) for ids in texts], torch.float32)
 
 
+def _executorch(out: Path, texts: list[list[int]]) -> Run:
+    from executorch.extension.llm.custom_ops import custom_ops
+    from executorch.runtime import Runtime
+
+    assert custom_ops is not None  # imported for the operations that it registers
+    forward = Runtime.get().load_program(out / "model.pte").load_method("forward")
+
+    def logits(ids: list[int]) -> Tensor:  # the program gives those of the last token
+        steps = ((torch.tensor([[token]]), torch.tensor([i])) for i, token in enumerate(ids))
+        return torch.cat([forward.execute(step)[0].clone() for step in steps])
+
+    return Run([logits(ids) for ids in texts], torch.float32)
+
+
 _ENGINES: dict[str, Callable[[Path, list[list[int]]], Run]] = {
     "compressed-tensors": _transformers,
     "dense": _transformers,
+    "executorch": _executorch,
     "gguf": _llama_cpp,
     "mlx": _mlx,
     "mnn": _mnn,
@@ -136,6 +151,7 @@ _ENGINES: dict[str, Callable[[Path, list[list[int]]], Run]] = {
 _PACKAGES = {
     "compressed-tensors": ("transformers",),
     "dense": ("transformers",),
+    "executorch": ("executorch",),
     "gguf": ("llama-cpp-python",),
     "mlx": ("mlx", "mlx-lm"),
     "mnn": ("MNN",),

@@ -61,6 +61,8 @@ ROWS = (
     Row("mlx", "mlx", kl=HALF),
     Row("mnn", "mnn", {"activations": "float"}),
     Row("mnn, int8 activations", "mnn", kl=ROUNDED),
+    Row("executorch", "executorch", {"activations": "float"}),
+    Row("executorch, int8 activations", "executorch", kl=ROUNDED),
     Row("torchao", "torchao"),
     Row("dense, float32", "dense", {"dtype": "fp32"}),
     Row("dense, as the model", "dense"),

@@ -21,7 +21,7 @@ EXTRAS = {
         "upq export",
         ("compressed_tensors", "gguf", "onnx", "onnxruntime", "openvino", "openvino_tokenizers", "torchao"),
     ),
-    "phones": ("upq export --to mnn, coreml", ("MNN", "coremltools")),
+    "phones": ("upq export --to mnn, coreml, executorch", ("MNN", "coremltools", "executorch")),
     "serve": ("upq serve --engine transformers", ("fastapi", "uvicorn", "openai")),
     "train": ("distill.optimizer=adamw8bit", ("torchao",)),
     "dev": ("tests", ("pytest", "hypothesis", "ruff", "mypy")),

@@ -564,7 +564,8 @@ class _Stored:
             return None
         kinds = {"CHAR": torch.int8, "FLOAT": torch.float32, "HALF": torch.float16, "BFLOAT16": torch.bfloat16}
         content = bytearray(self.program.constant_buffer[tensor.data_buffer_idx].storage)
-        return torch.frombuffer(content, dtype=kinds[tensor.scalar_type.name]).view(tensor.sizes)
+        numbers = torch.frombuffer(content, dtype=kinds[tensor.scalar_type.name])
+        return numbers[: torch.Size(tensor.sizes).numel()].view(tensor.sizes)  # without padding
 
 
 @dataclass(frozen=True, slots=True)
