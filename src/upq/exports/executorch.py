@@ -31,13 +31,14 @@ from upq.core.precision import dtype_name
 from upq.core.progress import Progress
 from upq.exports import _decoder as decoder
 from upq.exports import _integers as integers
+from upq.exports import _symmetric as symmetric
 from upq.exports._base import EXPORTS, Options, Placement, Plan, Rows
 from upq.exports._directory import DirectoryExporter
 from upq.exports._source import Source, Weight
 from upq.model.windows import window
 
 _PROGRAM = "model.pte"
-_INT4, _INT8 = (-8, 7), (-128, 127)
+_INT8 = (-128, 127)
 _BLOCK = 32  # XNNPACK's groups are multiples of it
 
 
@@ -99,7 +100,7 @@ class ExecuTorch(DirectoryExporter):
     def _place(self, source: Source, weight: Weight) -> Placement:
         looked_up = weight.name == f"{source.layout.embedding}.weight"
         multiplied = len(weight.shape) == 2 and (source.tied or not looked_up)
-        carried = _carried(weight)
+        carried = _held(weight)
         if weight.scheme is None or carried is None:
             dtype = decoder.dense_dtype(weight)  # of a table; XNNPACK multiplies in float32
             kinds = ([dtype] if looked_up else []) + ([torch.float32] if multiplied or not looked_up else [])
@@ -120,46 +121,15 @@ class ExecuTorch(DirectoryExporter):
         return Placement(weight=weight, carrier=f"int{carried.bits}", bytes=size, loss=loss)
 
 
-@dataclass(frozen=True, slots=True)
-class _Carried:
-    """How XNNPACK holds a quantised weight."""
-
-    bits: int
-    middle: int | None = None  # integers are codes minus this; None: the k of _integers.py
-
-    @property
-    def shifted(self) -> bool:
-        return self.middle is not None
-
-    @property
-    def limits(self) -> tuple[int, int]:
-        return _INT4 if self.bits == 4 else _INT8
-
-
-def _carried(weight: Weight) -> _Carried | None:
-    """None for a weight that stays dense: not quantised, or of other levels."""
-    if weight.scheme is None:
-        return None
-    groups = weight.scheme.groups(weight.shape[1])
-    found = integers.bits(weight) if integers.misfit(weight, torch.float32) is None else 99
-    if found <= 4:
-        return _Carried(4)
-    if groups > 1:
-        return None
-    if found <= 8:
-        return _Carried(8)
-    middle = 1 << (weight.scheme.bits - 1)
-    scale_OG, zero_OG = (each.float() for each in weight.scale_zero())
-    shift_OG = (middle - zero_OG) * scale_OG
-    for start, stop in weight.chunks():
-        q = weight.qtensor(start, stop)
-        if not torch.equal((q.codes_OI.float() - middle) * scale_OG[start:stop] + shift_OG[start:stop], q.dequantize()):
-            return None
-    return _Carried(8, middle)
+def _held(weight: Weight) -> symmetric.Carried | None:
+    """None for what stays dense: XNNPACK has groups of integers in 4 bits alone."""
+    found, scheme = symmetric.carried(weight), weight.scheme
+    grouped = scheme is not None and scheme.groups(weight.shape[1]) > 1
+    return None if grouped and found is not None and found.bits == 8 else found
 
 
 def _shifted(weight: Weight) -> bool:
-    carried = _carried(weight)
+    carried = _held(weight)
     return carried is not None and carried.shifted
 
 
@@ -179,7 +149,7 @@ class _Model(nn.Module):
     def __init__(self, source: Source, options: ExecuTorchOptions) -> None:
         super().__init__()
         self.source, self.options = source, options
-        self.carried = {name: _carried(weight) for name, weight in source.weights.items()}
+        self.carried = {name: _held(weight) for name, weight in source.weights.items()}
         self.sized = decoder.Shape.of(source.config)
         frequency_D, self.scaling = decoder.frequencies(source.config)
         self.register_buffer("frequency", frequency_D)
@@ -310,15 +280,8 @@ class _Model(nn.Module):
             if multiplied:
                 self._register(name, weight.dequantize())
             return
-        parts = [weight.qtensor(start, stop) for start, stop in weight.chunks()]
-        if carried.middle is None:
-            codes_OI = torch.cat([integers.integers(q).to(torch.int8) for q in parts])
-            scale_OG = torch.cat([integers.unit(q, torch.float32) for q in parts])
-            shift_OG = torch.zeros_like(scale_OG)
-        else:
-            codes_OI = torch.cat([(q.codes_OI.to(torch.int16) - carried.middle).to(torch.int8) for q in parts])
-            scale_OG, zero_OG = (each.float() for each in weight.scale_zero())
-            shift_OG = (carried.middle - zero_OG) * scale_OG
+        codes_OI = symmetric.codes(weight, carried)
+        scale_OG, shift_OG = symmetric.scale_shift(weight, carried)
         grouped = scale_OG.shape[1] > 1
         scale_OG = scale_OG.bfloat16().float() if grouped else scale_OG
         if looked_up:
