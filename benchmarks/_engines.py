@@ -137,11 +137,31 @@ def _executorch(out: Path, texts: list[list[int]]) -> Run:
     return Run([logits(ids) for ids in texts], torch.float32)
 
 
+def _litert(out: Path, texts: list[list[int]]) -> Run:
+    import numpy as np
+    from ai_edge_litert.interpreter import Interpreter
+
+    decode = Interpreter(str(out / "model.tflite"), num_threads=1).get_signature_runner("decode")
+    shapes = {name: each["shape"] for name, each in decode.get_input_details().items() if name.startswith("kv_cache")}
+
+    def logits(ids: list[int]) -> Tensor:
+        caches = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        found = []
+        for i, token in enumerate(ids):
+            made = decode(tokens=np.array([[token]], np.int32), input_pos=np.array([i], np.int32), **caches)
+            caches = {name: made[name] for name in caches}
+            found.append(torch.from_numpy(made["logits"].copy())[0])
+        return torch.cat(found)
+
+    return Run([logits(ids) for ids in texts], torch.float32)
+
+
 _ENGINES: dict[str, Callable[[Path, list[list[int]]], Run]] = {
     "compressed-tensors": _transformers,
     "dense": _transformers,
     "executorch": _executorch,
     "gguf": _llama_cpp,
+    "litert": _litert,
     "mlx": _mlx,
     "mnn": _mnn,
     "onnx": _onnxruntime,
@@ -153,6 +173,7 @@ _PACKAGES = {
     "dense": ("transformers",),
     "executorch": ("executorch",),
     "gguf": ("llama-cpp-python",),
+    "litert": ("ai-edge-litert",),
     "mlx": ("mlx", "mlx-lm"),
     "mnn": ("MNN",),
     "onnx": ("onnxruntime",),

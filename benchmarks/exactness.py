@@ -63,6 +63,8 @@ ROWS = (
     Row("mnn, int8 activations", "mnn", kl=ROUNDED),
     Row("executorch", "executorch", {"activations": "float"}),
     Row("executorch, int8 activations", "executorch", kl=ROUNDED),
+    Row("litert", "litert", {"activations": "float"}),
+    Row("litert, int8 activations", "litert", kl=ROUNDED),
     Row("torchao", "torchao"),
     Row("dense, float32", "dense", {"dtype": "fp32"}),
     Row("dense, as the model", "dense"),

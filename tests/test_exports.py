@@ -273,7 +273,7 @@ def test_an_unknown_format_lists_the_known_ones() -> None:
         exporter("zip")
 
 
-@pytest.mark.parametrize("name", ["coreml", "executorch", "mnn", "onnx", "openvino"])
+@pytest.mark.parametrize("name", ["coreml", "executorch", "litert", "mnn", "onnx", "openvino"])
 def test_a_graph_of_another_block_is_refused(make: Make, name: str) -> None:
     source = Source.open(make())
     source.config.model_type = "gemma3_text"

@@ -90,7 +90,9 @@ def _place(source: Source, weight: Weight) -> Placement:
         return Placement(weight=weight, carrier="float32", bytes=4 * weight.numel)
     looked_up = weight.name == f"{source.layout.embedding}.weight"
     multiplied = source.tied or not looked_up
-    size = looked_up * weight.numel + multiplied * -(-weight.numel * held.bits // 8) + 8 * weight.shape[0]
+    tables = weight.numel + 4 * weight.shape[0] if looked_up else 0
+    products = -(-weight.numel * held.bits // 8) + 12 * weight.shape[0] if multiplied else 0  # zero points have 8 bytes
+    size = tables + products + (4 * weight.shape[0] * (looked_up + multiplied) if held.shifted else 0)
     return Placement(weight=weight, carrier=f"int{held.bits}", bytes=size)
 
 
