@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("executorch", reason="executorch is not installed: pip install 'upq[phones]'")
 
 import upq
-from tiny import FAMILIES, tiny_artifact
+from tiny import tiny_artifact
 from upq.core.errors import UPQError
 from upq.core.scheme import QuantScheme
 from upq.exports import export
@@ -50,31 +50,44 @@ class Program:
         return torch.cat(parts)
 
     def generate(self, ids: list[int], count: int) -> list[int]:
-        found = [int(self.logits(0, torch.tensor([ids])).argmax())]
+        """Greedily, and never the end."""
+        found = [best(self.logits(0, torch.tensor([ids])))]
         while len(found) < count:
-            place = len(ids) + len(found) - 1
-            found.append(int(self.logits(place, torch.tensor([found[-1:]])).argmax()))
+            found.append(best(self.logits(len(ids) + len(found) - 1, torch.tensor([found[-1:]]))))
         return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def best(logits_1V: Tensor) -> int:
+    """The token that `generate` takes of these where it may not end."""
+    return int(logits_1V[0].index_fill(0, torch.tensor([257]), -torch.inf).argmax())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "smollm3"])
 def test_logits_are_those_of_the_packed_model(family: str, tmp_path: Path) -> None:
     """A prompt at once, then token by token with the program's own cache."""
-    artifact = tiny_artifact(tmp_path / "artifact", family, num_hidden_layers=4 if family == "smollm3" else 1)
+    options = {"no_rope_layers": [0]} if family == "smollm3" else {}
+    artifact = tiny_artifact(tmp_path / "artifact", family, num_hidden_layers=1, **options)
     assert export(artifact, "executorch", tmp_path / "out", options=FLOAT).exact
     packed = upq.load(artifact)(IDS).logits[0]
     torch.testing.assert_close(Program(tmp_path / "out").text(12), packed[11:], rtol=0.0, atol=2e-5)
 
 
-def test_a_window_is_applied(tmp_path: Path) -> None:
+def test_a_window_is_applied_and_what_is_packed_stays_packed(tmp_path: Path) -> None:
+    """Two integers a byte in every linear of a block, though its inputs are float32."""
     artifact = tiny_artifact(tmp_path / "artifact", "mistral", sliding_window=5, num_hidden_layers=1)
     export(artifact, "executorch", tmp_path / "out", options=FLOAT)
+    nodes = [node for node in _Stored(tmp_path / "out" / _PROGRAM)._nodes() if node.kind == "XNNFullyConnected"]
+    filters = [node.values[node.ids["filter_id"]] for node in sorted(nodes, key=lambda node: node.number)]
+    kinds = [each.get("tensor_value", each)["datatype"] for each in filters]
+    assert kinds == 7 * ["xnn_datatype_qcint4"] + ["xnn_datatype_fp32"]
     packed = upq.load(artifact)(IDS).logits[0]
     torch.testing.assert_close(Program(tmp_path / "out").text(12), packed[11:], rtol=0.0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("dtype", "tied"), [(torch.bfloat16, True), (torch.float16, False)])
-@pytest.mark.parametrize("embeddings_bits", [None, 4, 8])
+@pytest.mark.parametrize(
+    ("dtype", "tied", "embeddings_bits"),
+    [(torch.bfloat16, True, 8), (torch.float16, False, 4), (torch.float16, True, None)],
+)
 def test_embeddings_are_exact(dtype: torch.dtype, tied: bool, embeddings_bits: int | None, tmp_path: Path) -> None:
     options = {"dtype": dtype, "embeddings_bits": embeddings_bits, "tie_word_embeddings": tied, "num_hidden_layers": 1}
     artifact = tiny_artifact(tmp_path / "artifact", **options)
@@ -110,17 +123,6 @@ def test_rounded_inputs_cost_little(scheme: QuantScheme, tmp_path: Path) -> None
     assert 0 < (p_TV.exp() * (p_TV - q_TV)).sum(-1).mean() < 2e-3
 
 
-def test_what_is_packed_stays_packed(tmp_path: Path) -> None:
-    """Two integers a byte in every linear of a block, whatever is done to their inputs."""
-    artifact = tiny_artifact(tmp_path / "artifact", num_hidden_layers=1)
-    export(artifact, "executorch", tmp_path / "out", options=FLOAT)
-    nodes = [node for node in _Stored(tmp_path / "out" / _PROGRAM)._nodes() if node.kind == "XNNFullyConnected"]
-    filters = [node.values[node.ids["filter_id"]] for node in sorted(nodes, key=lambda node: node.number)]
-    assert [each.get("tensor_value", each)["datatype"] for each in filters] == 7 * ["xnn_datatype_qcint4"] + [
-        "xnn_datatype_fp32"
-    ]
-
-
 def plan(artifact: Path, **options: Any) -> Any:
     return ExecuTorch(ExecuTorchOptions(**options)).plan(Source.open(artifact))
 
@@ -128,14 +130,14 @@ def plan(artifact: Path, **options: Any) -> Any:
 def test_what_xnnpack_has_no_place_for_is_refused(tmp_path: Path) -> None:
     grouped = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
     artifact = tiny_artifact(tmp_path / "a", scheme=QuantScheme(bits=2, group_size=32), **grouped)
-    with pytest.raises(UPQError, match=r"executorch cannot hold 14 of .*XNNPACK keeps scales of groups in bfloat16"):
+    with pytest.raises(UPQError, match=r"executorch cannot hold 14 of .*XNNPACK's scales of groups are bfloat16"):
         export(artifact, "executorch", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UPQError, match=r"cannot hold groups with float activations .*--set activations=int8"):
         plan(artifact, activations="float")
     artifact = tiny_artifact(tmp_path / "b", scheme=QuantScheme(bits=2, group_size=16), **grouped)
-    losses = {placement.loss for placement in plan(artifact).placements}
-    assert "XNNPACK has groups of multiples of 32" in losses
+    with pytest.raises(UPQError, match="cannot hold groups of 16: XNNPACK has multiples of 32"):
+        plan(artifact)
 
 
 @pytest.mark.parametrize("key", ["context", "chunk"])

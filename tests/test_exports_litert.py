@@ -12,16 +12,17 @@ from torch import Tensor
 pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed: pip install 'upq[phones]'")
 
 import upq
-from tiny import FAMILIES, tiny_artifact
+from tiny import FAMILIES, artifact_of, tiny_artifact, tiny_model
 from upq.core.errors import UPQError
 from upq.core.scheme import QuantScheme
 from upq.exports import export
-from upq.exports.litert import _MODEL, _stored
+from upq.exports.litert import _MODEL, _program, _stored
+from upq.world.reference import REFERENCE
 
 pytestmark = pytest.mark.usefixtures("reference")
 
 IDS = torch.randint(2, 250, (1, 24), generator=torch.Generator().manual_seed(0))
-SMALL = {"context": 32, "chunk": 8}
+SMALL = {"context": 32, "chunk": 8, "bundle": False}
 FLOAT = {"activations": "float", **SMALL}
 
 
@@ -93,10 +94,47 @@ def test_it_generates_the_packed_models_tokens(family: str, tmp_path: Path) -> N
     mask = torch.ones(1, 8, dtype=torch.int64)
     wanted = model.generate(IDS[:, :8], attention_mask=mask, **settings)[0, 8:].tolist()
     program = Program(tmp_path / "out")
-    found = [int(program.logits(0, IDS[:, :8]).argmax())]
+    found = [best(program.logits(0, IDS[:, :8]))]
     while len(found) < 20:
-        found.append(int(program.logits(7 + len(found), torch.tensor([found[-1:]])).argmax()))
+        found.append(best(program.logits(7 + len(found), torch.tensor([found[-1:]]))))
     assert found == wanted
+
+
+def best(logits_1V: Tensor) -> int:
+    """The token that `generate` takes of these where it may not end."""
+    return int(logits_1V[0].index_fill(0, torch.tensor([257]), -torch.inf).argmax())
+
+
+def test_litert_lm_answers_as_the_packed_model(tmp_path: Path) -> None:
+    """The same prompt, cut into the same tokens, and the same answer."""
+    reason = "litert-lm-api is not installed: pip install 'upq[engines]'"
+    litert_lm = pytest.importorskip("litert_lm", reason=reason)
+    artifact = artifact_of(tmp_path / "artifact", REFERENCE)
+    options = {"activations": "float", "context": 128, "chunk": 32}
+    assert export(artifact, "litert", tmp_path / "out", options=options).exact
+    tokenizer: Any = upq.exports.Source.open(artifact).tokenizer()
+    model: Any = upq.load(artifact, dtype=torch.float32)
+    greedy = litert_lm.SamplerConfig(top_k=1, top_p=1.0, temperature=1.0, seed=0)
+    with litert_lm.Engine(str(tmp_path / "out" / "model.litertlm"), backend=litert_lm.Backend.CPU()) as engine:
+        for question in ("What is the capital of the north?", "Say hello."):
+            asked = [{"role": "user", "content": question}]
+            prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+            given = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+            made = model.generate(**given, max_new_tokens=20, do_sample=False)[0, given["input_ids"].shape[1] :]
+            with engine.create_conversation(sampler_config=greedy) as conversation:
+                assert conversation.render_message_to_string(question) == prompt
+                assert engine.tokenize(prompt) == given["input_ids"][0].tolist()
+                answer = conversation.send_message(question, max_output_tokens=20).contents
+            assert "".join(part.text for part in answer) == tokenizer.decode(made, skip_special_tokens=True)
+
+
+def test_a_bundle_needs_a_tokenizer_that_litert_lm_reads(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    artifact = artifact_of(tmp_path / "artifact", tmp_path / "model")
+    with pytest.raises(UPQError, match="has no tokenizer.json, which LiteRT-LM reads; --set bundle=false"):
+        export(artifact, "litert", tmp_path / "out")
+    assert export(artifact, "litert", tmp_path / "out", options=SMALL).exact
 
 
 def test_rounded_inputs_cost_little(tmp_path: Path) -> None:
@@ -114,7 +152,7 @@ def test_what_is_packed_stays_packed_and_is_stored_once(options: dict[str, Any],
 
     artifact = tiny_artifact(tmp_path / "artifact")
     report = export(artifact, "litert", tmp_path / "out", options=options)
-    stored = _stored(tmp_path / "out" / _MODEL)
+    stored = _stored(_program(tmp_path / "out"))
     packed = [name for name, (tensor, _) in stored.items() if tensor.Type() == schema.TensorType.INT4]
     assert len(packed) == 14
     weights = upq.exports.Source.open(artifact).weights

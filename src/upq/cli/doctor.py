@@ -23,7 +23,7 @@ EXTRAS = {
     ),
     "phones": (
         "upq export --to mnn, coreml, executorch, litert",
-        ("MNN", "coremltools", "executorch", "ai_edge_litert"),
+        ("MNN", "coremltools", "executorch", "ai_edge_litert", "litert_lm_builder"),
     ),
     "serve": ("upq serve --engine transformers", ("fastapi", "uvicorn", "openai")),
     "train": ("distill.optimizer=adamw8bit", ("torchao",)),

@@ -108,11 +108,18 @@ class ExecuTorch(DirectoryExporter):
             return Placement(weight=weight, carrier=carrier, bytes=sum(weight.numel * kind.itemsize for kind in kinds))
         groups, loss = weight.scheme.groups(weight.shape[1]), None
         if groups > 1:
-            loss = _rounded(weight)
+            loss = (
+                None if integers.misfit(weight, torch.bfloat16) is None else "XNNPACK's scales of groups are bfloat16"
+            )
+            if weight.scheme.group_size % _BLOCK:
+                size = weight.scheme.group_size
+                raise UPQError(
+                    f"{source.path}: executorch cannot hold groups of {size}: XNNPACK has multiples of {_BLOCK}"
+                )
             if self.options.activations == "float":
                 raise UPQError(
-                    f"{source.path}: executorch cannot hold groups with float activations ({weight.name}): XNNPACK has "
-                    "none; --set activations=int8"
+                    f"{source.path}: executorch cannot hold groups with float activations: XNNPACK has none; "
+                    "--set activations=int8"
                 )
         scales = weight.shape[0] * groups * (4 if groups == 1 else 2)
         shifts = 4 * weight.shape[0] if carried.shifted else 0
@@ -131,13 +138,6 @@ def _held(weight: Weight) -> symmetric.Carried | None:
 def _shifted(weight: Weight) -> bool:
     carried = _held(weight)
     return carried is not None and carried.shifted
-
-
-def _rounded(weight: Weight) -> str | None:
-    assert weight.scheme is not None
-    if weight.scheme.group_size % _BLOCK:
-        return f"XNNPACK has groups of multiples of {_BLOCK}"
-    return None if integers.misfit(weight, torch.bfloat16) is None else "XNNPACK keeps scales of groups in bfloat16"
 
 
 # --- the program
@@ -182,13 +182,14 @@ class _Model(nn.Module):
         return self._buffer(name)
 
     def embed(self, ids_NT: Tensor, name: str) -> Tensor:
-        if self.carried[name] is None:
+        carried = self.carried[name]
+        if carried is None:
             return nn.functional.embedding(ids_NT, self._buffer(name, "table")).float()
         codes, scales = (nn.functional.embedding(ids_NT, self._buffer(name, part)) for part in ("looked_up", "scales"))
         scale, shift = scales.chunk(2, -1)
         if scale.shape[-1] == 1:
             x = codes.float() * scale
-            return x + shift if _shifted(self.source.weights[name]) else x
+            return x + shift if carried.shifted else x
         groups = (*scale.shape, codes.shape[-1] // scale.shape[-1])
         return (codes.float().reshape(groups) * scale[..., None]).reshape(codes.shape)
 

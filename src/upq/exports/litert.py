@@ -10,10 +10,12 @@ Outputs are the same keys and values with the new ones, and `logits` (1, 1, V) o
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +26,13 @@ from upq.exports import _decoder as decoder
 from upq.exports import _symmetric as symmetric
 from upq.exports._base import EXPORTS, Options, Placement, Plan, Rows
 from upq.exports._directory import DirectoryExporter
+from upq.exports._mtok import chat_template
 from upq.exports._source import Source, Weight
 from upq.model.windows import window
 
-_MODEL = "model.tflite"
+_MODEL, _BUNDLE = "model.tflite", "model.litertlm"
 _LARGEST = 2_000_000_000  # bytes; offsets in a flatbuffer have 31 bits
+_HEADER, _HEAD = 32, 1 << 14  # where the description of a bundle begins, and where its sections begin
 _LOW = -1e30  # what no score outweighs
 
 
@@ -38,13 +42,14 @@ class LiteRtOptions(Options):
     activations: Literal["int8", "float"] = "int8"
     context: int = 1024  # tokens that the cache holds
     chunk: int = 64  # tokens of `prefill_N`
+    bundle: bool = True  # model.litertlm, with tokenizer and chat template, for LiteRT-LM; else model.tflite
 
 
 class LiteRt(DirectoryExporter):
-    """model.tflite, with the tokenizer and the other files of a Hugging Face directory beside it."""
+    """model.litertlm or model.tflite, with the other files of a Hugging Face directory beside it."""
 
     Config = LiteRtOptions
-    packages = ("ai-edge-litert",)
+    packages = ("ai-edge-litert", "litert-lm-builder")
     install = "'upq[phones]'"
     checked = "LiteRT's own schema: the constants of the stored program"
     options: LiteRtOptions
@@ -57,6 +62,8 @@ class LiteRt(DirectoryExporter):
                 raise UPQError(f"export litert: {name} is {value}; it is at least 1")
         if options.chunk > options.context:
             raise UPQError(f"export litert: chunk is {options.chunk}, and the cache holds {options.context} tokens")
+        if options.bundle and source.path / "tokenizer.json" not in source.companions():
+            raise UPQError(f"{source.path}: has no tokenizer.json, which LiteRT-LM reads; --set bundle=false")
         notes = [] if options.context <= longest else [f"context is more than the model's own {longest} tokens"]
         placements = tuple(_place(source, weight) for weight in source.weights.values())
         if (total := sum(p.bytes for p in placements)) > _LARGEST:
@@ -68,13 +75,16 @@ class LiteRt(DirectoryExporter):
         file.add("decode", 1)
         file.add(f"prefill_{self.options.chunk}", self.options.chunk)
         (out / _MODEL).write_bytes(file.content())
+        if self.options.bundle:
+            _bundle(source, self.options, out)
+            (out / _MODEL).unlink()
         progress.advance(len(plan.placements))
 
     def config(self, source: Source, plan: Plan) -> dict[str, Any]:
         return {"dtype": plan.dtype_name}
 
     def read(self, source: Source, plan: Plan, out: Path) -> Iterator[tuple[str, Rows]]:
-        stored = _stored(out / _MODEL)
+        stored = _stored(_program(out))
         for p in plan.placements:
             yield p.weight.name, partial(_rows, stored, p.weight)
 
@@ -447,14 +457,83 @@ class _Decoder(decoder.Decoder[_Value]):
         return self.masks[seen]
 
 
+# --- the bundle
+
+
+def _bundle(source: Source, options: LiteRtOptions, out: Path) -> None:
+    """model.litertlm of the program and tokenizer.json in `out`."""
+    from litert_lm_builder import litertlm_builder as builder
+    from litert_lm_builder.runtime.proto.llm_metadata_pb2 import LlmMetadata
+
+    about = LlmMetadata(max_num_tokens=options.context, jinja_prompt_template=_template(source))
+    about.llm_model_type.generic_model.SetInParent()
+    for end in source.ends():
+        about.stop_tokens.add().token_ids.ids.append(end)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "about.pb"
+        file.write_bytes(about.SerializeToString(deterministic=True))
+        made = builder.LitertLmFileBuilder()
+        made.add_llm_metadata(str(file))
+        made.add_tflite_model(str(out / _MODEL), builder.TfLiteModelType.PREFILL_DECODE)
+        made.add_hf_tokenizer(str(source.path / "tokenizer.json"))
+        with (out / _BUNDLE).open("w+b") as bundle:
+            made.build(bundle)
+            _repeatable(bundle, made)
+
+
+# LiteRT-LM gives a template the parts of a message where models' templates expect its text.
+_TEXTS = (
+    "{%- set given = namespace(messages=[]) -%}{%- for message in messages -%}"
+    "{%- if message.content is string -%}{%- set given.messages = given.messages + [message] -%}{%- else -%}"
+    "{%- set text -%}{%- for part in message.content -%}{{ part.text }}{%- endfor -%}{%- endset -%}"
+    "{%- set given.messages = given.messages + [{'role': message.role, 'content': text}] -%}{%- endif -%}"
+    "{%- endfor -%}{%- set messages = given.messages %}"
+)
+
+
+def _template(source: Source) -> str:
+    tokenizer = source.tokenizer()
+    found = chat_template(tokenizer)
+    if not found:
+        return ""
+    names = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}  # nobody else sets them
+    return "".join(f"{{%- set {name} = {json.dumps(text or '')} -%}}" for name, text in names.items()) + _TEXTS + found
+
+
+def _repeatable(bundle: BinaryIO, made: Any) -> None:
+    """The same bytes every time: the builder writes the date and a name made by chance."""
+    bundle.seek(0)
+    head = bundle.read(_HEAD)
+    for entry in made._system_metadata:
+        if entry.key in ("uuid", "creation_timestamp"):
+            value = entry.value.encode()
+            head = head.replace(value, b"0" * len(value))
+    bundle.seek(0)
+    bundle.write(head)
+
+
 # --- reading back
 
 
-def _stored(file: Path) -> dict[str, tuple[Any, Tensor]]:
+def _program(out: Path) -> bytes:
+    """The stored program, alone or within the bundle."""
+    if not (out / _BUNDLE).is_file():
+        return (out / _MODEL).read_bytes()
+    from litert_lm_builder import litertlm_header_schema_py_generated as schema
+
+    content = (out / _BUNDLE).read_bytes()
+    sections = schema.LiteRTLMMetaData.GetRootAs(content, _HEADER).SectionMetadata()
+    for section in map(sections.Objects, range(sections.ObjectsLength())):
+        if section.DataType() == schema.AnySectionDataType.TFLiteModel:
+            return content[section.BeginOffset() : section.EndOffset()]
+    raise UPQError(f"{out / _BUNDLE}: holds no model; export again")
+
+
+def _stored(program: bytes) -> dict[str, tuple[Any, Tensor]]:
     """The constants of a stored program by name: LiteRT's description of each and its bytes."""
     from ai_edge_litert import schema_py_generated as schema
 
-    model = schema.Model.GetRootAs(file.read_bytes(), 0)
+    model = schema.Model.GetRootAs(program, 0)
     found = {}
     for graph in map(model.Subgraphs, range(model.SubgraphsLength())):
         for tensor in map(graph.Tensors, range(graph.TensorsLength())):

@@ -205,7 +205,7 @@ _RUNS = {
     "mnn": ("MNN on phones and processors", "python: MNN.llm.create('{out}/config.json')"),
     "coreml": ("iPhones and Macs (not run on a device)", "Xcode: {out}/model.mlpackage"),
     "executorch": ("ExecuTorch on phones and processors (XNNPACK)", "python: TextLLMRunner('{out}/model.pte', …)"),
-    "litert": ("LiteRT on phones and processors", "python: Interpreter('{out}/model.tflite')"),
+    "litert": ("LiteRT-LM on phones and processors", "python: litert_lm.Engine('{out}/model.litertlm')"),
     "mlx": ("mlx-lm on Macs", "mlx_lm.chat --model {out}"),
     "torchao": ("torchao, ExecuTorch", "upq chat {out}"),
     "gptq": ("GPTQModel, AutoRound, vLLM", "vllm serve {out}"),
