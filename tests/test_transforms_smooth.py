@@ -145,7 +145,7 @@ def test_stopped_and_begun_again(tmp_path: Path) -> None:
 
 def test_a_run(tmp_path: Path) -> None:
     """At 8 bits: the original's function, and a line of the manifest."""
-    model = loud(tiny_model("llama", vocab_size=300, tie_word_embeddings=True))
+    model = uneven(tiny_model("llama", vocab_size=300, tie_word_embeddings=True))
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer(bos="<s>", eos="</s>").save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n\n".join(f"Story {i} of {i * 7} geese and a fox." for i in range(200)))

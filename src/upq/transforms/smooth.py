@@ -31,6 +31,7 @@ from upq.grids import GRIDS, check_scheme
 from upq.model.matrices import Matrix, products
 from upq.model.products import seen
 from upq.model.source import Source
+from upq.model.walker import hidden_states
 from upq.transforms._base import TRANSFORMS, Calibrate, Run, Transform, same
 from upq.transforms._residual import Residual, residual
 
@@ -69,12 +70,18 @@ class Smooth(Transform):
     def block(self, index: int, block: nn.Module, source: Source, run: Run, calibrate: Calibrate) -> None:
         width: int = source.text.hidden_size
         states = torch.randn(1, 8, width, generator=torch.Generator().manual_seed(index)).to(source.device)
-        parts, expected = residual(block, width, run), run(block, states)
+        parts = residual(block, width, run)
+        expected = _written(block, parts, states, run)
+
+        def unchanged() -> bool:
+            got = _written(block, parts, states, run)
+            return all(same(each, before) for each, before in zip(got, expected, strict=True))
+
         found = list[_Site]()
         if "norm" in self.config.sites:
             found += _behind_norms(block, parts)
         if "linear" in self.config.sites:
-            found += _behind_linears(block, parts, lambda: same(run(block, states), expected))
+            found += _behind_linears(block, parts, unchanged)
         if not found:
             raise UPQError(
                 f"{source.path}: smooth does not know {type(block).__name__}: in block {index} no RMS norm and no"
@@ -84,7 +91,7 @@ class Smooth(Transform):
             calibrate(block)
         for site in found:
             site.divide(block, self._factors(site, block))
-        if not same(run(block, states), expected):
+        if not unchanged():
             raise UPQError(
                 f"{source.path}: smooth does not know {type(block).__name__}: with its channels scaled, block {index}"
                 " would compute something else; set sites=[linear], or leave the transform out"
@@ -188,6 +195,22 @@ class _Site:
                 bias_EO.copy_(bias_EO.double() / factor_EI)
         for weight_EOI in self.readers(block).values():
             weight_EOI.copy_(weight_EOI.double() * factor_EI[:, None])
+
+
+def _written(block: nn.Module, parts: Residual, states: Tensor, run: Run) -> list[Tensor]:
+    """What each writer adds to the stream, and the block's output: beside the stream, small weights would not show."""
+    found = list[Tensor]()
+    modules = dict.fromkeys(matrix.module for matrix in parts.writers)
+    handles = [
+        block.get_submodule(path).register_forward_hook(lambda _module, _args, out: found.append(hidden_states(out)))
+        for path in modules
+    ]
+    try:
+        whole = run(block, states)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [*found, whole]
 
 
 def _bias(block: nn.Module, matrix: Matrix) -> Tensor | None:
