@@ -85,7 +85,7 @@ def export(
             bits_per_weight=8 * sum(p.bytes for p in linears) / sum(p.weight.numel for p in linears),
             carriers=carriers,
             losses=losses,
-            notes=list(plan.notes),
+            notes=[*plan.notes, *_not_carried(form, source)],
             engine={package: _version(package) or "?" for package in form.packages},
             checked=form.checked,
             compared_in=dtype_name(plan.compared_in),
@@ -123,6 +123,16 @@ def _check_target(out: Path, suffix: str | None) -> None:
             raise UPQError(f"{out}: this format is one file; name it something{suffix}")
         if out.exists():
             raise UPQError(f"{out}: exists already; name a new file, or delete it first")
+
+
+def _not_carried(form: Exporter, source: Source) -> list[str]:
+    """What the artefact rounds beside its weights, and the engine does not."""
+    lost = []
+    if source.activations is not None and not form.carries(source.activations):
+        lost.append(f"inputs of linears, which the artefact rounds to {source.activations}")
+    if source.kv is not None:
+        lost.append(f"keys and values, which the artefact rounds to {source.kv}")
+    return [f"the weights alone are here, not the {' and the '.join(lost)}: the engine has its own"] if lost else []
 
 
 _FORMS = {"expert": "experts", "stacked": "experts in one tensor", "transposed": "transposed linears"}
