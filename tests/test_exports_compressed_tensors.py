@@ -10,16 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: pip install 'upq[export]'")
 
 import upq
 from schemes import fitting
-from tiny import FAMILIES, tiny_artifact
+from tiny import FAMILIES, artifact_of_model, tiny_artifact, tiny_model
+from upq.core.act_scheme import ActScheme
 from upq.core.errors import UPQError
 from upq.core.scheme import QuantScheme
 from upq.exports import export
+from upq.nn.activations import ActQuantiser
+from upq.nn.packed import PackedLinear
 
 pytestmark = pytest.mark.usefixtures("reference")
 
@@ -181,6 +185,6 @@ def test_what_is_rounded_and_not_carried_is_in_the_report(tmp_path: Path) -> Non
     artifact = artifact_of_model(tmp_path / "artifact", tiny_model("llama", vocab_size=300), None, **rounded)
     report = export(artifact, "compressed-tensors", tmp_path / "out")
     assert report.notes[-1] == (
-        "the weights alone are here, not the inputs of linears, which the artefact rounds to int4 per token, with a zero"
-        " point and the keys and values, which the artefact rounds to int4 per token: the engine has its own"
+        "the weights alone are here, not the inputs of linears, which the artefact rounds to int4 per token, with a"
+        " zero point and the keys and values, which the artefact rounds to int4 per token: the engine has its own"
     )
