@@ -162,7 +162,7 @@ def theirs(quantiser: ActQuantiser, x: Tensor) -> Tensor:
 def test_rounded_inputs_are_in_the_config_and_read(
     scheme: QuantScheme, bits: int, carrier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    activations, tiny = ActScheme(bits=bits), tiny_model("llama", vocab_size=300)
+    activations, tiny = ActScheme(bits=bits), tiny_model("llama", vocab_size=300, intermediate_size=48)
     artifact = artifact_of_model(tmp_path / "artifact", tiny, None, scheme=scheme, activations=activations)
     report = export(artifact, "compressed-tensors", tmp_path / "out")
     assert {c.carrier for c in report.carriers} == {carrier, "float32"}

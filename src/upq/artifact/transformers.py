@@ -42,6 +42,7 @@ from upq.model.layout import block_list, layout_of
 from upq.model.library import library_errors
 from upq.model.loading import auto_class, check_sizes, load_config, load_model
 from upq.model.matrices import Matrix, place
+from upq.model.online import install
 from upq.nn.activations import ActQuantiser
 from upq.nn.blocks import model_weights, of_experts
 from upq.nn.experts import PackedExperts
@@ -239,6 +240,7 @@ class UpqHfQuantizer(HfQuantizer):
                 experts.register_parameter(leaf, nn.Parameter(weight))
             elif isinstance(layer, TiedHead):
                 model.set_submodule(path, nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta"))
+        install(model, model.config)
         vars(model).pop("_tied_weights_keys", None)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         model.tie_weights()
@@ -274,6 +276,7 @@ def _swap(model: PreTrainedModel, config: UpqConfig, given: Callable[[str], QTen
             if isinstance(packed, PackedLinear) and path in weights:
                 packed.input = config.quantiser(path)
             model.set_submodule(path, packed.train(dense.training))
+    install(model, model.config)
     if config.kv is not None:
         for block in block_list(model, layout):
             attach_kv(block, config.kv)

@@ -29,11 +29,33 @@ def hadamard(width: int) -> Tensor:
     return turn
 
 
+def signs(width: int, seed: int) -> Tensor:
+    """(N, 1) of ±1."""
+    return torch.randint(0, 2, (width, 1), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
 def randomised(width: int, seed: int) -> Tensor:
     """A Hadamard matrix whose rows have random signs (QuIP#, 2402.04396)."""
-    signs = torch.randint(0, 2, (width, 1), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    turn: Tensor = signs * hadamard(width)
+    turn: Tensor = signs(width, seed) * hadamard(width)
     return turn
+
+
+def factors(width: int) -> tuple[Tensor, Tensor]:
+    """A and B with `hadamard(width) = A ⊗ B`: a product with both in turn takes N·(A + B) steps and not N²."""
+    whole, left = hadamard(width), 1
+    while width % (2 * left) == 0 and (2 * left) ** 2 <= width and _hadamard_or_none(width // (2 * left)) is not None:
+        left *= 2
+    right_BB = hadamard(width // left)
+    left_AA = hadamard(left)
+    assert torch.equal(torch.kron(left_AA.sign(), right_BB.sign()), whole.sign())
+    return left_AA, right_BB
+
+
+def _hadamard_or_none(width: int) -> Tensor | None:
+    try:
+        return hadamard(width)
+    except UPQError:
+        return None
 
 
 def orthogonal(width: int, seed: int) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from upq.core.act_scheme import ActScheme
 from upq.model.layout import block_list, layout_of, shared_weights
 from upq.model.matrices import matrices, place
+from upq.model.online import install
 from upq.model.source import Source
 from upq.nn.activations import ActQuantiser, attach
 from upq.nn.experts import TrainedExperts
@@ -200,6 +201,7 @@ def frozen(student: PreTrainedModel, *, keep: bool = True) -> PreTrainedModel:
     for name in [name for name, _ in twin.named_buffers(remove_duplicate=False)]:
         path, _, leaf = name.rpartition(".")
         twin.get_submodule(path)._buffers[leaf] = getattr(student.get_submodule(path), leaf)
+    install(twin, student.config)
     for path, layer in trained.items():
         if layer.input is not None:
             attach(twin.get_submodule(path), layer.input)
@@ -213,6 +215,7 @@ def _skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
     """A second model of the same class that shares every parameter and buffer, with gradients off."""
     with torch.device("meta"):
         twin = type(model)(model.config)
+    install(twin, model.config)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
         twin.get_submodule(owner)._parameters[leaf] = nn.Parameter(parameter.detach(), requires_grad=False)

@@ -21,6 +21,7 @@ from upq.exports._report import REPORT, Carried, Report, read_report, report_pat
 from upq.exports._source import Source, Weight
 from upq.files.atomic import write_errors, written
 from upq.files.digests import digest_file
+from upq.model.online import online
 
 _FOLDER = "exports"  # of an artefact
 
@@ -52,6 +53,12 @@ def export(
     _check_target(out, form.suffix)
     source = form.view(Source.open(artifact))
     _check_forms(form, name, source)
+    if turned := online(source.config):
+        path = next(iter(turned))
+        raise UPQError(
+            f"{artifact}: {name} has no place for the rotation of a linear's input ({path}); leave the sites `down` and"
+            " `inputs` out of the transform"
+        )
     plan = form.plan(source)
     assert [p.weight.name for p in plan.placements] == list(source.weights)
     losses = {p.weight.name: p.loss for p in plan.placements if p.loss is not None}

@@ -35,7 +35,9 @@ class Transformed(Stage):
 
     def line(self, name: str) -> str:
         options = "".join(f" {key}={value}" for key, value in (self.method.model_extra or {}).items())
-        return f"{name}: {self.method.name}{options}, folded into the weights"
+        stays = self.transform().stays
+        rest = f", but for {stays}, turned while the model runs" if stays else ""
+        return f"{name}: {self.method.name}{options}, folded into the weights{rest}"
 
     def check(self, name: str, model: Source, data: Data) -> None:
         self.transform().check(name, model)

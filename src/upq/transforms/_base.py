@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from upq.core.config import Strict
 from upq.core.registry import Registry
+from upq.model.online import OnlineRotation
 from upq.model.source import Source
 
 Run = Callable[[nn.Module, Tensor], Tensor]  # a block and hidden states (B, T, H): what the model's own call gives
@@ -33,6 +34,15 @@ class Transform(Protocol):
 
     def unties(self, source: Source) -> bool:
         """Whether the head gets weights of its own."""
+
+    @property
+    def stays(self) -> str:
+        """What is still to be done while the model runs, for the manifest; empty where all folds into weights."""
+        return ""
+
+    def online(self, source: Source) -> Mapping[str, OnlineRotation]:
+        """By path of a linear, what stays at inference. The weights that `block` leaves hold the inverse."""
+        return {}
 
     def block(self, index: int, block: nn.Module, source: Source, run: Run, calibrate: Calibrate) -> None:
         """Change decoder block `index` in place. Raises UPQError where it would no longer compute the same.

@@ -18,6 +18,7 @@ from upq.core.progress import Progress
 from upq.files.atomic import atomic_write, written
 from upq.files.tensors import INDEX, save_tensors, tensor_shapes
 from upq.model.activations import Allocate, batches, in_memory
+from upq.model.online import KEY
 from upq.model.source import Source
 from upq.model.walker import Replay, Step, hidden_states, walk
 from upq.transforms._base import Run, Transform
@@ -102,6 +103,9 @@ def _config(source: Source, transform: Transform) -> dict[str, Any]:
     raw: dict[str, Any] = read_json(source.path / "config.json", remedy="is it a model?")
     raw.pop("torch_dtype", None)
     raw["dtype"] = dtype_name(Source(source.path, dtype="auto").dtype)
+    if rotations := transform.online(source):
+        named = {path: rotation.model_dump(exclude_none=True) for path, rotation in rotations.items()}
+        raw[KEY] = raw.get(KEY, {}) | named
     if transform.unties(source):
         raw["tie_word_embeddings"] = False
         for part in raw.values():  # of a model for images, the language model's own configuration

@@ -1,5 +1,8 @@
 """Rotations that fold into weights: of the residual stream, and of each head's values (QuaRot, 2404.00456).
 
+And of linears' inputs, which have to be turned while the model runs: QuaRot's at the input of down, MR-GPTQ's block by
+block at every input (2509.23202).
+
 Weights and activations with few large entries become Gaussian, which grids of even steps hold better. RMS norms commute
 with a rotation once their weights are folded into the linears behind them.
 
@@ -11,12 +14,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from upq.core.config import Strict
 from upq.core.errors import UPQError
-from upq.core.hadamard import orthogonal, randomised
+from upq.core.hadamard import hadamard, orthogonal, randomised
+from upq.model.layout import block_list
+from upq.model.matrices import Matrix
+from upq.model.online import OnlineRotation, rotate_input, rotation_of
 from upq.model.source import Source
 from upq.transforms._base import TRANSFORMS, Calibrate, Run, Transform, same
 from upq.transforms._residual import Residual, residual, rms_offset
@@ -27,16 +34,18 @@ _ROWS = 1 << 14  # of an embedding at a time, in float64
 @TRANSFORMS.register("rotate")
 class Rotate(Transform):
     class Config(Strict):
-        sites: tuple[Literal["residual", "value"], ...] = ("residual", "value")
+        sites: tuple[Literal["residual", "value", "down", "inputs"], ...] = ("residual", "value")
         matrix: Literal["hadamard", "orthogonal"] = "hadamard"
         seed: int = 0
         untie: bool = False  # a head that is tied to the embedding may get weights of its own
+        block: int = Field(128, ge=2)  # channels of a Hadamard matrix at `inputs`
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def check(self, name: str, source: Source) -> None:
         width: int = source.text.hidden_size
+        self._check_online(name, source)
         if "residual" not in self.config.sites:
             return
         self._matrix(width)
@@ -47,6 +56,53 @@ class Rotate(Transform):
                 f" own; set {name}.method.untie=true, or {name}.method.sites=[value]"
             )
         self._final_norm(source.outline, source, shape_only=True)
+
+    def _check_online(self, name: str, source: Source) -> None:
+        sites = self.config.sites
+        if {"down", "inputs"} <= set(sites):
+            raise UPQError(f"{name}.method.sites: `inputs` turns the input of down too; leave `down` out")
+        for path, matrix in self._turned_inputs(source).items():
+            if matrix.experts:
+                raise UPQError(f"{name}: {path} holds experts, whose inputs are not turned yet; leave `inputs` out")
+            if rotation_of(source.outline.get_submodule(path)) is not None:
+                raise UPQError(f"{name}: an earlier stage turns the input of {path}; leave `down` and `inputs` out")
+            if "inputs" in sites and matrix.inputs % self.config.block:
+                raise UPQError(
+                    f"{name}.method.block: {path} has {matrix.inputs} inputs, no multiple of {self.config.block}"
+                )
+            try:
+                hadamard(self._width(matrix))
+            except UPQError:
+                raise UPQError(
+                    f"{name}: no Hadamard matrix of {path}'s width {self._width(matrix)} is known; set"
+                    f" {name}.method.sites=[inputs] with a block that divides it, or leave `down` out"
+                ) from None
+        if "down" in sites and not self._turned_inputs(source):
+            raise UPQError(f"{name}: no linear beside attention writes the stream; leave `down` out")
+
+    def _turned_inputs(self, source: Source) -> dict[str, Matrix]:
+        """By path, the linears whose inputs are turned while the model runs."""
+        found = dict[str, Matrix]()
+        for index, block in enumerate(block_list(source.outline, source.layout)):
+            for matrix in source.matrices(index):
+                if "inputs" in self.config.sites or ("down" in self.config.sites and _down(block, matrix, source)):
+                    found[source.path_of(index, matrix.name)] = matrix
+        return found
+
+    def _width(self, matrix: Matrix) -> int:
+        return self.config.block if "inputs" in self.config.sites else matrix.inputs
+
+    def online(self, source: Source) -> dict[str, OnlineRotation]:
+        seed = None if "inputs" in self.config.sites else self.config.seed  # MR-GPTQ's has no signs
+        return {
+            path: OnlineRotation(block=self._width(matrix), seed=seed)
+            for path, matrix in self._turned_inputs(source).items()
+        }
+
+    @property
+    def stays(self) -> str:
+        turned = {"down": "the input of down", "inputs": "the inputs of linears"}
+        return next((turned[site] for site in self.config.sites if site in turned), "")
 
     def unties(self, source: Source) -> bool:
         head = f"{source.layout.head}.weight"
@@ -67,6 +123,7 @@ class Rotate(Transform):
                     f" block {index} would compute something else; set sites=[value], or leave the transform out"
                 )
             states = _turned(states, turn_HH)
+        expected_whole = run(block, states)
         if "value" in self.config.sites:
             expected = run(block, states)
             self._rotate_values(block)
@@ -75,6 +132,15 @@ class Rotate(Transform):
                     f"{source.path}: rotate does not know how {type(block).__name__} uses its values;"
                     " set sites=[residual], or leave the transform out"
                 )
+        rotations = self.online(source)
+        for matrix in source.matrices(index):
+            if (rotation := rotations.get(source.path_of(index, matrix.name))) is not None:
+                _turn_inputs(block, matrix, rotation)
+        if rotations and not same(run(block, states), expected_whole):
+            raise UPQError(
+                f"{source.path}: rotate does not know {type(block).__name__}: with turned inputs block {index} would"
+                " compute something else; leave `down` and `inputs` out"
+            )
 
     @torch.no_grad()
     def frame(self, model: PreTrainedModel, source: Source) -> None:
@@ -148,6 +214,23 @@ def _rotate_stream(block: nn.Module, parts: Residual, turn_HH: Tensor) -> None:
             bias.copy_(bias.double() @ turn_HH)
     for path in set(parts.readers.values()):
         block.get_submodule(path).get_parameter("weight").fill_(1 - parts.norms[path])
+
+
+def _down(block: nn.Module, matrix: Matrix, source: Source) -> bool:
+    """Whether it is the last linear of a feed-forward part: it writes the stream, and is none of attention's."""
+    parent = type(block.get_submodule(matrix.name.rpartition(".")[0])).__name__
+    wide = matrix.outputs == source.text.hidden_size and matrix.inputs != matrix.outputs
+    return wide and not matrix.experts and "Attention" not in parent
+
+
+def _turn_inputs(block: nn.Module, matrix: Matrix, rotation: OnlineRotation) -> None:
+    """Its columns, by the same matrix: (x·H)·(W·H)ᵀ = x·Wᵀ."""
+    width = rotation.block
+    turn = hadamard(width) if rotation.seed is None else randomised(width, rotation.seed)
+    weight = matrix.read(block).double()
+    turned = (weight.unflatten(-1, (-1, width)) @ turn.to(weight.device)).flatten(-2)
+    matrix.write(block, turned.float())
+    rotate_input(block.get_submodule(matrix.name), rotation)
 
 
 def _times(rows: Tensor, turn_HH: Tensor) -> Tensor:
