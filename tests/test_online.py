@@ -129,7 +129,7 @@ def test_what_it_does_not_know_is_refused(family: str, options: dict[str, Any], 
 
 
 def test_heavy_tails_lose_less_on_mxfp4_and_more_on_nvfp4() -> None:
-    """MR-GPTQ's thesis (2509.23202) in squared errors: of Student's t with 4 degrees, without and with a block of 128."""
+    """MR-GPTQ's thesis (2509.23202), in squared errors of Student's t with 4 degrees."""
     torch.manual_seed(0)
     w_OI = torch.distributions.StudentT(4.0).sample(torch.Size((64, 4096)))
     turned_OI = OnlineRotation(block=128)(w_OI)
