@@ -244,7 +244,7 @@ def test_a_frozen_student_is_the_student(activations: ActScheme) -> None:
 
 def run(folder: Path, name: str, stages: dict[str, Any]) -> Path:
     if not (folder / "model").is_dir():
-        tiny_model("llama", vocab_size=300).save_pretrained(folder / "model")
+        tiny_model("llama", vocab_size=300, intermediate_size=48).save_pretrained(folder / "model")
         byte_tokenizer(bos="<s>", eos="</s>").save_pretrained(folder / "model")
         (folder / "text.txt").write_text("\n\n".join(f"Story {i} of {i * 7} geese and a fox." for i in range(200)))
     data = {"seq_len": 32, "validation": 8, "sources": [{"path": str(folder / "text.txt"), "separator": "blank_line"}]}

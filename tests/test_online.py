@@ -13,6 +13,7 @@ import upq
 from test_activations import TRAINING, codes, logits, run
 from test_transforms import logits as logits_of
 from test_transforms import transformed, uneven
+from tiny import tiny_model
 from upq.artifact.manifest import read_manifest
 from upq.core.errors import UPQError
 from upq.core.hadamard import factors, hadamard, randomised
@@ -27,6 +28,7 @@ from upq.model.matrices import matrices
 from upq.model.online import OnlineRotation, online, rotation_of
 from upq.model.source import Source
 from upq.nn.fake_quant import Solution
+from upq.run.recipe import Recipe
 from upq.stages.transform import Transformed
 from zoo import random_model
 
@@ -142,3 +144,73 @@ def test_heavy_tails_lose_less_on_mxfp4_and_more_on_nvfp4() -> None:
 
     assert error(turned_OI, "mxfp4", 32, "e8m0") < 0.8 * error(w_OI, "mxfp4", 32, "e8m0")
     assert error(turned_OI, "nvfp4", 16, "e4m3") > 1.02 * error(w_OI, "nvfp4", 16, "e4m3")
+
+
+CHOOSE = {"sites": ["residual", "value", "down"], "untie": True, "choose": {"bits": 4}}
+
+
+def outlying(model: Any) -> Any:
+    """The first block's down reads one channel that is much larger, the second's only even ones."""
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.weight.data[3] *= 100
+    mlp.down_proj.weight.data[:, 3] /= 100
+    return model
+
+
+def test_what_loses_less_is_turned(tmp_path: Path) -> None:
+    model = outlying(uneven(tiny_model("llama", intermediate_size=48)))
+    before = logits_of(model)
+    path = transformed(model, tmp_path, **CHOOSE)
+    choice = json.loads((path / "choice.json").read_text())
+    for site in ("value", "down"):
+        errors = choice["errors"][site]
+        assert choice["blocks"][site] == [i for i, (plain, turned) in enumerate(errors) if turned < plain]
+    plain, turned = (sum(each) for each in zip(*choice["errors"]["residual"], strict=True))
+    assert choice["blocks"]["residual"] == ([0, 1] if turned < plain else [])
+    assert 0 in choice["blocks"]["down"]
+    new = load_model(path)
+    assert list(online(new.config)) == [f"model.layers.{i}.mlp.down_proj" for i in choice["blocks"]["down"]]
+    assert (logits_of(new) - before).abs().max() <= 1e-5 * before.abs().max()
+
+
+def test_errors_are_those_of_their_definition(tmp_path: Path) -> None:
+    """Of `down` in the first block, in float64 from hidden states that transformers computes."""
+    model = outlying(tiny_model("llama", intermediate_size=48))
+    path = transformed(model, tmp_path, **CHOOSE)
+    seen = list[torch.Tensor]()
+    down = model.model.layers[0].mlp.down_proj
+    down.register_forward_pre_hook(lambda _module, args: seen.append(args[0].double()))
+    logits_of(model)
+    turn = randomised(48, 0)
+
+    def lost(x: torch.Tensor) -> float:
+        low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
+        scale = (high - low) / 15
+        zero = (-low / scale).round()
+        return float((((x / scale).round() + zero).clamp(0, 15).sub(zero).mul(scale) - x).square().sum())
+
+    def weights(w: torch.Tensor) -> float:
+        scheme, grid = QuantScheme(bits=4, grid="affine"), GRIDS.get("affine")
+        w = w.float()
+        return float((grid.fake(w, grid.init(w, scheme), scheme) - w).double().square().sum())
+
+    w = down.weight.detach().double()
+    expected = [lost(x) / 2 + weights(v) for x, v in ((seen[0], w), (seen[0] @ turn, w @ turn))]
+    assert json.loads((path / "choice.json").read_text())["errors"]["down"][0] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_recipe_of_roste_runs(tmp_path: Path) -> None:
+    settings = [
+        "data.seq_len=32",
+        "data.validation=8",
+        "turn.samples=8",
+        "int4.samples=8",
+        "distill.tokens=256",
+        "distill.micro_batch_size=2",
+    ]
+    stages = {name: stage.settings() for name, stage in Recipe.load("roste", settings).stages.items()}
+    path = run(tmp_path, "out", stages)
+    config = json.loads((path / "config.json").read_text())
+    assert config["quantization_config"]["activations"] == config["quantization_config"]["kv"]
+    assert read_manifest(path).metrics["artifact"]["kld"] >= 0
+    assert read_manifest(path).transforms

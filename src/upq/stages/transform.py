@@ -47,7 +47,7 @@ class Transformed(Stage):
 
     @property
     def needs_inputs(self) -> bool:
-        return TRANSFORMS.get(self.method.name).needs_inputs
+        return self.transform().needs_inputs
 
     def cost(self, name: str, blocks: int, reading: Reading) -> dict[str, tuple[int, float]]:
         passes = 2.0 * self.samples * reading.seq_len if self.needs_inputs else 0.0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -12,6 +12,7 @@ from upq.core.config import Strict
 from upq.core.registry import Registry
 from upq.model.online import OnlineRotation
 from upq.model.source import Source
+from upq.model.walker import Step
 
 Run = Callable[[nn.Module, Tensor], Tensor]  # a block and hidden states (B, T, H): what the model's own call gives
 Calibrate = Callable[[nn.Module], None]  # runs a block over all calibration rows, as the original's blocks before it
@@ -25,9 +26,13 @@ class Transform(Protocol):
     """
 
     Config: type[Strict]
-    needs_inputs: ClassVar[bool] = False  # it looks at what calibration rows make of a block
 
     def __init__(self, config: Any) -> None: ...
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether it looks at what calibration rows make of a block."""
+        return False
 
     def check(self, name: str, source: Source) -> None:
         """Raises UPQError for a model that the transform does not know, from its layout; `name` is the stage's."""
@@ -39,6 +44,17 @@ class Transform(Protocol):
     def stays(self) -> str:
         """What is still to be done while the model runs, for the manifest; empty where all folds into weights."""
         return ""
+
+    def choose(self, source: Source, steps: Iterable[Step]) -> dict[str, Any] | None:
+        """What it decides from the calibration rows before it changes anything, as JSON types; None: nothing.
+
+        `steps` has one stream, which the caller expects at its end.
+        """
+        return None
+
+    def settled(self, choice: Mapping[str, Any]) -> Transform:
+        """The transform after `choose`."""
+        return self
 
     def online(self, source: Source) -> Mapping[str, OnlineRotation]:
         """By path of a linear, what stays at inference. The weights that `block` leaves hold the inverse."""

@@ -24,6 +24,7 @@ from upq.model.walker import Replay, Step, hidden_states, walk
 from upq.transforms._base import Run, Transform
 
 _OTHERS = ("generation_config.json", "*processor_config.json", "*.jinja", "*token*", "merges.txt", "vocab.*")
+_CHOICE = "choice.json"  # what a transform has decided before it changed anything
 _BESIDE = "beside.safetensors"  # all tensors that are in no decoder block
 
 
@@ -44,9 +45,16 @@ def write_transformed(
     folder.mkdir(parents=True, exist_ok=True)
     replay, places = Replay(source), dict[str, str]()
     files = [folder / f"block-{index:04}.safetensors" for index in range(len(source))]
-    streams = int(transform.needs_inputs and not all(file.is_file() for file in files))
-    assert rows_NT is not None or not streams
+    assert rows_NT is not None or not transform.needs_inputs
     tokens_NT = torch.zeros(0, 0, dtype=torch.long) if rows_NT is None else rows_NT
+    choice = folder / _CHOICE
+    if not choice.is_file():
+        streams = int(transform.needs_inputs)
+        found = transform.choose(source, walk(source, tokens_NT, streams=streams, allocate=allocate, replay=replay))
+        atomic_write(choice, json.dumps(found, indent=2) + "\n")
+    if (chosen := read_json(choice, remedy="delete its folder")) is not None:
+        transform = transform.settled(chosen)
+    streams = int(transform.needs_inputs and not all(file.is_file() for file in files))
     for step, file in zip(
         walk(source, tokens_NT, streams=streams, allocate=allocate, replay=replay), files, strict=True
     ):

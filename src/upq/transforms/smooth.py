@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -50,8 +50,6 @@ class Smooth(Transform):
         def scheme(self) -> QuantScheme:
             return QuantScheme(bits=self.bits, group_size=self.group_size, grid="affine")
 
-    needs_inputs: ClassVar[bool] = True
-
     def __init__(self, config: Config) -> None:
         self.config = config
 
@@ -60,6 +58,10 @@ class Smooth(Transform):
             check_scheme(self.config.scheme())
             for matrix in (matrix for index in range(len(source)) for matrix in source.matrices(index)):
                 self.config.scheme().groups(matrix.inputs)
+
+    @property
+    def needs_inputs(self) -> bool:
+        return True
 
     def unties(self, source: Source) -> bool:
         return False
