@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from upq.blockwise._base import ORIGINAL, QUANTISED, BlockTask, Method
-from upq.blockwise._cfp import truncated
 from upq.blockwise._finite import watched
 from upq.blockwise._sinks import sinks
 from upq.blockwise._store import BlockStore, Report
 from upq.blockwise._windows import Order, Pending, WindowStep, finals, spans
 from upq.core.errors import UPQError
 from upq.core.memory import trim
+from upq.core.outliers import truncated
 from upq.core.precision import Precision, computes_in_bf16
 from upq.core.processes import ALONE, Processes
 from upq.core.progress import Progress
