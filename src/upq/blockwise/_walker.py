@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
@@ -275,7 +276,9 @@ class _Stage:
             return
         names = [matrix.name for matrix in step.matrices]
         if scheme.static and solved:
-            scales = self.store.input_scales(step.index)
+            with self.processes.shared_errors():
+                known = json.dumps(self.store.input_scales(step.index)) if self.processes.first else ""
+            scales = json.loads(self.processes.text_of_first(known))
         elif scheme.static:
             here = static_scales(block, names, scheme, lambda: _over_rows(step, block))
             every = torch.zeros(self.processes.world, len(names), dtype=torch.float64)
