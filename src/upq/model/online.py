@@ -2,7 +2,7 @@
 
 `config.json` of a model that has some names them under `upq_online`: by path of a linear, the width of a Hadamard
 matrix that turns each such stretch of the input's channels, and the seed of its signs. The weight holds the inverse, so
-the model's function is the original's. Whoever builds the model from its configuration calls `install`.
+the model's function is the original's. What builds the model from its configuration calls `install`.
 """
 
 from __future__ import annotations
