@@ -16,15 +16,15 @@ class ActScheme(Strict):
     keys and values a token is one head's vector.
     """
 
-    bits: int = Field(8, ge=2, le=8)
+    bits: int = Field(default=8, ge=2, le=8)
     kind: Literal["int", "fp4", "fp8"] = "int"  # fp4: E2M1; fp8: E4M3
     per: Literal["tensor", "token", "group"] = "token"
-    group_size: int | None = Field(None, ge=1)
+    group_size: int | None = Field(default=None, ge=1)
     symmetric: bool = True  # False: int alone, with a zero point
     # The type of scales that are computed anew for each token; e8m0: a power of two, as in MXFP4.
     scale_dtype: Literal["float32", "e8m0"] = "float32"
     static: bool = False  # one scale, from the calibration rows; False: from the values themselves
-    clip: float = Field(1.0, gt=0, le=1)  # share of the range that is kept
+    clip: float = Field(default=1.0, gt=0, le=1)  # share of the range that is kept
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -167,8 +167,10 @@ def round_activations(
     """From here on the student reads rounded inputs, keys and values. `scales`: of a block's static inputs, by name."""
     for index, block in enumerate(block_list(student)):
         attach_kv(block, kv)
-        of_block = scales(index) if activations is not None else {}
-        for name, layer in trained_linears(block).items() if activations is not None else ():
+        if activations is None:
+            continue
+        of_block = scales(index)
+        for name, layer in trained_linears(block).items():
             layer.input = ActQuantiser(activations, of_block.get(name))
 
 

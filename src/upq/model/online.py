@@ -28,10 +28,10 @@ class OnlineRotation(Strict):
     def __call__(self, x: Tensor) -> Tensor:
         """Law (tests/test_online.py): x (…, I) times the matrix, whose product of two factors is computed in turn."""
         signs_N, left_AA, right_BB = _parts(self.block, self.seed)
-        parts = x.float().unflatten(-1, (-1, self.block)) * signs_N.to(x.device)
-        parts = parts.unflatten(-1, (len(left_AA), len(right_BB)))
-        turned = left_AA.to(x.device).T @ (parts @ right_BB.to(x.device))
-        return turned.flatten(-3).to(x.dtype)
+        parts = x.float().reshape(*x.shape[:-1], -1, self.block) * signs_N.to(x.device)
+        parts = parts.reshape(*parts.shape[:-1], len(left_AA), len(right_BB))
+        turned: Tensor = left_AA.to(x.device).T @ (parts @ right_BB.to(x.device))
+        return turned.reshape(x.shape).to(x.dtype)
 
 
 def online(config: Any) -> dict[str, OnlineRotation]:

@@ -91,7 +91,7 @@ def _groups(x: Tensor, scheme: ActScheme) -> Tensor:
         raise UPQError(
             f"activations of {x.shape[-1]} channels are no multiple of group_size={scheme.group_size}; set another"
         )
-    return x.unflatten(-1, (-1, scheme.group_size))
+    return x.reshape(*x.shape[:-1], -1, scheme.group_size)
 
 
 def _range(groups: Tensor, scheme: ActScheme) -> tuple[Tensor, Tensor]:

@@ -111,7 +111,7 @@ class Watch:
             x = args[0].float()
             if normed:
                 x = x * (x.square().mean(-1, keepdim=True) + _EPS).rsqrt()
-            turned = (x.unflatten(-1, (-1, len(turn))) @ turn.to(x.device)).flatten(-2)
+            turned = (x.reshape(*x.shape[:-1], -1, len(turn)) @ turn.to(x.device)).reshape(x.shape)
             for place, each in enumerate((x, turned)):
                 sums[place] += float((self._quantiser(each) - each).square().sum())
 

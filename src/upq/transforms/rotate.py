@@ -289,8 +289,8 @@ def _turn_inputs(block: nn.Module, matrix: Matrix, rotation: OnlineRotation) -> 
     width = rotation.block
     turn = hadamard(width) if rotation.seed is None else randomised(width, rotation.seed)
     weight = matrix.read(block).double()
-    turned = (weight.unflatten(-1, (-1, width)) @ turn.to(weight.device)).flatten(-2)
-    matrix.write(block, turned.float())
+    turned = weight.reshape(-1, width) @ turn.to(weight.device)
+    matrix.write(block, turned.view_as(weight).float())
     rotate_input(block.get_submodule(matrix.name), rotation)
 
 
