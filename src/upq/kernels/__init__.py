@@ -23,12 +23,13 @@ from torch import Tensor
 
 from upq.core.errors import UPQError
 from upq.kernels import cpu, cuda, reference
-from upq.kernels.reference import dequantize, embedding, pack, unpack
+from upq.kernels.reference import Standing, dequantize, embedding, pack, rows_of, unpack
 from upq.kernels.weight import Weight
 
 __all__ = [
     "COMPUTES",
     "Compute",
+    "Standing",
     "Weight",
     "compute",
     "computing",
@@ -37,6 +38,7 @@ __all__ = [
     "linear",
     "linears",
     "pack",
+    "rows_of",
     "set_compute",
     "unpack",
 ]
