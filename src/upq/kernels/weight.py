@@ -49,9 +49,7 @@ class Weight:
     def __init__(self, packed_OB: Tensor, scale_OG: Tensor, zero: Standing, *, bits: int, in_features: int) -> None:
         self.packed_OB, self.scale_OG, self.zero = packed_OB, scale_OG, zero
         self.bits, self.in_features = bits, in_features
-        self._compiled = not isinstance(zero, Table | Books) or (
-            isinstance(zero, Table) and _integers(zero) is not None
-        )
+        self._compiled = isinstance(zero, Tensor | float) or (isinstance(zero, Table) and _integers(zero) is not None)
         self._versions = self._current_versions()
         self._matrix: _cpu.PackedMatrix | None = None
         self._cuda_matrix: cuda.Matrix | None = None
