@@ -1,7 +1,7 @@
 """A packed weight as kernels get it: the canonical tensors, and the layout of the compiled kernels, cached.
 
-Compiled kernels know evenly spaced levels. A table whose values are integers on one step, as E2M1's on a half, is the
-same weight with other codes of more bits: E2M1's are -12 … 12, five bits. Other tables are left to the reference.
+Compiled kernels know evenly spaced levels, and on the CPU code books. A table whose values are integers on one step, as
+E2M1's on a half, is the same weight with other codes of more bits: E2M1's are -12 … 12, five bits. Other tables are left to the reference.
 
 Shape suffixes: O = out features, G = groups in a row, B = bytes in a row.
 """
@@ -52,10 +52,11 @@ class Weight:
         self._compiled = isinstance(zero, Tensor | float) or (isinstance(zero, Table) and _integers(zero) is not None)
         self._versions = self._current_versions()
         self._matrix: _cpu.PackedMatrix | None = None
+        self._books: _cpu.PackedBooks | None = None
         self._cuda_matrix: cuda.Matrix | None = None
 
     def compiles_on(self, device: str) -> bool:
-        """Whether compiled kernels of this type of device multiply with it."""
+        """Whether compiled kernels for evenly spaced levels multiply with it on this type of device."""
         return self._compiled and not (device == "cuda" and isinstance(self.zero, Table))
 
     def is_of(self, packed_OB: Tensor, scale_OG: Tensor, zero: Standing) -> bool:
@@ -73,6 +74,18 @@ class Weight:
             self._matrix = cpu.pack(packed_OB, scale_OG, zero, bits=bits, in_features=self.in_features)
             page_out(self.packed_OB)  # else both layouts stay: 597 MB were resident of a model of 310
         return self._matrix
+
+    @property
+    def of_books(self) -> bool:
+        return isinstance(self.zero, Books)
+
+    def book_matrix(self) -> _cpu.PackedBooks:
+        """The CPU layout of code books. Built on first use, then cached."""
+        if self._books is None:
+            assert isinstance(self.zero, Books)
+            self._books = cpu.pack_books(self.packed_OB, self.scale_OG, self.zero.values)
+            page_out(self.packed_OB)
+        return self._books
 
     def cuda_matrix(self) -> cuda.Matrix:
         """The CUDA layout. Built on first use, then cached. Only scales and zeros take memory of their own."""
