@@ -218,7 +218,9 @@ class TestFit:
         units = torch.eye(64, dtype=torch.float64).view(64, 2, 4, 8)
         effects = torch.stack([Sums(u, now.rows_OJM, now.scale_O1).weight() for u in units])
         normal = torch.einsum("aoi,ij,boj->ab", effects, h_II, effects)
-        wanted = torch.linalg.lstsq(normal, torch.einsum("aoi,ij,oj->a", effects, h_II, w_OI)).solution
+        # What one book gains in all its rows another can lose: the solution of least size of those that there are.
+        inverse = torch.linalg.pinv(normal, rtol=1e-10, hermitian=True)
+        wanted = inverse @ torch.einsum("aoi,ij,oj->a", effects, h_II, w_OI)
         best = Sums(wanted.view(2, 4, 8), now.rows_OJM, now.scale_O1).weight()
         ours = Sums(found, now.rows_OJM, now.scale_O1).weight()
         torch.testing.assert_close(ours, best, rtol=1e-5, atol=1e-6)
@@ -277,7 +279,7 @@ def dense(found: dict[str, Any]) -> dict[str, Tensor]:
 
 class TestMethod:
     def test_it_beats_its_start_and_tuning_beats_the_fit(self, task: BlockTask) -> None:
-        original = task.weights()
+        original = {name: w_OI.clone() for name, w_OI in task.weights().items()}
         start = {name: GRID.fake(w_OI, GRID.init(w_OI, SCHEME), SCHEME) for name, w_OI in original.items()}
         fitted = solve(task)
         errors = [task.error(start), task.error(dense(fitted))]
@@ -363,29 +365,27 @@ def recipe(folder: Path, stages: dict[str, Any]) -> Recipe:
 
 
 class TestRuns:
-    def test_a_run_leaves_an_artefact_that_computes_as_it_says(self, model: Path, tmp_path: Path) -> None:
-        stages = {"int2": {**INT2, "method": METHOD}, "distill": {**TRAIN, "train_weights": False}}
-        manifest = quantize(model, recipe(tmp_path, stages), tmp_path / "out")
+    def test_runs_leave_what_they_say_and_codes_stay_while_books_and_scales_train(
+        self, model: Path, tmp_path: Path
+    ) -> None:
+        stages = {"int2": {**INT2, "method": METHOD}}
+        quantize(model, recipe(tmp_path, stages), tmp_path / "plain")
+        trained = {**stages, "distill": {**TRAIN, "train_weights": False}}
+        manifest = quantize(model, recipe(tmp_path, trained), tmp_path / "trained")
+        before, after = (load_file(tmp_path / each / "model.safetensors") for each in ("plain", "trained"))
+        moved = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+        assert moved == {"weight_scale", "weight_books"}
         layer = next(each for each in manifest.layers if each.name.endswith("0.mlp.up_proj"))
         assert (layer.grid, layer.bits) == ("books", 2)
         exact = 2 + 16 / 64 + 2 * 256 * 8 * 16 / (96 * 64)  # codes, scales, books
         assert layer.bits_per_weight == pytest.approx(exact)
         ids = torch.arange(2, 14)[None]
         with kernels.computing("reference"):
-            packed, dense = upq.load(tmp_path / "out"), upq.load(tmp_path / "out", dequantize=True)
+            packed, dense = upq.load(tmp_path / "trained"), upq.load(tmp_path / "trained", dequantize=True)
             assert torch.equal(packed(ids).logits, dense(ids).logits)
-        compiled = upq.load(tmp_path / "out")
+        compiled = upq.load(tmp_path / "trained")
         torch.testing.assert_close(compiled(ids).logits, dense(ids).logits, rtol=1e-3, atol=1e-4)
         assert compiled.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 16)
-
-    def test_codes_stay_while_books_and_scales_train(self, model: Path, tmp_path: Path) -> None:
-        stages = {"int2": {**INT2, "method": METHOD}}
-        quantize(model, recipe(tmp_path, stages), tmp_path / "plain")
-        trained = {**stages, "distill": {**TRAIN, "train_weights": False}}
-        quantize(model, recipe(tmp_path, trained), tmp_path / "trained")
-        before, after = (load_file(tmp_path / each / "model.safetensors") for each in ("plain", "trained"))
-        moved = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
-        assert moved == {"weight_scale", "weight_books"}
 
     @pytest.mark.parametrize(
         ("changed", "message"),
@@ -480,9 +480,9 @@ class TestExport:
 
     def test_other_formats_refuse_books_and_this_one_refuses_others(self, tmp_path: Path) -> None:
         artifact = self.artifact(tmp_path)
-        for name in ("gguf", "compressed_tensors"):
+        for name in ("humming", "compressed_tensors"):
             with pytest.raises(UPQError, match=f"{name} cannot hold grid books with scales in float16 .*; dense can"):
-                export(artifact, name, tmp_path / f"out{'.gguf' if name == 'gguf' else ''}")
+                export(artifact, name, tmp_path / "out")
         assert export(artifact, "dense", tmp_path / "dense").exact
         seq = tiny_artifact(tmp_path / "seq", **SIZES)
         with pytest.raises(UPQError, match=r"aqlm cannot hold grid seq \(.*\), it has code books alone"):

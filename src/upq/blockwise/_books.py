@@ -142,11 +142,13 @@ def solved_books(now: Sums, w_OI: Tensor, h_II: Tensor, steps: int) -> Tensor:
     left = gathered((w_OI - weight(x)) @ h_II)
     along = inverse * left
     product = (left * along).sum()
+    # Below this all that is left is rounding, and it would grow in directions that change no weight.
+    least = torch.finfo(w_OI.dtype).eps * product
     for _ in range(steps):
         moved_OI = weight(along)
         through_OI = moved_OI @ h_II
         curvature = (through_OI * moved_OI).sum()
-        if not curvature > 0 or not product > 0:
+        if not curvature > 0 or not product > least:
             break
         step = product / curvature
         x += step * along

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _AT_ONCE = 1 << 22  # distances of vectors to rows
+_SETTLED = 1000  # k-means ends when no more than one vector of so many changes its centre
 
 
 def kmeans(x_NV: Tensor, rows: int, iterations: int, generator: torch.Generator) -> tuple[Tensor, float]:
@@ -26,7 +27,7 @@ def kmeans(x_NV: Tensor, rows: int, iterations: int, generator: torch.Generator)
         sums_KV = torch.zeros_like(centres_KV).index_add_(0, nearest_N, x_NV)
         centres_KV = torch.where(counts_K[:, None] > 0, sums_KV / counts_K.clamp_min(1)[:, None], centres_KV)
         before_N, nearest_N = nearest_N, nearest(x_NV, centres_KV)
-        if torch.equal(nearest_N, before_N):
+        if int((nearest_N != before_N).sum()) <= len(x_NV) // _SETTLED:
             break
     return centres_KV, float((x_NV - centres_KV[nearest_N]).square().sum(-1).double().mean())
 
@@ -108,7 +109,7 @@ def _better(
             chosen_NB, from_NB = cost_NBK.argmin(-1), None
         else:
             flat_NC = (cost_NBK + cost(without_NBV)[..., None]).flatten(1)
-            best_NB = flat_NC.topk(min(beam, flat_NC.shape[1]), dim=-1, largest=False).indices
+            best_NB = flat_NC.topk(min(beam, flat_NC.shape[1]), dim=-1, largest=False, sorted=False).indices
             from_NB, chosen_NB = best_NB // k, best_NB % k
         if from_NB is not None:
             without_NBV = without_NBV.gather(1, from_NB[..., None].expand(-1, -1, without_NBV.shape[-1]))

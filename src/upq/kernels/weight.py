@@ -1,7 +1,8 @@
 """A packed weight as kernels get it: the canonical tensors, and the layout of the compiled kernels, cached.
 
 Compiled kernels know evenly spaced levels, and on the CPU code books. A table whose values are integers on one step, as
-E2M1's on a half, is the same weight with other codes of more bits: E2M1's are -12 … 12, five bits. Other tables are left to the reference.
+E2M1's on a half, is the same weight with other codes of more bits: E2M1's are -12 … 12, five bits. Other tables are
+left to the reference.
 
 Shape suffixes: O = out features, G = groups in a row, B = bytes in a row.
 """
