@@ -211,6 +211,10 @@ class Stage(Strict):
         """Of the codes that it leaves; None for a stage that solves no blocks."""
         return None
 
+    def line(self, name: str) -> str | None:
+        """What the manifest says of a stage that changes weights before they are solved."""
+        return None
+
     def learns(self, scheme: QuantScheme) -> bool:
         """Whether it has anything to learn from blocks on `scheme`, if it trains."""
         return True
