@@ -17,7 +17,7 @@ from torch import Tensor
 from upq.core.levels import Books
 from upq.core.scheme import QuantScheme
 from upq.grids import GRIDS, Params
-from upq.grids._vectors import better_rows
+from upq.grids._vectors import better_rows, greedy_rows
 from upq.grids.books import BOOKS, VECTOR
 
 _AT_ONCE = 16  # vectors whose pull is computed in one product
@@ -61,7 +61,8 @@ def fit(
     scale_O1, levels = grid.scale_and_levels(params, scheme)
     assert isinstance(levels, Books)
     h_II = h_II / h_II.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)  # of dead inputs zeros
-    now = Sums(levels.values, levels.rows_of(grid.codes(w_OI, params, scheme)).long(), scale_O1)
+    rows_NM = greedy_rows((w_OI / scale_O1).view(-1, VECTOR), levels.values)
+    now = Sums(levels.values, rows_NM.view(len(w_OI), -1, scheme.bits), scale_O1)
     generator = torch.Generator().manual_seed(seed)
     found = [now.objective(w_OI, h_II)]
     for _ in range(rounds):
@@ -87,7 +88,7 @@ def searched_rows(now: Sums, w_OI: Tensor, h_II: Tensor, order_J: Tensor, *, bea
     rows_OJM, scale_O1 = now.rows_OJM.clone(), now.scale_O1
     levels, inside_V = Books(now.books_MKV), torch.arange(VECTOR, device=w_OI.device)
     error_OI = now.weight() - w_OI
-    for some_J in order_J.to(w_OI.device).split(_AT_ONCE):
+    for some_J in torch.split(order_J.to(w_OI.device), _AT_ONCE):
         columns_C = (some_J[:, None] * VECTOR + inside_V).flatten()
         near_CC = h_II[columns_C][:, columns_C]
         pull_OC = error_OI @ h_II[:, columns_C]  # half the gradient

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _AT_ONCE = 1 << 22  # distances of vectors to rows
-_SETTLED = 1000  # k-means ends when no more than one vector of so many changes its centre
+_SETTLED = 200  # k-means ends when no more than one vector of so many changes its centre
 
 
 def kmeans(x_NV: Tensor, rows: int, iterations: int, generator: torch.Generator) -> tuple[Tensor, float]:
