@@ -20,7 +20,7 @@ from upq.core.levels import E2M1, Uniform
 from upq.core.scheme import QTensor, QuantScheme
 from upq.data.config import Data
 from upq.distill.student import frozen, make_student, round_activations
-from upq.grids import search_scale
+from upq.grids import GRIDS, scheme_of, search_scale
 from upq.model.layout import block_list
 from upq.model.matrices import matrices
 from upq.model.source import Source
@@ -131,6 +131,19 @@ def test_int8_a_token_is_what_the_kernel_does() -> None:
     layer.input = ActQuantiser(ActScheme(bits=4))
     with kernels.computing("w2a8"):  # which would round the four bits once more
         assert torch.equal(layer(x), ActQuantiser(ActScheme(bits=4))(x))
+
+
+@pytest.mark.parametrize("grid", ["fp6", "r2q"])
+def test_levels_without_a_kernel_have_their_inputs_rounded(grid: str) -> None:
+    """The reference computes them, whatever is chosen."""
+    scheme, w_OI, x = scheme_of(bits=6 if grid == "fp6" else 2, grid=grid, group_size=-1), values(32, 64), values(5, 64)
+    q = GRIDS.get(grid).freeze(w_OI, search_scale(w_OI, scheme), scheme)
+    layer = PackedLinear.from_qtensor(q)
+    layer.input = ActQuantiser(ActScheme())
+    expected = torch.nn.functional.linear(layer.input(x), q.dequantize())
+    for compute in kernels.COMPUTES:
+        with kernels.computing(compute):
+            assert torch.allclose(layer(x), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,9 @@ class Stage(Strict):
         """Whether it has anything to learn from blocks on `scheme`, if it trains."""
         return True
 
+    def check_start(self, name: str, scheme: QuantScheme) -> None:
+        """Raises UPQError if it cannot start from blocks on `scheme`."""
+
     def check(self, name: str, model: Source, data: Data) -> None:
         """Raises UPQError for every fault that shows without data. `name` is that of the stage in its recipe."""
 
