@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from upq import kernels
 from upq.artifact.manifest import Manifest, read_manifest, verify
 from upq.artifact.transformers import empty_model
+from upq.core.act_scheme import ActScheme
 from upq.core.bounded import read_json
 from upq.core.errors import UPQError
 from upq.core.scales import REAL_SCALES
@@ -110,6 +111,7 @@ class Weight:
         codes_OI = kernels.unpack(self._stored("_packed", start, stop), self.scheme.bits, self.shape[1])
         grid, scale_OG = GRIDS.get(self.scheme.grid), self._stored("_scale", start, stop)
         beside = {name: self._stored(f"_{name}", start, stop) for name in grid.beside(self.scheme)}
+        beside |= {name: self._whole(f"_{name}") for name in grid.of_matrix(self.scheme)}
         levels = grid.load_levels(beside, scale_OG, self.scheme)
         return QTensor(codes_OI, scale_OG, levels, self.scheme, self.outer(start, stop))
 
@@ -131,6 +133,10 @@ class Weight:
             exact = self.tensor(start, stop).float()
             return exact + self.shift if self.shift else exact
         return self.qtensor(start, stop).dequantize()
+
+    def _whole(self, suffix: str) -> Tensor:
+        """A tensor that belongs to the stored matrix, whatever rows of it the weight is."""
+        return load_rows(self.files[self.origin + suffix], self.origin + suffix, 0, None)
 
     def _stored(self, suffix: str, start: int, stop: int | None) -> Tensor:
         name = self.origin + suffix
@@ -167,6 +173,8 @@ class Source:
     model: PreTrainedModel  # without memory, packed modules in place
     weights: dict[str, Weight]  # by name, in the order of the model; of tied ones the embedding alone
     linears: frozenset[str]  # names of the weights that multiply in the decoder blocks
+    activations: ActScheme | None = None  # how the artefact rounds their inputs
+    kv: ActScheme | None = None  # and keys and values
 
     @classmethod
     def open(cls, path: Path) -> Source:
@@ -200,6 +208,8 @@ class Source:
             model=model,
             weights=weights,
             linears=frozenset(name for name in weights if {name, name.removesuffix(".weight")} & matrices.keys()),
+            activations=quantization.activations,
+            kv=quantization.kv,
         )
 
     @property

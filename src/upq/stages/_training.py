@@ -16,7 +16,15 @@ from upq.data.tokens import TokenSet
 from upq.distill import optimizer, teacher
 from upq.distill.config import TrainingSettings
 from upq.distill.sharding import load_sharded
-from upq.distill.student import load_student, make_student, norm_weight, norms, start_norms, trained_blocks
+from upq.distill.student import (
+    load_student,
+    make_student,
+    norm_weight,
+    norms,
+    round_activations,
+    start_norms,
+    trained_blocks,
+)
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher
 from upq.distill.trainer import Batches, distill, settled, skipped_steps
 from upq.files.tensors import load_tensors, save_tensors
@@ -49,6 +57,13 @@ class TrainingStage(TrainingSettings, Stage):
 
     def learns(self, scheme: QuantScheme) -> bool:
         return self.train_weights or self.train_norms or GRIDS.get(scheme.grid).scales_learn
+
+    def check_start(self, name: str, scheme: QuantScheme) -> None:
+        if self.train_weights and GRIDS.get(scheme.grid).vectors:
+            raise UPQError(
+                f"{name}.train_weights: the codes of grid {scheme.grid} belong to vectors, and no single weight of them"
+                f" trains; set {name}.train_weights=false, and books and scales will"
+            )
 
     def check_training(self, name: str, model: Source) -> None:
         """Faults that every training may have. Raises UPQError."""
@@ -85,6 +100,7 @@ class TrainingStage(TrainingSettings, Stage):
         assert state.solved is not None
         assert state.solved.latents or not self.train_weights
         student, original = self._models(job, state.solved)
+        round_activations(student, state.solved.activations, state.solved.kv, state.solved.input_scales)
         before = {} if state.norms is None else load_tensors(state.norms)[0]
         if before and job.sharded:
             raise UPQError(
