@@ -132,7 +132,7 @@ def test_a_bundle_needs_a_tokenizer_that_litert_lm_reads(tmp_path: Path) -> None
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "model")
     artifact = artifact_of(tmp_path / "artifact", tmp_path / "model")
-    with pytest.raises(UPQError, match="has no tokenizer.json, which LiteRT-LM reads; --set bundle=false"):
+    with pytest.raises(UPQError, match=r"has no tokenizer\.json, which LiteRT-LM reads; --set bundle=false"):
         export(artifact, "litert", tmp_path / "out")
     assert export(artifact, "litert", tmp_path / "out", options=SMALL).exact
 

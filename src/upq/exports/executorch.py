@@ -108,11 +108,9 @@ class ExecuTorch(DirectoryExporter):
             return Placement(weight=weight, carrier=carrier, bytes=sum(weight.numel * kind.itemsize for kind in kinds))
         groups, loss = weight.scheme.groups(weight.shape[1]), None
         if groups > 1:
-            loss = (
-                None if integers.misfit(weight, torch.bfloat16) is None else "XNNPACK's scales of groups are bfloat16"
-            )
-            if weight.scheme.group_size % _BLOCK:
-                size = weight.scheme.group_size
+            fits = integers.misfit(weight, torch.bfloat16) is None
+            loss = None if fits else "XNNPACK's scales of groups are bfloat16"
+            if (size := weight.scheme.group_size) % _BLOCK:
                 raise UPQError(
                     f"{source.path}: executorch cannot hold groups of {size}: XNNPACK has multiples of {_BLOCK}"
                 )
