@@ -133,7 +133,7 @@ def test_what_xnnpack_has_no_place_for_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UPQError, match=r"executorch cannot hold 14 of .*XNNPACK's scales of groups are bfloat16"):
         export(artifact, "executorch", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UPQError, match=r"cannot hold groups with float activations .*--set activations=int8"):
+    with pytest.raises(UPQError, match=r"cannot hold groups with float activations: .*--set activations=int8"):
         plan(artifact, activations="float")
     artifact = tiny_artifact(tmp_path / "b", scheme=QuantScheme(bits=2, group_size=16), **grouped)
     with pytest.raises(UPQError, match="cannot hold groups of 16: XNNPACK has multiples of 32"):

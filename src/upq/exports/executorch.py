@@ -161,8 +161,9 @@ class _Model(nn.Module):
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         start: Any = input_pos[0].item()
-        torch._check(start >= 0)
-        torch._check(start + tokens.shape[1] <= self.options.context)
+        check: Any = torch._check  # what is known of a number when the program is traced
+        check(start >= 0)
+        check(start + tokens.shape[1] <= self.options.context)
         positions = (torch.arange(tokens.shape[1]) + input_pos)[None]
         self.start, self.positions = start, positions
         inputs = replace(_no_inputs(self.source), ids_NT=tokens, positions_NT=positions)
@@ -211,11 +212,11 @@ class _Model(nn.Module):
         y = nn.functional.linear(read, weight)
         return y + x.sum(-1, keepdim=True) * self._buffer(name, "shift") if carried.shifted else y
 
-    def add(self, a: Tensor, b: Any) -> Tensor:
-        return a + b
+    def add(self, a: Tensor, b: Tensor | float) -> Tensor:
+        return torch.add(a, b)
 
-    def multiply(self, a: Tensor, b: Any) -> Tensor:
-        return a * b
+    def multiply(self, a: Tensor, b: Tensor | float) -> Tensor:
+        return torch.mul(a, b)
 
     def rsqrt(self, x: Tensor) -> Tensor:
         return x.rsqrt()
@@ -259,7 +260,7 @@ class _Model(nn.Module):
         operations.update_cache(v_NKTD.permute(0, 2, 1, 3), values, self.start)
         seen = window(self.source.config, block)
         mask_TS = None if seen is None else self._near(seen)
-        read = operations.custom_sdpa(q_NTHD, keys, values, self.start, mask_TS, 0.0, mask_TS is None)
+        read: Tensor = operations.custom_sdpa(q_NTHD, keys, values, self.start, mask_TS, 0.0, mask_TS is None)
         return read.reshape(1, -1, s.heads * s.head_dim)
 
     def _near(self, seen: int) -> Tensor:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor
@@ -112,7 +113,8 @@ def _nibbles(codes: Tensor) -> Tensor:
     return flat[::2] | flat[1::2] << 4
 
 
-class _Value(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Value:
     """A tensor of a graph; all there are have one text, and no axis for it."""
 
     index: int
