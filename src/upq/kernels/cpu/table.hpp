@@ -6,6 +6,7 @@
 #include "steps.hpp"
 #include "tile.hpp"
 #include "tokens.hpp"
+#include "training.hpp"
 
 namespace upq::cpu {
 namespace {
@@ -120,6 +121,9 @@ constexpr Kernels kernels_of(const char* name) {
         rms_norm<Isa>,
         gated<Isa>,
         attend<Isa>,
+        fake_seq,
+        seq_gradient,
+        gjs,
     };
 }
 
