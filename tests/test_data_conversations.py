@@ -96,7 +96,8 @@ def test_nothing_ends_an_answer_that_was_cut_off(template: str) -> None:
     assert length < len(whole.tokens_L)
     assert found.tokens_L.tolist() == whole.tokens_L[:length].tolist()
     assert tokenizer.decode(found.tokens_L).endswith(str(ANSWERS[-1]))
-    assert found.mask_L is not None and whole.mask_L is not None
+    assert found.mask_L is not None
+    assert whole.mask_L is not None
     assert found.mask_L.tolist() == whole.mask_L[:length].tolist()
     assert encode(tokenizer, cut, loss_on="all").tokens_L.tolist() == found.tokens_L.tolist()
 

@@ -1,4 +1,4 @@
-"""The compiled parts of a training step against torch: weights bit for bit, sums as near to float64's as torch's own."""
+"""The compiled parts of a training step against torch: weights bit for bit, sums as near to float64's as torch's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def test_fake_weights_and_gradients_are_those_of_torch(isa: str, bits: int, grou
         log_delta = params["log_delta"].clone().requires_grad_()
         fake_OI = grid.fake(latent, {"log_delta": log_delta}, scheme)
         fake_OI.backward(grad_OI)
-        assert latent.grad is not None and log_delta.grad is not None
+        assert latent.grad is not None
+        assert log_delta.grad is not None
         return fake_OI.detach(), latent.grad, log_delta.grad
 
     found = run()

@@ -177,9 +177,8 @@ def test_what_is_written_behind_the_closing_text_is_left_out(special: bool) -> N
             return rows
 
     model: Any = Model()
-    assert (
-        sample(model, tokenizer, [[1], [1]], HOW[0], 99, closing="[/INST]") == [Words("Write a poem.", ended=True)] * 2
-    )
+    written = sample(model, tokenizer, [[1], [1]], HOW[0], 99, closing="[/INST]")
+    assert written == [Words("Write a poem.", ended=True)] * 2
     assert model.length == tokenizer(" Write a poem. [/INST]", return_length=True)["length"][0]
     (found,) = sample(model, tokenizer, [[1]], [Sampling()], 99)
     assert found.text == ("Write a poem.  Roses are red." if special else "Write a poem. [/INST] Roses are red.")

@@ -1,7 +1,7 @@
 """What a training on the CPU does beside its products, compiled: each in one pass over memory (cpu/training.hpp).
 
-In torch these are a dozen passes: of SmolLM2-135M's training steps in bfloat16, 17 % of the time were SEQ's and 22 % the
-divergence's (docs/log/cost.md). A caller asks `takes` and goes on in torch where it does not: on other devices, for
+In torch these are a dozen passes: of SmolLM2-135M's training steps in bfloat16, 17 % of the time were SEQ's and 22 %
+the divergence's (docs/log/cost.md). A caller asks `takes` and goes on in torch where it does not: on other devices, for
 shards, without the compiled module, and under UPQ_KERNELS=reference.
 
 Laws (tests/test_kernels_training.py): fake weights and their gradients are torch's bit for bit, but for sums, which are
@@ -66,7 +66,10 @@ def fake_seq(w_OGS: Tensor, scale_OG: Tensor, n: int) -> Tensor:
 def seq_gradient(
     grad_OGS: Tensor, w_OGS: Tensor, scale_OG: Tensor, n: int, *, bound: float, factor: float
 ) -> tuple[Tensor, Tensor]:
-    """Straight-through gradients of `fake_seq`: of w, 0 where |w / scale| ≥ `bound`; of Δ = n · scale, times `factor`."""
+    """Straight-through gradients of `fake_seq`.
+
+    Of w: 0 where |w / scale| ≥ `bound`. Of Δ = n · scale, times `factor`.
+    """
     d_w_OGS, d_delta_OG = torch.empty_like(w_OGS), torch.empty_like(scale_OG)
     given = (grad_OGS.data_ptr(), w_OGS.data_ptr(), scale_OG.data_ptr(), scale_OG.numel(), w_OGS.shape[-1])
     cpu.extension().seq_gradient(*given, n, bound, factor, d_w_OGS.data_ptr(), d_delta_OG.data_ptr(), *_how())

@@ -24,6 +24,10 @@ class Distill(Settings, TrainingStage):
     def learns(self, scheme: QuantScheme) -> bool:
         return not self.tokens or super().learns(scheme)
 
+    def check_start(self, name: str, scheme: QuantScheme) -> None:
+        if self.tokens:
+            super().check_start(name, scheme)
+
     def check(self, name: str, model: Source, data: Data) -> None:
         self.check_training(name, model)
         if self.tokens > 0 and steps(self, data.seq_len) == 0:
