@@ -1,8 +1,8 @@
 """What each stage of `default` brings on a real model: `python benchmarks/stages.py --subject gemma3`
 
 Nearest rounding, the blocks alone, and the blocks with each budget of training, cut down to what a processor does in an
-evening; perplexity and KL to the original on held-out text. They learn from text, and with `--conversations` as much from
-the subject's conversations. The blocks are solved once. A finished run is not repeated.
+evening; perplexity and KL to the original on held-out text. They learn from text, and with `--conversations` from as
+many tokens of the subject's conversations. The blocks are solved once. A finished run is not repeated.
 """
 
 from __future__ import annotations
