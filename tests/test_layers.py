@@ -24,7 +24,7 @@ FLOORS = (
     ("evals",),
     ("stages",),
     ("run",),
-    ("report",),
+    ("reports",),
     ("cli",),
     ("__main__",),
 )

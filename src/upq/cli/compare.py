@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from upq.cli.json_file import Target
-from upq.core.paths import local, local_or_hub
+from upq.files.target import Target
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,39 +42,32 @@ def compare(
     target, page = Target.of(json_file), Target.of(out, "--out")
 
     from upq.cli.console import table
+    from upq.reports.api import compare
+    from upq.reports.page import check_packages, comparison
     from upq.run.console import console, styled
-    from upq.run.reporter import loading, reporter
 
-    with loading():
-        from upq.evals.code import Samples
-        from upq.report import page as pages
-        from upq.report.comparison import Request, compare
-        from upq.run.api import device_of
-        from upq.run.quiet import quiet_libraries
-
-    quiet_libraries()
-    if out is not None:
-        pages.check_packages()
-    request = Request(
-        tasks=tuple(name.strip() for name in (tasks or "").split(",") if name.strip()),
-        texts=tuple(local(each) for each in text or ()),
-        against=None if against is None else local_or_hub(against),
-        data_dir=None if data_dir is None else local(data_dir),
+    if page.path is not None:
+        check_packages()
+    found = compare(
+        *models,
+        tasks=tasks or (),
+        text=text or (),
+        against=against,
+        data_dir=data_dir,
         limit=limit,
+        samples=samples,
+        temperature=temperature,
         batch_size=batch_size,
-        answers=None if answers is None else local(answers),
-        device=device_of(device),
-        samples=Samples.of(samples, temperature),
-    )
-    with reporter(console(stderr=True)) as progress:
-        found = compare([local_or_hub(model) for model in models], request, progress)
+        answers=answers,
+        device=device,
+    )  # without the page: where it cannot be written, the tables are shown all the same
     shown = console()
     shown.print(table("scores", found["scores"]["columns"], found["scores"]["rows"]))
     shown.print(_differences(found["differences"]))
-    if request.tasks:
+    if found["asked_tasks"]:
         shown.print(f"{found['changed_all']} answers changed between right and wrong")
     if page.path is not None:
-        page.write_text(pages.comparison(found))
+        page.write_text(comparison(dict(found)))
         shown.print(styled((str(page.path), "bold"), " is ready"), soft_wrap=True)
     target.write(found)
 
