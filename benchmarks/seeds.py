@@ -61,10 +61,10 @@ class Size:
 @app.command()
 def main(
     draws: Annotated[int, typer.Option(min=1)] = 20,
-    questions: Annotated[int, typer.Option(min=1, help="Of each of 7 subjects of mini_mmlu, a draw.")] = 30,
-    requests: Annotated[int, typer.Option(min=1, help="Of mini_ifeval, a draw.")] = 32,
+    questions: Annotated[int, typer.Option(min=1, help="Of each of 7 subjects of mini_mmlu, a draw.")] = 15,
+    requests: Annotated[int, typer.Option(min=1, help="Of mini_ifeval, a draw.")] = 24,
     rows: Annotated[int, typer.Option(min=1, help="Of 256 tokens of held-out text, a draw.")] = 32,
-    tokens: Annotated[int, typer.Option(min=0, help="Of the training.")] = 60_000,
+    tokens: Annotated[int, typer.Option(min=0, help="Of the training.")] = 30_000,
     set_: Annotated[list[str], typer.Option("--set", help="Of the recipe; repeatable.")] = [],  # noqa: B006
     out: Annotated[Path, typer.Option(help="Artefacts, texts and answers.")] = RUNS,
     json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
@@ -128,7 +128,7 @@ def _artefacts(out: Path, tokens: int, settings: Sequence[str]) -> dict[str, Pat
     text = _corpora.write(
         "documents", out / "train.jsonl", tokens=max(tokens, 200_000), model=subject.model, device="cpu"
     )
-    small = ["generate=null", *subject.overrides, "int2.samples=64", "int2.method.iterations=100"]
+    small = ["generate=null", *subject.overrides, "int2.samples=64", "int2.method.iterations=30"]
     small += [f"distill.tokens={tokens}", *settings]
     made = {f"seed {seed}": [*small, f"seed={seed}"] for seed in (0, 1)}
     made["nearest"] = ["generate=null", *subject.overrides, "int2.method=rtn", "distill=null"]

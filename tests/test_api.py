@@ -141,7 +141,7 @@ def test_compare_is_the_command(model: Path, text: Path, artifact: Path, tmp_pat
     page = tmp_path / "b.html"
     found = upq.compare(artifact, model, text=text, against=model, out=page, progress=None)
     assert found == json.loads((tmp_path / "figures.json").read_text())
-    assert found["pairs"][1]["verdict"] == "model is better"
+    assert found["pairs"][1]["verdict"] == f"{model.name} is better"
     assert page.read_text() == (tmp_path / "a.html").read_text()
 
 

@@ -10,7 +10,10 @@ import typer
 from upq.files.target import Target
 
 if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.padding import Padding
     from rich.table import Table
+    from rich.text import Text
 
 
 def compare(
@@ -63,7 +66,7 @@ def compare(
     )  # without the page: where it cannot be written, the tables are shown all the same
     shown = console()
     shown.print(table("scores", found["scores"]["columns"], found["scores"]["rows"]))
-    shown.print(_differences(found["differences"]))
+    shown.print(_differences(found["differences"], shown.width))
     if found["asked_tasks"]:
         shown.print(f"{found['changed_all']} answers changed between right and wrong")
     if page.path is not None:
@@ -72,15 +75,44 @@ def compare(
     target.write(found)
 
 
-def _differences(found: dict[str, Any]) -> Table:
-    """Words wrap where the terminal is narrow, numbers do not."""
+_WORDS = ("models", "measure", "verdict")
+_NONE = "–"
+_NARROW = 20  # characters that words need, or a table is hard to read
+
+
+def _differences(found: dict[str, Any], width: int) -> Table | Group:
+    """A table without the columns that no row has a figure for; where that is too wide, a measure and then its figures.
+
+    Words wrap in a table, numbers do not.
+    """
+    from rich.cells import cell_len
     from rich.table import Table
 
-    made = Table(title="differences, the later model minus the earlier", title_justify="left", header_style="bold")
-    made.title_style = "bold"
-    for column in found["columns"]:
-        words = column in ("models", "measure", "verdict")
-        made.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+    title = "differences, the later model minus the earlier"
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    used = [i for i in range(len(found["columns"])) if any(row[i] != _NONE for row in found["rows"])]
+    needed = 1
+    for i in used:
+        name, words = found["columns"][i], found["columns"][i] in _WORDS
+        widest = max(cell_len(cell) for cell in (name, *(row[i] for row in found["rows"])))
+        least = min(widest, _NARROW) if words else widest
+        made.add_column(name, justify="left" if words else "right", no_wrap=not words, min_width=least)
+        needed += least + 3
     for row in found["rows"]:
-        made.add_row(*row)
-    return made
+        made.add_row(*(row[i] for i in used))
+    return made if needed <= width else _lines(title, found)
+
+
+def _lines(title: str, found: dict[str, Any]) -> Group:
+    from rich.console import Group
+    from rich.padding import Padding
+
+    from upq.run.console import styled
+
+    lines: list[Text | Padding] = [styled((title, "bold"))]
+    for row in found["rows"]:
+        cells = dict(zip(found["columns"], row, strict=True))
+        about = ": ".join(cells[name] for name in _WORDS[:2] if name in cells)
+        figures = [f"{name} {cell}" for name, cell in cells.items() if name not in _WORDS and cell != _NONE]
+        lines += [styled(f"{about}: ", (cells["verdict"], "bold")), Padding(styled(", ".join(figures)), (0, 0, 0, 4))]
+    return Group(*lines)
