@@ -12,6 +12,7 @@ and the share of draws is counted in which one is shown all the same.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from upq.reports.comparison import Measured, Request, together
 RUNS = ROOT / "runs" / "seeds"
 LEAST = 0.9  # of the draws show no difference between two seeds: 18 of 20
 SWAPS = 5  # coins thrown for each draw
+_HELDOUT = 15  # seed of documents that no training has
 _TASKS = ("mini_mmlu", "mini_ifeval")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -142,13 +144,15 @@ def _measured(models: Sequence[Path], size: Size, out: Path) -> list[Measured]:
     from upq.core.progress import Silent
     from upq.data import load_eval_text
     from upq.evals import mini
+    from upq.files.atomic import atomic_write
     from upq.model.loading import load_tokenizer
     from upq.reports import comparison
+    from upq.world import World, documents
 
     reference = named("reference").model
-    rows = size.draws * size.rows
-    text = _corpora.write("heldout", out / "heldout.jsonl", tokens=2 * rows * 256, model=reference, device="cpu")
-    tokenizer = load_tokenizer(reference)
+    rows, text, tokenizer = size.draws * size.rows, out / "heldout.jsonl", load_tokenizer(reference)
+    lines = (json.dumps({"text": each}) for each in documents(World(), rows * 256 // 16, _HELDOUT))
+    atomic_write(text, "\n".join(lines))
     ours = {text: load_eval_text(text, tokenizer, 256)[:rows]}
     assert len(ours[text]) == rows
     request = Request(
