@@ -53,6 +53,7 @@ _BLOCK_AP: dict[str, Any] = {"relative": True, "lr": 3e-3, "scale_lr": 3e-3}
 _ROUND: dict[str, Any] = {"relative": True}
 # EfficientQAT's rates (`upq/run/recipes/efficientqat.yaml`).
 _PUBLISHED: dict[str, Any] = {"scale": "max", "lr": 1e-3, "scale_lr": 7e-3, "zero_lr": 1e-4, "final_lr": 0.05}
+_BOOKS: dict[str, Any] = {"stage_grid": "books", "stage_group_size": -1}
 
 ROWS: dict[str, Row] = {
     "rtn": _row("nearest rounding, searched scale", "rtn", scale="mse"),
@@ -113,6 +114,18 @@ ROWS: dict[str, Row] = {
         stage_inputs="original",
         **_BLOCK_AP,
     ),
+    "aqlm": _row(
+        "AQLM: 2 books of 256, 4 rounds",
+        "aqlm",
+        "below all of its table at 2 bits (6.69 on Llama-2-7B)",
+        relative=True,
+        rounds=4,
+        **_BOOKS,
+    ),
+    "aqlm-fit": _row("AQLM, without the block's tuning", "aqlm", relative=True, rounds=4, iterations=0, **_BOOKS),
+    "gptq-16": _row("GPTQ, groups of 16", "gptq", scale="hessian", relative=True, stage_group_size=16),
+    "block_ap-32": _row("Block-AP, as in `demo`, groups of 32", "block_ap", stage_group_size=32, **_BLOCK_AP),
+    "block_ap-16": _row("Block-AP, as in `demo`, groups of 16", "block_ap", stage_group_size=16, **_BLOCK_AP),
     "slim": _row(
         "widths of mean 2.2 (2 and 3 bits), a scale a row, GPTQ",
         "gptq",
@@ -172,7 +185,7 @@ class Study:
         row = ROWS[name]
         steps = {} if row.method["name"] in _AT_ONCE else {"iterations": self.iterations, "batch_size": 4}
         stage = {"stage": "blockwise", "bits": 2, "grid": "seq", "group_size": 64, "samples": self.samples, **row.stage}
-        stage["method"] = {**row.method, **steps}
+        stage["method"] = {**steps, **row.method}
         stages: dict[str, Any] = {"int2": stage}
         if row.widths is not None:
             shared = {key: stage[key] for key in ("grid", "group_size")}

@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "books.hpp"
 #include "decoder.hpp"
 #include "dispatch.hpp"
 #include "linears.hpp"
@@ -376,6 +377,52 @@ bool decoder_case(unsigned seed, const Kernels& kernels) {
     return good;
 }
 
+// Code books against double; each token by itself has the bits that it has among others.
+bool books_case(unsigned seed, const Kernels& kernels) {
+    Random random{std::mt19937(seed)};
+    const std::int64_t rows = random.between(1, 70), vectors = random.between(1, 40), tokens = random.between(1, 20);
+    const std::int64_t columns = vectors * book_vector;
+    const int books = random.between(1, 4), threads = random.between(1, 3);
+    std::vector<std::uint8_t> codes;
+    std::vector<float> values, scales, x;
+    for (std::int64_t i = 0; i < rows * vectors * books; ++i) codes.push_back(static_cast<std::uint8_t>(random.between(0, 255)));
+    for (std::int64_t i = 0; i < books * book_rows * book_vector; ++i) values.push_back(random.normal());
+    for (std::int64_t i = 0; i < rows; ++i) scales.push_back(0.01f + std::abs(random.normal()));
+    for (std::int64_t i = 0; i < tokens * columns; ++i) x.push_back(random.normal());
+    const PackedBooks packed({rows, columns, books, codes.data(), values.data(), scales.data()});
+    const auto product = [&](std::int64_t first, std::int64_t count, int team) {
+        std::vector<float> y(static_cast<std::size_t>(count * rows));
+        const Rows some{x.data() + first * columns, Real::f32, count, columns};
+        book_linear(kernels, some, packed.view(), {y.data(), Real::f32, nullptr, Real::f32}, team);
+        return y;
+    };
+    const std::vector<float> all = product(0, tokens, threads);
+    double wrong = 0, right = 1e-30;
+    for (std::int64_t t = 0; t < tokens; ++t) {
+        const std::vector<float> alone = product(t, 1, 1);
+        for (std::int64_t o = 0; o < rows; ++o) {
+            const float found = all[static_cast<std::size_t>(t * rows + o)];
+            if (std::bit_cast<std::uint32_t>(alone[static_cast<std::size_t>(o)]) != std::bit_cast<std::uint32_t>(found)) {
+                std::printf("%s, books %u: token %d alone has other bits\n", kernels.name, seed, static_cast<int>(t));
+                return false;
+            }
+            double exact = 0;
+            for (std::int64_t i = 0; i < columns; ++i)
+                for (int m = 0; m < books; ++m) {
+                    const int k = codes[static_cast<std::size_t>((o * vectors + i / book_vector) * books + m)];
+                    const std::int64_t at = (m * book_rows + k) * book_vector + i % book_vector;
+                    exact += static_cast<double>(x[static_cast<std::size_t>(t * columns + i)]) * values[static_cast<std::size_t>(at)];
+                }
+            exact *= scales[static_cast<std::size_t>(o)];
+            wrong += (found - exact) * (found - exact);
+            right += exact * exact;
+        }
+    }
+    if (wrong <= 4e-12 * right) return true;
+    std::printf("%s, books %u: relative error %g\n", kernels.name, seed, std::sqrt(wrong / right));
+    return false;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -383,7 +430,9 @@ int main(int count, char** arguments) {
     int bad = 0, ran = 0;
     for (const Kernels* kernels : available()) {
         if (count > 2 && std::string(arguments[2]) != kernels->name) continue;
-        for (unsigned seed = 0; seed < cases; ++seed) bad += !run_case(seed, *kernels) + !decoder_case(seed, *kernels);
+        for (unsigned seed = 0; seed < cases; ++seed) {
+            bad += !run_case(seed, *kernels) + !decoder_case(seed, *kernels) + !books_case(seed, *kernels);
+        }
         std::printf("%s: %u cases\n", kernels->name, cases);
         ++ran;
     }

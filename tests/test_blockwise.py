@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pairwise import covering
-from schemes import PLAIN, fitting
+from schemes import PLAIN, ROUNDING, SCALAR, fitting
 from tiny import tiny_model
 from upq.blockwise import METHODS, BlockStore, BlockTask, Method, Solution, walk
 from upq.blockwise._base import ORIGINAL, QUANTISED, shuffled_batches, start_scales
@@ -123,7 +123,7 @@ SCHEMES = [
 ] + [fitting("nvfp4"), fitting("mxfp4")]
 
 
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", ROUNDING)
 class TestLaws:
     @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.grid}-{s.bits}-{s.group_size}")
     def test_never_worse_than_nearest_rounding(self, name: str, scheme: QuantScheme, make_task: MakeTask) -> None:
@@ -308,7 +308,7 @@ def files(store: BlockStore) -> dict[str, bytes]:
 ZEROS = {"a block that was added": ("self_attn.o_proj", "mlp.down_proj"), "all": ("_proj", "layernorm")}
 
 
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", ROUNDING)
 @pytest.mark.parametrize("kind", ZEROS)
 def test_weights_of_zeros_have_finite_figures(kind: str, name: str, tmp_path: Path) -> None:
     made = tiny_model("llama", num_hidden_layers=2)
@@ -325,7 +325,7 @@ def test_weights_of_zeros_have_finite_figures(kind: str, name: str, tmp_path: Pa
 
 
 class TestWalk:
-    @pytest.mark.parametrize("name", METHODS.names())
+    @pytest.mark.parametrize("name", ROUNDING)
     def test_killed_and_resumed_is_never_killed(self, name: str, model: Source, tmp_path: Path, device: str) -> None:
         model = Source(model.path, device=device)
         method = make(name, **({"iterations": 8} if name in LEARNED else {}))
@@ -343,7 +343,7 @@ class TestWalk:
             assert files(store) == files(whole)
         assert stage(model, method, whole, source=source) == 0
 
-    @pytest.mark.parametrize("name", METHODS.names())
+    @pytest.mark.parametrize("name", ROUNDING)
     def test_where_activations_lie_makes_no_difference(self, name: str, model: Source, tmp_path: Path) -> None:
         """In memory, on disk, killed on disk and resumed on disk or in memory: the same bytes, and no file left."""
         options = {"iterations": 4} if name in LEARNED else {"scale": "hessian"}
@@ -453,7 +453,7 @@ class TestWalk:
         assert stage(model, make("rtn"), BlockStore(tmp_path, QuantScheme(bits=2))) == 3
 
 
-@pytest.mark.parametrize("grid", GRIDS.names())
+@pytest.mark.parametrize("grid", SCALAR)
 class TestStore:
     @pytest.mark.parametrize("bits", range(2, 9))
     def test_what_is_saved_comes_back(self, grid: str, bits: int, tmp_path: Path) -> None:

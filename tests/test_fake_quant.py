@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pairwise import pairwise
-from schemes import fitting
+from schemes import SCALAR, fitting
 from upq.core.scheme import PER_CHANNEL
-from upq.grids import GRIDS, search_scale
+from upq.grids import search_scale
 from upq.nn.fake_quant import FakeQuantLinear
 
 ROWS, COLUMNS = 20, 96
@@ -52,7 +52,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pairwise(
-    grid=GRIDS.names(),
+    grid=SCALAR,
     group_size=[PER_CHANNEL, 8, 24],
     bias=[False, True],
     shape=[(7, COLUMNS), (3, 5, COLUMNS)],
@@ -77,7 +77,7 @@ def test_a_transposed_input_makes_no_difference() -> None:
     assert_same(gradients(FakeQuantLinear.__call__, layer, x), expected)
 
 
-@pytest.mark.parametrize("grid", GRIDS.names())
+@pytest.mark.parametrize("grid", SCALAR)
 def test_used_twice_and_under_checkpointing(grid: str) -> None:
     """Both uses of a layer count, and a pass that is run again gives what the first one gave."""
     layer, x = make(grid), torch.randn(7, COLUMNS)
@@ -106,7 +106,7 @@ def test_what_does_not_learn_gets_no_gradient() -> None:
     assert layer.weight.grad is not None
 
 
-@pytest.mark.parametrize("grid", GRIDS.names())
+@pytest.mark.parametrize("grid", SCALAR)
 def test_nothing_of_the_size_of_the_weight_is_kept(grid: str) -> None:
     """Between the passes: the inputs and what learns, which is in memory anyway."""
     stack, x = nn.Sequential(*(make(grid) for _ in range(3))), torch.randn(7, COLUMNS, requires_grad=True)

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from far import FarError, far_away
-from schemes import PLAIN, fitting
+from schemes import PLAIN, ROUNDING, SCALAR, fitting
 from tiny import tiny_model
 from upq.artifact.transformers import pack_model
 from upq.blockwise import METHODS, BlockStore, walk
@@ -67,7 +67,7 @@ def test_what_a_gpu_refuses_is_refused() -> None:
 
 
 @pytest.mark.parametrize("on_disk", [False, pytest.param(True, marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", ROUNDING)
 def test_the_walk(name: str, on_disk: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two stages, the second one twice: a block that was solved before is run."""
     adam = torch.optim.Adam  # fused, it knows no such device
@@ -141,7 +141,7 @@ def test_the_training(kind: str, loss: str, model: Path, tmp_path: Path) -> None
         assert store.done(2) == 2
 
 
-@pytest.mark.parametrize("grid", [grid for grid in GRIDS.names() if grid not in PLAIN])
+@pytest.mark.parametrize("grid", [grid for grid in SCALAR if grid not in PLAIN])
 def test_levels_of_one_kind(grid: str) -> None:
     """Searched, rounded, trained and multiplied with."""
     scheme, w_OI = fitting(grid), torch.randn(4, 64)

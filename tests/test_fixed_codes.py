@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from pairwise import pairwise
-from schemes import PLAIN, fitting
+from schemes import PLAIN, SCALAR, fitting
 from test_distill import Losses, Random, make_config, make_teacher, train
 from upq.blockwise import BlockStore, Solution
 from upq.core.levels import Uniform
 from upq.core.scheme import PER_CHANNEL, QTensor, QuantScheme, to_groups
 from upq.distill.student import Starts, make_student, trained_linears
 from upq.files.tensors import load_tensors
-from upq.grids import GRIDS, learned, search_scale
+from upq.grids import learned, search_scale
 from upq.nn.blocks import model_weights
 from upq.nn.fake_quant import FakeQuantLinear
 from upq.nn.fixed_codes import Coded, FixedCodesLinear
@@ -42,7 +42,7 @@ def same_codes(a: QTensor, b: QTensor) -> bool:
     return a.scheme == b.scheme and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
 
 
-@pairwise(grid=GRIDS.names(), group_size=[PER_CHANNEL, 8, 24], bits=range(2, 9), bias=[False, True])
+@pairwise(grid=SCALAR, group_size=[PER_CHANNEL, 8, 24], bits=range(2, 9), bias=[False, True])
 def test_it_starts_as_the_latents_do(
     grid: str, group_size: int, bits: int, bias: bool, tmp_path: Path, device: str
 ) -> None:
@@ -61,7 +61,7 @@ def test_it_starts_as_the_latents_do(
     assert fixed.shape == fake.shape == (ROWS, COLUMNS)
 
 
-@pairwise(grid=GRIDS.names(), group_size=[PER_CHANNEL, 8], autocast=[False, True])
+@pairwise(grid=SCALAR, group_size=[PER_CHANNEL, 8], autocast=[False, True])
 def test_gradients_are_those_of_the_plain_form(grid: str, group_size: int, autocast: bool, device: str) -> None:
     scheme = fitting(grid, group_size=group_size)
     coded = Coded.of(solved(scheme).qtensor(), solved(scheme).params)
@@ -83,7 +83,7 @@ def test_gradients_are_those_of_the_plain_form(grid: str, group_size: int, autoc
 
 
 @pytest.mark.parametrize("group_size", [PER_CHANNEL, 8])
-@pytest.mark.parametrize("grid", GRIDS.names())
+@pytest.mark.parametrize("grid", SCALAR)
 def test_the_gradient_of_a_scale_is_how_the_weights_move_with_it(grid: str, group_size: int) -> None:
     """`dŴ/d log s = Ŵ`: in float64, by hand, of what the grid calls its scale; and `dŴ/dz = -s`."""
     scheme = fitting(grid, group_size=group_size, scale_dtype="float32")

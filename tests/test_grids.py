@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pairwise import pairwise
-from schemes import PLAIN, fitting
+from schemes import PLAIN, SCALAR, fitting
 from upq.core.levels import Levels, Table, Uniform
 from upq.core.scheme import PER_CHANNEL, QuantScheme, to_groups
 from upq.grids import GRIDS, Params, learned, search_scale
@@ -21,7 +21,7 @@ from upq.grids._base import SHRINK
 
 BITS = range(2, 9)
 GROUPS = [PER_CHANNEL, 8, 24]
-every_grid = pytest.mark.parametrize("name", GRIDS.names())
+every_grid = pytest.mark.parametrize("name", SCALAR)
 
 
 def weight(o: int = 6, i: int = 96, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -36,7 +36,7 @@ def shrunk(name: str, w_OI: Tensor, scheme: QuantScheme, factor: float = 0.6) ->
 
 
 UNSEARCHED = ("splitquant",)  # grids whose levels are those of the range, whatever the search is asked for
-every_searched = pytest.mark.parametrize("name", [name for name in GRIDS.names() if name not in UNSEARCHED])
+every_searched = pytest.mark.parametrize("name", [name for name in SCALAR if name not in UNSEARCHED])
 
 
 def same(a: Levels, b: Levels) -> bool:
@@ -47,7 +47,7 @@ def same(a: Levels, b: Levels) -> bool:
 
 class TestLaws:
     @pairwise(
-        name=GRIDS.names(),
+        name=SCALAR,
         bits=BITS,
         group_size=GROUPS,
         dtype=[torch.float32, torch.bfloat16],
@@ -69,7 +69,7 @@ class TestLaws:
             assert shared is None or same(frozen.levels, shared)
             assert grid.uniform is isinstance(frozen.levels, Uniform)
 
-    @pairwise(name=GRIDS.names(), bits=BITS, group_size=GROUPS)
+    @pairwise(name=SCALAR, bits=BITS, group_size=GROUPS)
     def test_idempotent(self, name: str, bits: int, group_size: int) -> None:
         scheme, grid, w_OI = fitting(name, bits=bits, group_size=group_size), GRIDS.get(name), weight()
         for params in (grid.init(w_OI, scheme), shrunk(name, w_OI, scheme)):
@@ -134,7 +134,7 @@ class TestLaws:
             assert torch.equal(alone.codes_OI, whole.codes_OI[row : row + 1, start : start + size])
             assert torch.equal(alone.scale_OG[0], whole.scale_OG[row, start // size :][: alone.scale_OG.shape[1]])
 
-    @pairwise(name=GRIDS.names(), size=[0.0, 1e-38, 1e-8, 1e4, 1e30], bits=BITS, scale_dtype=["float16", "bfloat16"])
+    @pairwise(name=SCALAR, size=[0.0, 1e-38, 1e-8, 1e4, 1e30], bits=BITS, scale_dtype=["float16", "bfloat16"])
     def test_empty_tiny_and_huge_rows_stay_finite(self, name: str, size: float, bits: int, scale_dtype: str) -> None:
         scheme, grid = fitting(name, bits=bits, group_size=8, scale_dtype=scale_dtype), GRIDS.get(name)
         w_OI = weight()
@@ -158,7 +158,7 @@ class TestLaws:
 
 
 class TestSearch:
-    @pairwise(name=GRIDS.names(), bits=BITS, group_size=GROUPS)
+    @pairwise(name=SCALAR, bits=BITS, group_size=GROUPS)
     def test_never_worse_than_the_range(self, name: str, bits: int, group_size: int) -> None:
         scheme, grid = fitting(name, bits=bits, group_size=group_size), GRIDS.get(name)
         for seed in range(3):
@@ -185,7 +185,7 @@ class TestSearch:
         assert ((weighed - w_OI).square().sum() > (plain - w_OI).square().sum()).item()
 
     # The searches of the other two are no list: tests/test_related_grids.py
-    @pytest.mark.parametrize("name", [name for name in GRIDS.names() if name not in ("r2q", "dgq", *UNSEARCHED)])
+    @pytest.mark.parametrize("name", [name for name in SCALAR if name not in ("r2q", "dgq", *UNSEARCHED)])
     @pytest.mark.parametrize("bits", [2, 3, 4])
     def test_matches_a_search_over_every_candidate_in_float64(self, name: str, bits: int) -> None:
         scheme = fitting(name, bits=bits)

@@ -16,7 +16,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
 from pairwise import pairwise
-from schemes import PLAIN, fitting
+from schemes import PLAIN, SCALAR, fitting
 from upq.core.errors import UPQError
 from upq.core.levels import Uniform
 from upq.core.scheme import PER_CHANNEL, QTensor, QuantScheme
@@ -40,7 +40,7 @@ def fake_linear(rows: int, columns: int, scheme: QuantScheme, bias: bool, dtype:
 @pairwise(
     shape=[(32, PER_CHANNEL), (45, PER_CHANNEL), (48, 16), (1, PER_CHANNEL)],
     bits=range(2, 9),
-    grid=GRIDS.names(),
+    grid=SCALAR,
     dtype=DTYPES,
 )
 def test_linear_equals_what_was_trained(
@@ -108,7 +108,7 @@ def random_qtensor(rows: int, columns: int, scheme: QuantScheme, seed: int) -> Q
     return grid.freeze(w, grid.init(w, scheme), scheme)
 
 
-@pytest.mark.parametrize("grid", GRIDS.names())
+@pytest.mark.parametrize("grid", SCALAR)
 @settings(deadline=None, max_examples=40)
 @given(
     bits=st.integers(2, 8),

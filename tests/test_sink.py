@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import sink
+from schemes import ROUNDING
 from upq.artifact.card import model_card
 from upq.artifact.manifest import Manifest, SourceModel, read_manifest, write_manifest
 from upq.blockwise import METHODS, BlockStore, walk
@@ -61,7 +62,7 @@ class TestTheModel:
         assert out.attentions[sink.BLOCK][:, :, 5:, 0].mean() < 0.2
 
 
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", ROUNDING)
 def test_the_sink_survives_two_bits(method: str, model: Path, rows: Tensor, tmp_path: Path) -> None:
     store = walked(model, rows, tmp_path, method, **KEEPS[method])
     assert store.massive(0) is None

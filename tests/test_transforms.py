@@ -33,7 +33,7 @@ UNTIED: dict[str, Any] = {"untie": True}
 def transformed(model: Any, folder: Path, name: str = "rotate", **options: Any) -> Path:
     model.save_pretrained(folder / "model")
     cls = TRANSFORMS.get(name)
-    write_transformed(Source(folder / "model"), cls(cls.Config(**options)), folder / "new", Silent())
+    write_transformed(Source(folder / "model"), cls(cls.Config(**options)), folder / "new", Silent(), rows_NT=IDS)
     return folder / "new"
 
 

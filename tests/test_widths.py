@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from schemes import ROUNDING
 from test_blockwise import IDS, Counting, files, make
 from tiny import tiny_model
 from upq.blockwise import METHODS, BlockStore, walk
@@ -114,7 +115,7 @@ def test_the_file_of_a_measurement_says_what_it_was_measured_on(tmp_path: Path) 
         load(tmp_path / "bad.json", "one")
 
 
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", ROUNDING)
 def test_equal_widths_are_the_plain_walk_and_others_are_their_own(name: str, model: Source, tmp_path: Path) -> None:
     names = [matrix.name for matrix in model.matrices(0)]
     mixed = dict.fromkeys(names[:2], 4) | dict.fromkeys(names[2:], 2)

@@ -56,6 +56,7 @@ class Manifest(Strict):
     data: list[dict[str, Any]] = Field(default_factory=list)
     coverage: str = ""  # how much became codes, and why the rest did not
     layers: list[Layer] = Field(default_factory=list)
+    transforms: list[str] = Field(default_factory=list)  # what was folded into the weights before they became codes
     # By block whose output has massive states (attention sinks): see upq.blockwise._sinks, and `error`, that of the
     # states as the last block-wise stage left them: ‖difference‖ / ‖target‖.
     massive: dict[int, dict[str, Any]] = Field(default_factory=dict)

@@ -23,7 +23,7 @@ from upq.model.matrices import Matrix
 from upq.model.products import seen
 from upq.model.sizes import Bytes, Sizes
 from upq.model.walker import Step
-from upq.nn.fake_quant import Solution
+from upq.nn.fixed_codes import Start
 
 ScaleStart = Literal["max", "mse", "hessian"]
 ORIGINAL, QUANTISED = 0, 1  # the two streams of hidden states
@@ -269,6 +269,7 @@ class Method(Protocol):
     Config: type[BaseModel]
     learns: ClassVar[bool] = False  # step by step on the block's output, so windows and annealed inputs matter
     between_levels: ClassVar[bool] = False  # it learns places between two levels that are one step apart
+    vectors: ClassVar[bool] = False  # it solves grids of vectors (Grid.vectors), and no others
 
     def __init__(self, config: Any) -> None: ...
 
@@ -288,8 +289,8 @@ class Method(Protocol):
         """What `solve` computes."""
         ...
 
-    def solve(self, task: BlockTask, scheme: QuantScheme) -> dict[str, Solution]:
-        """A solution for each linear of the block."""
+    def solve(self, task: BlockTask, scheme: QuantScheme) -> Mapping[str, Start]:
+        """A solution for each linear of the block: with latents, or of a grid of vectors the codes."""
         ...
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from upq.model.source import Source
 from upq.model.walker import Step
 from upq.model.walker import walk as run_blocks
 from upq.nn.fake_quant import Solution
+from upq.nn.fixed_codes import Start
 
 _AHEAD = 2  # a third stream: the original's, at the end of a window
 
@@ -167,7 +169,7 @@ class _Stage:
                     with self._original(steps[index], block):
                         steps[index].advance(block, stream=_AHEAD)
             ahead = span.stop
-            solutions: dict[int, dict[str, Solution]] = {}
+            solutions: dict[int, dict[str, Start]] = {}
             began, figures = time.monotonic(), dict[str, float]()
             if n > done:
                 before = pending.of(n - 1) if n and carries[n - 1] else None
@@ -197,7 +199,7 @@ class _Stage:
         before: BlockStore | None,
         span_before: range,
         figures: dict[str, float],
-    ) -> dict[int, dict[str, Solution]]:
+    ) -> dict[int, dict[str, Start]]:
         blocks, warm, widths = nn.ModuleList(), dict[str, Params](), dict[str, int]()
         for place, step in enumerate(steps):
             with self.processes.shared_errors():
@@ -226,7 +228,7 @@ class _Stage:
             annealing=order.annealing,
             figures=figures,
         )
-        found: dict[int, dict[str, Solution]] = {step.index: {} for step in steps}
+        found: dict[int, dict[str, Start]] = {step.index: {} for step in steps}
         for name, solution in self.method.solve(task, self.store.scheme).items():
             at, _, rest = name.partition(".")
             found[steps[int(at)].index][rest] = solution
@@ -235,7 +237,7 @@ class _Stage:
     def _final(
         self,
         step: Step,
-        solutions: dict[str, Solution] | None,
+        solutions: Mapping[str, Start] | None,
         pending: BlockStore | None,
         began: float,
         figures: dict[str, float],
@@ -251,9 +253,7 @@ class _Stage:
             if solutions is None:
                 assert pending is not None
                 with self.processes.shared_errors():
-                    solutions = {
-                        name: each for name, each in pending.solutions(step.index).items() if isinstance(each, Solution)
-                    }
+                    solutions = pending.solutions(step.index)
             widths = self.store.widths_of(step.index)
             task = BlockTask(step, block, self._seed(step.index), self.processes, widths, figures=figures)
             self._finish(task, solutions, sinks(task), began)
@@ -269,7 +269,7 @@ class _Stage:
                 matrix.write(block, truncated(matrix.read(block)))
 
     def _finish(
-        self, task: BlockTask, solutions: dict[str, Solution], massive: dict[str, Any] | None, began: float
+        self, task: BlockTask, solutions: Mapping[str, Start], massive: dict[str, Any] | None, began: float
     ) -> None:
         index = task.index
         report = _measure(task, solutions, massive, self.store, self.source, self._at(task.step))
@@ -320,7 +320,7 @@ class _Stage:
 
 def _measure(
     task: BlockTask,
-    solutions: dict[str, Solution],
+    solutions: Mapping[str, Start],
     massive: dict[str, Any] | None,
     store: BlockStore,
     source: Source,

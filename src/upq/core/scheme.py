@@ -68,6 +68,8 @@ class QuantScheme:
 class QTensor:
     """Canonical quantised weight: `w[o, g*S + s] = level(code[o, g*S + s]) * scale[o, g]`, in float32.
 
+    With code books a level belongs to the codes of a whole vector (levels.Books).
+
     The tensor value that crosses stages and formats; kernel layouts are derived from it and never saved.
     """
 
@@ -80,7 +82,7 @@ class QTensor:
     @property
     def zero_OG(self) -> Tensor:
         """Zero points, float32, of evenly spaced levels. SEQ puts its own half way between two (1.5 at 2 bits)."""
-        assert isinstance(self.levels, Uniform), "a table has no zero point"
+        assert isinstance(self.levels, Uniform), "levels that are not evenly spaced have no zero point"
         zero = self.levels.zero
         if isinstance(zero, Tensor):
             return zero
@@ -92,7 +94,10 @@ class QTensor:
         return inner_OG if self.outer_O1 is None else inner_OG * self.outer_O1
 
     def dequantize(self) -> Tensor:
-        """The represented weight (O, I) in float32. Exact: a level of few bits times an 11-bit scale fits 24 bits."""
+        """The represented weight (O, I) in float32.
+
+        Exact: a level of few bits times an 11-bit scale fits 24 bits. Only sums of code books are rounded.
+        """
         o, i = self.codes_OI.shape
         levels_OGS = self.levels.of(self.codes_OI.view(o, self.scale_OG.shape[1], -1))
         return levels_OGS.mul_(self.scales()[..., None]).view(o, i)

@@ -222,7 +222,7 @@ def _fused_or_not(module: nn.Module, fused: str, apart: tuple[str, ...]) -> tupl
 
 def _compiled(weight: Weight) -> Weight:
     if not weight.compiles_on("cpu"):
-        raise Unsuitable("a table of levels that are no small integers on one step")
+        raise Unsuitable("levels that are no small integers on one step")
     return weight
 
 

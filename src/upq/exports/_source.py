@@ -110,6 +110,7 @@ class Weight:
         codes_OI = kernels.unpack(self._stored("_packed", start, stop), self.scheme.bits, self.shape[1])
         grid, scale_OG = GRIDS.get(self.scheme.grid), self._stored("_scale", start, stop)
         beside = {name: self._stored(f"_{name}", start, stop) for name in grid.beside(self.scheme)}
+        beside |= {name: self._whole(f"_{name}") for name in grid.of_matrix(self.scheme)}
         levels = grid.load_levels(beside, scale_OG, self.scheme)
         return QTensor(codes_OI, scale_OG, levels, self.scheme, self.outer(start, stop))
 
@@ -131,6 +132,10 @@ class Weight:
             exact = self.tensor(start, stop).float()
             return exact + self.shift if self.shift else exact
         return self.qtensor(start, stop).dequantize()
+
+    def _whole(self, suffix: str) -> Tensor:
+        """A tensor that belongs to the stored matrix, whatever rows of it the weight is."""
+        return load_rows(self.files[self.origin + suffix], self.origin + suffix, 0, None)
 
     def _stored(self, suffix: str, start: int, stop: int | None) -> Tensor:
         name = self.origin + suffix

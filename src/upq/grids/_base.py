@@ -31,6 +31,7 @@ class Grid(ABC):
     scale_dtypes: ClassVar[tuple[str, ...]] = REAL_SCALES  # the first is the usual one
     group_sizes: ClassVar[tuple[int, ...]] = ()  # the ones it has; none: any
     uniform: ClassVar[bool] = True  # its levels are evenly spaced, and `scale_and_zero` has their zero points
+    vectors: ClassVar[bool] = False  # a code belongs to several weights: no method rounds one of them alone
     fixed: ClassVar[frozenset[str]] = frozenset()  # parameters that do not learn
     scales_learn: ClassVar[bool] = True
 
@@ -77,12 +78,20 @@ class Grid(ABC):
         zero = self.zero(scheme)
         return None if zero is None else Uniform(zero)
 
+    def check_columns(self, columns: int, scheme: QuantScheme) -> None:
+        """Raise UPQError for rows of so many weights that the scheme cannot cut."""
+        scheme.groups(columns)
+
+    def of_matrix(self, scheme: QuantScheme) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """What a weight stores once, beside its codes and scales: shape and type by name."""
+        return {}
+
     def beside(self, scheme: QuantScheme) -> dict[str, torch.dtype]:
         """What each group stores beside its scale, to have levels of its own: tensors (O, G) by name."""
         return {} if self.shared(scheme) is not None else {ZERO: scheme.scale_torch_dtype}
 
     def store_levels(self, q: QTensor) -> dict[str, Tensor]:
-        """The tensors of `beside`."""
+        """The tensors of `beside` and `of_matrix`."""
         return {name: q.zero_OG.to(dtype) for name, dtype in self.beside(q.scheme).items()}
 
     def store_scale(self, stored_OG: Tensor, levels: Levels) -> Tensor:
@@ -173,9 +182,8 @@ def check_scheme(scheme: QuantScheme) -> None:
             f"scale_dtype={scheme.scale_dtype}: grid {scheme.grid} stores scales in {_listed(grid.scale_dtypes)}"
         )
     if grid.group_sizes and scheme.group_size not in grid.group_sizes:
-        raise UPQError(
-            f"group_size={scheme.group_size}: grid {scheme.grid} has groups of {_listed(grid.group_sizes)} weights"
-        )
+        sizes = [f"{size} weights" if size != PER_CHANNEL else "a whole row (-1)" for size in grid.group_sizes]
+        raise UPQError(f"group_size={scheme.group_size}: grid {scheme.grid} has groups of {_listed(sizes)}")
 
 
 def scheme_of(*, bits: int, grid: str, group_size: int = PER_CHANNEL, scale_dtype: str | None = None) -> QuantScheme:

@@ -22,6 +22,8 @@ def search_scale(
     """
     grid = (grid or GRIDS.get(scheme.grid)).settled([w_OI.detach()])
     w_OI = w_OI.detach().float()
+    if grid.vectors:
+        return grid.init(w_OI, scheme)  # books are of the whole matrix; a row's scale follows from its size
     importance_I = torch.ones(w_OI.shape[1], device=w_OI.device) if importance_I is None else importance_I.float()
     found = [grid.search(w_OI[rows], scheme, importance_I) for rows in stretches_of_rows(w_OI)]
     return {name: torch.cat([params[name] for params in found]) for name in found[0]}

@@ -7,7 +7,8 @@
     reference   plain torch: exactly what was trained, and slow
 
 Other devices always run the reference. So does a table of levels, on CUDA every one, on the CPU one that is not small
-integers on one step (R2Q, FP6). Nothing else falls back to it in silence: without the compiled module on the CPU or
+integers on one step (R2Q, FP6). Code books have a kernel of their own on the CPU, in float32 whichever of the two is
+chosen, and on CUDA the reference. Nothing else falls back to it in silence: without the compiled module on the CPU or
 gemlite on CUDA, w2a8 and w2a16 are an UPQError, and so is w2a8 on CUDA.
 """
 
@@ -23,12 +24,13 @@ from torch import Tensor
 
 from upq.core.errors import UPQError
 from upq.kernels import cpu, cuda, reference
-from upq.kernels.reference import dequantize, embedding, pack, unpack
+from upq.kernels.reference import Standing, dequantize, embedding, pack, rows_of, unpack
 from upq.kernels.weight import Weight
 
 __all__ = [
     "COMPUTES",
     "Compute",
+    "Standing",
     "Weight",
     "compute",
     "computing",
@@ -37,6 +39,7 @@ __all__ = [
     "linear",
     "linears",
     "pack",
+    "rows_of",
     "set_compute",
     "unpack",
 ]
@@ -96,8 +99,13 @@ def linears(x: Tensor, weights: Sequence[Weight], biases_O: Sequence[Tensor | No
     device = "cpu" if x.is_cpu else x.device.type  # the name takes 0.8 µs
     how = compute(device)
     if how == "reference" or not all(weight.compiles_on(device) for weight in weights):
+        tables = device == "cpu" and how != "reference"
         return [
-            reference.linear(x, w.packed_OB, w.scale_OG, w.zero, bits=w.bits, in_features=w.in_features, bias_O=bias_O)
+            cpu.book_linear(x, w.book_matrix(), bias_O)
+            if tables and w.of_books
+            else reference.linear(
+                x, w.packed_OB, w.scale_OG, w.zero, bits=w.bits, in_features=w.in_features, bias_O=bias_O
+            )
             for w, bias_O in zip(weights, biases_O, strict=True)
         ]
     if device == "cuda":

@@ -52,6 +52,28 @@ def multiply(
     /,
 ) -> None: ...
 
+class PackedBooks:
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+def pack_books(codes_OB: Tensor, books_MKV: Tensor, scale_O: Tensor, /) -> PackedBooks: ...
+def multiply_books(
+    x: int,
+    real: Real,
+    tokens: int,
+    matrix: PackedBooks,
+    output: int,
+    bias: int,
+    bias_real: Real,
+    threads: int,
+    isa: int,
+    /,
+) -> None: ...
+
 class Dense:
     def __init__(self, rows: int, columns: int, data: int, real: Real, /) -> None: ...
 

@@ -111,6 +111,51 @@ def scales_and_zeros(scale_OG: Tensor, zero: Tensor | float) -> tuple[Tensor, Te
     return scale_OG, zero, 0.0
 
 
+def pack_books(packed_OB: Tensor, scale_O1: Tensor, books_MKV: Tensor) -> _cpu.PackedBooks:
+    """A weight of code books (levels.Books) as `book_linear` takes it; a copy, rearranged."""
+    books, rows, vector = books_MKV.shape
+    if rows != 256 or vector != 8 or packed_OB.shape[1] % books or scale_O1.shape != (len(packed_OB), 1):
+        raise UPQError(
+            f"codes {tuple(packed_OB.shape)}, scales {tuple(scale_O1.shape)} and books {tuple(books_MKV.shape)} are no"
+            " weight of code books"
+        )
+    matrix: _cpu.PackedBooks = extension().pack_books(
+        packed_OB.contiguous(), books_MKV.float().contiguous(), scale_O1.float().flatten().contiguous()
+    )
+    return matrix
+
+
+def book_linear(x: Tensor, matrix: _cpu.PackedBooks, bias_O: Tensor | None) -> Tensor:
+    """`x · Ŵᵀ + b` for x (..., I), in the dtype of `x`: a table of dot products, and its entries added up.
+
+    float32 throughout, so that only the rounding of sums is lost. Faster than decoding from the first token on, since
+    a table serves all rows.
+    """
+    return without_gradient(lambda: [_book_linear(x, matrix, bias_O)], "CPU", x, [bias_O])[0]
+
+
+def _book_linear(x: Tensor, matrix: _cpu.PackedBooks, bias_O: Tensor | None) -> Tensor:
+    module, kind = extension(), real(x.dtype)
+    *batch, columns = x.shape
+    if matrix.columns != columns:
+        raise UPQError(f"x has {columns} features, the packed weight {matrix.columns}")
+    assert bias_O is None or bias_O.shape == (matrix.rows,)
+    x, held = x.contiguous(), None if bias_O is None else bias_O.contiguous()
+    out = x.new_empty((*batch, matrix.rows))
+    module.multiply_books(
+        x.data_ptr(),
+        kind,
+        x.numel() // columns,
+        matrix,
+        out.data_ptr(),
+        0 if held is None else held.data_ptr(),
+        kind if held is None else real(held.dtype),
+        torch.get_num_threads(),
+        isa(instruction_set()),
+    )
+    return out
+
+
 def linears(
     x: Tensor, matrices: Sequence[_cpu.PackedMatrix], biases_O: Sequence[Tensor | None], *, compute: Compute = "w2a8"
 ) -> list[Tensor]:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from upq.core.levels import Table, Uniform
+from upq.core.levels import Books, Table, Uniform
 
 Zero = Tensor | float  # the zero point of evenly spaced levels: (O, G), or the one that all groups share
+Standing = Zero | Table | Books  # what codes stand for: evenly spaced levels by their zero point
 
 
 def row_bytes(in_features: int, bits: int) -> int:
@@ -50,21 +51,28 @@ def unpack(packed_OB: Tensor, bits: int, in_features: int) -> Tensor:
 
 
 def dequantize(
-    packed_OB: Tensor, scale_OG: Tensor, zero: Zero | Table, *, bits: int, in_features: int, dtype: torch.dtype
+    packed_OB: Tensor, scale_OG: Tensor, zero: Standing, *, bits: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
     """The weight (O, I): exact in float32 (see QTensor.dequantize), then rounded once to `dtype`."""
     groups = scale_OG.shape[1]
     codes_OGS = unpack(packed_OB, bits, in_features).reshape(packed_OB.shape[0], groups, in_features // groups)
-    levels = zero if isinstance(zero, Table) else Uniform(zero)
+    levels = zero if isinstance(zero, Table | Books) else Uniform(zero)
     w_OGS = levels.of(codes_OGS).mul_(scale_OG.float()[..., None])
     return w_OGS.view(packed_OB.shape[0], in_features).to(dtype)
+
+
+def rows_of(zero: Standing, rows: slice | Tensor) -> Standing:
+    """What the codes of these rows stand for."""
+    if isinstance(zero, Table | Books):
+        return zero.rows(rows)
+    return zero[rows] if isinstance(zero, Tensor) else zero
 
 
 def linear(
     x: Tensor,
     packed_OB: Tensor,
     scale_OG: Tensor,
-    zero: Zero | Table,
+    zero: Standing,
     *,
     bits: int,
     in_features: int,
@@ -79,7 +87,7 @@ def embedding(
     ids: Tensor,
     packed_VB: Tensor,
     scale_VG: Tensor,
-    zero: Zero | Table,
+    zero: Standing,
     *,
     bits: int,
     in_features: int,
@@ -87,6 +95,6 @@ def embedding(
 ) -> Tensor:
     """Rows `ids` (...) of a packed table, as (..., I); only these rows are unpacked."""
     rows = ids.flatten()
-    zero_rows = zero[rows] if isinstance(zero, Tensor) else zero.rows(rows) if isinstance(zero, Table) else zero
+    zero_rows = rows_of(zero, rows)
     w = dequantize(packed_VB[rows], scale_VG[rows], zero_rows, bits=bits, in_features=in_features, dtype=dtype)
     return w.view(*ids.shape, in_features)

@@ -1,7 +1,8 @@
 """A packed weight as kernels get it: the canonical tensors, and the layout of the compiled kernels, cached.
 
-Compiled kernels know evenly spaced levels. A table whose values are integers on one step, as E2M1's on a half, is the
-same weight with other codes of more bits: E2M1's are -12 … 12, five bits. Other tables are left to the reference.
+Compiled kernels know evenly spaced levels, and on the CPU code books. A table whose values are integers on one step, as
+E2M1's on a half, is the same weight with other codes of more bits: E2M1's are -12 … 12, five bits. Other tables are
+left to the reference.
 
 Shape suffixes: O = out features, G = groups in a row, B = bytes in a row.
 """
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from upq.core.levels import Table
+from upq.core.levels import Books, Table
 from upq.core.memory import page_out
 from upq.kernels import cpu, cuda
-from upq.kernels.reference import Zero, pack, row_bytes, unpack
+from upq.kernels.reference import Standing, Zero, pack, row_bytes, unpack
 
 if TYPE_CHECKING:
     from upq.kernels import _cpu
@@ -46,19 +47,20 @@ class Weight:
     replace the canonical ones, which become a view of them. So a model is in memory once.
     """
 
-    def __init__(self, packed_OB: Tensor, scale_OG: Tensor, zero: Zero | Table, *, bits: int, in_features: int) -> None:
+    def __init__(self, packed_OB: Tensor, scale_OG: Tensor, zero: Standing, *, bits: int, in_features: int) -> None:
         self.packed_OB, self.scale_OG, self.zero = packed_OB, scale_OG, zero
         self.bits, self.in_features = bits, in_features
-        self._compiled = not isinstance(zero, Table) or _integers(zero) is not None
+        self._compiled = isinstance(zero, Tensor | float) or (isinstance(zero, Table) and _integers(zero) is not None)
         self._versions = self._current_versions()
         self._matrix: _cpu.PackedMatrix | None = None
+        self._books: _cpu.PackedBooks | None = None
         self._cuda_matrix: cuda.Matrix | None = None
 
     def compiles_on(self, device: str) -> bool:
-        """Whether compiled kernels of this type of device multiply with it."""
+        """Whether compiled kernels for evenly spaced levels multiply with it on this type of device."""
         return self._compiled and not (device == "cuda" and isinstance(self.zero, Table))
 
-    def is_of(self, packed_OB: Tensor, scale_OG: Tensor, zero: Zero | Table) -> bool:
+    def is_of(self, packed_OB: Tensor, scale_OG: Tensor, zero: Standing) -> bool:
         """Whether it was made of these tensors, and nothing has been written to them since.
 
         Tensors made in inference mode have no version counter: replace those, do not write to them.
@@ -74,10 +76,22 @@ class Weight:
             page_out(self.packed_OB)  # else both layouts stay: 597 MB were resident of a model of 310
         return self._matrix
 
+    @property
+    def of_books(self) -> bool:
+        return isinstance(self.zero, Books)
+
+    def book_matrix(self) -> _cpu.PackedBooks:
+        """The CPU layout of code books. Built on first use, then cached."""
+        if self._books is None:
+            assert isinstance(self.zero, Books)
+            self._books = cpu.pack_books(self.packed_OB, self.scale_OG, self.zero.values)
+            page_out(self.packed_OB)
+        return self._books
+
     def cuda_matrix(self) -> cuda.Matrix:
         """The CUDA layout. Built on first use, then cached. Only scales and zeros take memory of their own."""
         if self._cuda_matrix is None:
-            assert not isinstance(self.zero, Table), "a table that is not compiled"
+            assert not isinstance(self.zero, Table | Books), "levels that are not compiled"
             # The buffer stays as it is: a tensor with a version counter, or one of inference mode.
             with torch.inference_mode(self.packed_OB.is_inference()):
                 self._cuda_matrix = cuda.pack(
@@ -88,6 +102,7 @@ class Weight:
 
     def uniform(self) -> tuple[Tensor, Tensor, Zero, int]:
         """Codes, scales, zero point and bits of the same weight on evenly spaced levels."""
+        assert not isinstance(self.zero, Books), "code books have products of their own"
         if not isinstance(self.zero, Table):
             return self.packed_OB, self.scale_OG, self.zero, self.bits
         found = _integers(self.zero)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from upq import kernels
-from upq.core.levels import Table
 from upq.core.scheme import QTensor, QuantScheme
 from upq.model.experts import PerExpert
 from upq.model.matrices import Matrix
@@ -62,7 +61,7 @@ class PackedExperts(Packed, PerExpert):
         self.matrix, self.shape = matrix, matrix.parameter_shape
         self._made_of: tuple[object, ...] = ()
         self._of_expert: dict[int, kernels.Weight] = {}
-        self._decoded: tuple[Tensor, Tensor | float | Table] | None = None
+        self._decoded: tuple[Tensor, kernels.Standing] | None = None
 
     @classmethod
     def from_qtensor(cls, q: QTensor, matrix: Matrix) -> PackedExperts:
@@ -91,7 +90,7 @@ class PackedExperts(Packed, PerExpert):
         rows = slice(expert * self.matrix.outputs, (expert + 1) * self.matrix.outputs)
         assert self._decoded is not None
         scale_OG, zero = self._decoded
-        of_rows = zero if isinstance(zero, float) else zero.rows(rows) if isinstance(zero, Table) else zero[rows]
+        of_rows = kernels.rows_of(zero, rows)
         bits, columns = self.scheme.bits, self.matrix.inputs
         made = kernels.Weight(self.weight_packed[rows], scale_OG[rows], of_rows, bits=bits, in_features=columns)
         self._of_expert[expert] = made

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from upq import kernels
 from upq.core.errors import UPQError
-from upq.core.levels import Levels, Table, Uniform
+from upq.core.levels import Books, Levels, Table, Uniform
 from upq.core.scales import REAL_SCALES
 from upq.core.scheme import QTensor, QuantScheme
 from upq.grids import GRIDS
@@ -27,7 +27,8 @@ class Packed(nn.Module):
     """Buffers `weight_packed` (O, B) uint8 and `weight_scale` (O, G).
 
     Where groups have levels of their own also what the grid keeps of them (O, G), `weight_zero` of uniform ones; where
-    the type of the scales has a second factor also `weight_outer`, (1, 1) of a matrix or (O, 1) of rows.
+    the type of the scales has a second factor also `weight_outer`, (1, 1) of a matrix or (O, 1) of rows; where levels
+    are code books `weight_books` (M, 256, 8).
 
     This is the layout of an artefact on disk (tests/test_packed.py holds its golden bytes). A row of `weight_packed` is
     a little-endian bit stream of codes, B = ceil(I·bits/8), its last byte filled with zeros.
@@ -46,12 +47,15 @@ class Packed(nn.Module):
         self.rows, self.columns = rows, columns
         self.scheme = scheme
         grid = GRIDS.get(scheme.grid)
-        self.shared, self.beside = grid.shared(scheme), tuple(grid.beside(scheme))
+        grid.check_columns(columns, scheme)
+        self.shared, self.beside = grid.shared(scheme), (*grid.beside(scheme), *grid.of_matrix(scheme))
         scales, outer = (rows, scheme.groups(columns)), scheme.scale.outer
         self.register_buffer("weight_packed", torch.zeros(rows, row_bytes(columns, scheme.bits), dtype=torch.uint8))
         self.register_buffer("weight_scale", torch.ones(scales, dtype=scheme.scale_torch_dtype))
         for name, dtype in grid.beside(scheme).items():
             self.register_buffer(f"weight_{name}", torch.zeros(scales, dtype=dtype))
+        for name, (of_matrix, dtype) in grid.of_matrix(scheme).items():
+            self.register_buffer(f"weight_{name}", torch.zeros(of_matrix, dtype=dtype))
         if outer is not None:
             shape = (1 if outer == "matrix" else rows, 1)
             self.register_buffer("weight_outer", torch.ones(shape, dtype=scheme.scale.outer_dtype))
@@ -86,14 +90,14 @@ class Packed(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_weight": None, "_stored": []}  # copies and pickles make the kernels' layout again
 
-    def decoded(self) -> tuple[Tensor, Tensor | float | Table]:
+    def decoded(self) -> tuple[Tensor, kernels.Standing]:
         """Scales and levels as kernels take them. Where they were encoded, in bfloat16 if that holds all scales."""
         if self._plain:
             return self.weight_scale, self._zero()
         levels, scale_OG = self.levels, self._scales()
         short_OG = scale_OG.bfloat16()
         scale_OG = short_OG if torch.equal(short_OG.float(), scale_OG) else scale_OG
-        return scale_OG, levels if isinstance(levels, Table) else levels.zero
+        return scale_OG, levels.zero if isinstance(levels, Uniform) else levels
 
     def _zero(self) -> Tensor | float:
         """Of levels that are evenly spaced, as stored."""
@@ -163,6 +167,8 @@ class Packed(nn.Module):
 
 
 def _same(a: Levels, b: Levels) -> bool:
+    if isinstance(a, Books) and isinstance(b, Books):
+        return torch.equal(a.values, b.values)
     if isinstance(a, Table) and isinstance(b, Table):
         return torch.equal(a.values, b.values) and _equal(a.choice_OG, b.choice_OG)
     return isinstance(a, Uniform) and isinstance(b, Uniform) and _equal(a.zero, b.zero)

@@ -97,6 +97,7 @@ class Frame:
             versions={p: version(p) for p in ("upq", "torch", "transformers")} | {"python": platform.python_version()},
             data=[*(asdict(use) for use in data.sources), {"digest": data.digest, "rows": len(data.tokens_NT)}],
             skipped_steps=list(state.skipped_steps),
+            transforms=[line for name, stage in self.recipe.stages.items() if (line := stage.line(name)) is not None],
             answers={name: dict(figures) for name, figures in state.answers.items()},
             coverage=coverage(source.outline).text(self.recipe.bits),
             massive={index: found for index in range(len(source)) if (found := store.massive(index)) is not None},

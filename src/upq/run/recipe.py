@@ -189,6 +189,11 @@ def _check_order(stages: dict[str, Stage], where: str) -> None:
                 f" {name}.train_norms=true"
             )
         try:
+            if scheme is not None:
+                stage.check_start(name, scheme)
+        except UPQError as error:
+            raise UPQError(f"{where}: {error}") from None
+        try:
             scheme = stage.scheme() or scheme
         except UPQError as error:
             raise UPQError(f"{where}: {name}.{error}") from None

@@ -211,9 +211,16 @@ class Stage(Strict):
         """Of the codes that it leaves; None for a stage that solves no blocks."""
         return None
 
+    def line(self, name: str) -> str | None:
+        """What the manifest says of a stage that changes weights before they are solved."""
+        return None
+
     def learns(self, scheme: QuantScheme) -> bool:
         """Whether it has anything to learn from blocks on `scheme`, if it trains."""
         return True
+
+    def check_start(self, name: str, scheme: QuantScheme) -> None:
+        """Raises UPQError if it cannot start from blocks on `scheme`."""
 
     def check(self, name: str, model: Source, data: Data) -> None:
         """Raises UPQError for every fault that shows without data. `name` is that of the stage in its recipe."""

@@ -50,6 +50,13 @@ class TrainingStage(TrainingSettings, Stage):
     def learns(self, scheme: QuantScheme) -> bool:
         return self.train_weights or self.train_norms or GRIDS.get(scheme.grid).scales_learn
 
+    def check_start(self, name: str, scheme: QuantScheme) -> None:
+        if self.train_weights and GRIDS.get(scheme.grid).vectors:
+            raise UPQError(
+                f"{name}.train_weights: the codes of grid {scheme.grid} belong to vectors, and no single weight of them"
+                f" trains; set {name}.train_weights=false, and books and scales will"
+            )
+
     def check_training(self, name: str, model: Source) -> None:
         """Faults that every training may have. Raises UPQError."""
         teacher.check(self)

@@ -85,11 +85,23 @@ class Blockwise(Stage):
                 f"{name}: {self.method.name} learns a rounding between evenly spaced levels on plain scales, which"
                 f" grid {self.grid} has not; set {name}.method=gptq or block_ap"
             )
+        if method.vectors != grid.vectors:
+            fits = ", ".join(n for n in METHODS.names() if METHODS.get(n).vectors == grid.vectors)
+            kind = "vectors, which each have one code" if grid.vectors else "weights, which each have a code"
+            raise UPQError(
+                f"{name}: {self.method.name} does not solve grid {self.grid}, whose levels are those of {kind};"
+                f" set {name}.method to one of {fits}" + ("" if grid.vectors else f", or {name}.grid=books")
+            )
         if self.mixed and len(grid.widths) == 1:
             raise UPQError(f"{name}.mixed: grid {self.grid} has {grid.widths[0]} bits alone; set {name}.mixed=false")
         for index in range(len(model)):
             for matrix in model.matrices(index):
-                self.scheme().groups(matrix.inputs)
+                grid.check_columns(matrix.inputs, self.scheme())
+                if grid.vectors and matrix.experts:
+                    raise UPQError(
+                        f"{name}: {matrix.name} of block {index} holds experts, and grid {self.grid} has one set of"
+                        f" books a matrix; set {name}.grid=seq"
+                    )
 
     def demands(self, data: Data) -> Demands:
         return Demands(rows=self.samples, start="codes", widths=self.mixed)
@@ -106,7 +118,8 @@ class Blockwise(Stage):
 
     def run(self, job: Job, state: ModelState) -> ModelState:
         widths = state.widths if self.mixed else ()
-        store = BlockStore(job.folder, self.scheme(), latents=job.keep == "latents", widths=widths)
+        latents = job.keep == "latents" and not GRIDS.get(self.grid).vectors  # a search has no latents
+        store = BlockStore(job.folder, self.scheme(), latents=latents, widths=widths)
         model = job.source()
         job.progress.start(job.name, done=store.done(len(model)))
         walk(

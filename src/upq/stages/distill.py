@@ -26,6 +26,10 @@ class Distill(Settings, TrainingStage):
     def learns(self, scheme: QuantScheme) -> bool:
         return not self.tokens or super().learns(scheme)
 
+    def check_start(self, name: str, scheme: QuantScheme) -> None:
+        if self.tokens:
+            super().check_start(name, scheme)
+
     def check(self, name: str, model: Source, data: Data) -> None:
         self.check_training(name, model)
         check_length(name, self.seq_len, model)

@@ -18,7 +18,7 @@ from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.data.config import Data
 from upq.files.digests import digest_model_dir
 from upq.files.tensors import load_tensors, save_tensors
-from upq.grids import scheme_of
+from upq.grids import GRIDS, scheme_of
 from upq.model.sizes import FP32, tensors
 from upq.model.source import Source
 from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, register
@@ -54,6 +54,10 @@ class Widths(Stage):
         if not least <= self.mean <= most:
             raise UPQError(
                 f"{name}.mean={self.mean:g} cannot be met with {least} to {most} bits; change {name}.choices"
+            )
+        if GRIDS.get(self.grid).vectors:
+            raise UPQError(
+                f"{name}.grid: the measure rounds weight by weight, which {self.grid} has not; set {name}.grid=seq"
             )
         for bits in self.choices:
             for index in range(len(model)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,47 @@ from upq.core.precision import dtype_name
 from upq.core.progress import Progress
 from upq.files.atomic import atomic_write, written
 from upq.files.tensors import INDEX, save_tensors, tensor_shapes
+from upq.model.activations import Allocate, batches, in_memory
 from upq.model.source import Source
-from upq.model.walker import Replay, hidden_states
+from upq.model.walker import Replay, Step, hidden_states, walk
 from upq.transforms._base import Run, Transform
 
 _OTHERS = ("generation_config.json", "*processor_config.json", "*.jinja", "*token*", "merges.txt", "vocab.*")
 _BESIDE = "beside.safetensors"  # all tensors that are in no decoder block
 
 
-def write_transformed(source: Source, transform: Transform, folder: Path, progress: Progress) -> None:
+def write_transformed(
+    source: Source,
+    transform: Transform,
+    folder: Path,
+    progress: Progress,
+    *,
+    rows_NT: Tensor | None = None,
+    allocate: Allocate = in_memory,
+) -> None:
     """`source` in float32 with its weights changed, in `folder`. Blocks that an earlier call has written are kept.
 
-    The configuration keeps the original's type, so what is read from the folder as a model is in that type.
+    `rows_NT`: what a transform that `needs_inputs` calibrates on. The configuration keeps the original's type, so what
+    is read from the folder as a model is in that type.
     """
     folder.mkdir(parents=True, exist_ok=True)
     replay, places = Replay(source), dict[str, str]()
-    for index in range(len(source)):
-        file = folder / f"block-{index:04}.safetensors"
+    files = [folder / f"block-{index:04}.safetensors" for index in range(len(source))]
+    streams = int(transform.needs_inputs and not all(file.is_file() for file in files))
+    assert rows_NT is not None or not streams
+    tokens_NT = torch.zeros(0, 0, dtype=torch.long) if rows_NT is None else rows_NT
+    for step, file in zip(
+        walk(source, tokens_NT, streams=streams, allocate=allocate, replay=replay), files, strict=True
+    ):
+        index = step.index
         if not file.is_file():
             block = source.block(index)
-            transform.block(index, block, source, _run(replay, index))
+            transform.block(index, block, source, _run(replay, index), partial(_over_rows, step))
             save_tensors(file, {source.path_of(index, name): tensor for name, tensor in block.state_dict().items()})
             del block
             trim()
+        if streams:
+            step.advance(source.block(index))
         places |= dict.fromkeys(tensor_shapes(file), file.name)
         progress.advance(1)
     if not (folder / _BESIDE).is_file():
@@ -50,6 +69,12 @@ def write_transformed(source: Source, transform: Transform, folder: Path, progre
     atomic_write(folder / "config.json", json.dumps(_config(source, transform), indent=2) + "\n")
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     atomic_write(folder / INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2) + "\n")
+
+
+@torch.no_grad()
+def _over_rows(step: Step, block: nn.Module) -> None:
+    for rows in batches(len(step.states[0]), step.batch_size):
+        step.run(block, rows)
 
 
 def _run(replay: Replay, index: int) -> Run:

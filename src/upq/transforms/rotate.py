@@ -18,10 +18,9 @@ from upq.core.config import Strict
 from upq.core.errors import UPQError
 from upq.core.hadamard import orthogonal, randomised
 from upq.model.source import Source
-from upq.transforms._base import TRANSFORMS, Run, Transform
+from upq.transforms._base import TRANSFORMS, Calibrate, Run, Transform, same
 from upq.transforms._residual import Residual, residual, rms_offset
 
-_SAME = 1e-4  # of the largest output: blocks are compared in float32, where 30 of them leave 3e-5 in the logits
 _ROWS = 1 << 14  # of an embedding at a time, in float64
 
 
@@ -54,7 +53,7 @@ class Rotate(Transform):
         return "residual" in self.config.sites and head in source.outline.all_tied_weights_keys
 
     @torch.no_grad()
-    def block(self, index: int, block: nn.Module, source: Source, run: Run) -> None:
+    def block(self, index: int, block: nn.Module, source: Source, run: Run, calibrate: Calibrate) -> None:
         width: int = source.text.hidden_size
         states = torch.randn(1, 8, width, generator=torch.Generator().manual_seed(index)).to(source.device)
         if "residual" in self.config.sites:
@@ -62,7 +61,7 @@ class Rotate(Transform):
             expected = _turned(run(block, states), turn_HH)
             _rotate_stream(block, residual(block, width, run), turn_HH)
             got = run(block, _turned(states, turn_HH))
-            if not _same(got, expected):
+            if not same(got, expected):
                 raise UPQError(
                     f"{source.path}: rotate does not know {type(block).__name__}: with its residual stream rotated,"
                     f" block {index} would compute something else; set sites=[value], or leave the transform out"
@@ -71,7 +70,7 @@ class Rotate(Transform):
         if "value" in self.config.sites:
             expected = run(block, states)
             self._rotate_values(block)
-            if not _same(run(block, states), expected):
+            if not same(run(block, states), expected):
                 raise UPQError(
                     f"{source.path}: rotate does not know how {type(block).__name__} uses its values;"
                     " set sites=[residual], or leave the transform out"
@@ -157,7 +156,3 @@ def _times(rows: Tensor, turn_HH: Tensor) -> Tensor:
 
 def _turned(states: Tensor, turn_HH: Tensor) -> Tensor:
     return (states.double() @ turn_HH).to(states.dtype)
-
-
-def _same(got: Tensor, expected: Tensor) -> bool:
-    return bool((got - expected).abs().max() <= _SAME * expected.abs().max())

@@ -23,6 +23,13 @@ struct Kernels {
     void (*w2a8)(const Matrix& w, const IntTokens& x, const Output& y, Range panels, Range tokens, std::uint8_t* scratch);
     void (*w2a16)(const Matrix& w, const FloatTokens& x, const Output& y, Range panels, Range tokens, std::uint8_t* scratch);
 
+    // Products with code books (lookups.hpp): of one token, and of book_tile tokens side by side.
+    int book_tile;
+    void (*book_table)(const BookMatrix& w, const float* x, float* table);
+    void (*book_tables)(const BookMatrix& w, const float* x, float* tables);
+    void (*book_sum)(const BookMatrix& w, Range vectors, Range rows, const float* tables, float* sums);
+    void (*book_sums)(const BookMatrix& w, Range vectors, Range rows, const float* tables, float* sums);
+
     // What a decoder does between its products, in float32 (steps.hpp).
     void (*dense)(const Dense& w, const float* x, std::int64_t tokens, Range rows, float* y);
     void (*rms_norm)(const float* x, const float* weight, float eps, std::int64_t n, float* y);

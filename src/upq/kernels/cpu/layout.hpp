@@ -75,6 +75,21 @@ struct Dense {
     Real real;
 };
 
+// A row of a code book stands for so many columns side by side, and a book has so many rows.
+inline constexpr std::int64_t book_vector = 8, book_rows = 256;
+
+// Vectors of columns whose codes lie together, row after row: their tables, for one token, stay in the first-level cache.
+inline constexpr std::int64_t book_stretch = 8;
+
+// A weight of code books as a product reads it; PackedBooks (books.hpp) owns the memory.
+struct BookMatrix {
+    std::int64_t rows, vectors;  // O, I / 8
+    int books;                   // M
+    const std::uint8_t* codes;   // [stretch][rows][vector of the stretch][books]
+    const float* values;         // [books][8][256]
+    const float* scales;         // [rows]
+};
+
 // Keys of this many positions lie together, feature by feature: a vector holds one feature of several positions, and
 // their scores need no sum across lanes.
 inline constexpr int key_block = 16;

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "books.hpp"
 #include "decoder_module.hpp"
 #include "dispatch.hpp"
 #include "linears.hpp"
@@ -33,6 +34,27 @@ PackedMatrix pack(
     };
     nb::gil_scoped_release release;
     return PackedMatrix(source, threads);
+}
+
+using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+
+PackedBooks pack_books(const Bytes& codes, const Floats& values, const Floats& scales) {
+    const auto rows = static_cast<std::int64_t>(codes.shape(0)), books = static_cast<std::int64_t>(values.shape(0));
+    const std::int64_t columns = static_cast<std::int64_t>(codes.shape(1)) / books * book_vector;
+    const CanonicalBooks source{rows, columns, static_cast<int>(books), codes.data(), values.data(), scales.data()};
+    nb::gil_scoped_release release;
+    return PackedBooks(source);
+}
+
+void multiply_books(
+    std::uintptr_t x, Real real, std::int64_t tokens, const PackedBooks& matrix, std::uintptr_t output,
+    std::uintptr_t bias, Real bias_real, int threads, std::size_t isa
+) {
+    const BookMatrix& w = matrix.view();
+    const Output y{reinterpret_cast<void*>(output), real, reinterpret_cast<const void*>(bias), bias_real};
+    const Rows rows{reinterpret_cast<const void*>(x), real, tokens, w.vectors * book_vector};
+    nb::gil_scoped_release release;
+    book_linear(*available().at(isa), rows, w, y, threads);
 }
 
 // Tensors come as addresses: taking one over DLPack costs 2.5 µs, and a token of a small model passes 100 linears and
@@ -63,6 +85,12 @@ NB_MODULE(_cpu, m) {
         .def_prop_ro("nbytes", &PackedMatrix::bytes);
     m.def("pack", &pack, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
     m.def("multiply", &multiply);
+    nb::class_<PackedBooks>(m, "PackedBooks")
+        .def_prop_ro("rows", [](const PackedBooks& w) { return w.view().rows; })
+        .def_prop_ro("columns", [](const PackedBooks& w) { return w.view().vectors * book_vector; })
+        .def_prop_ro("nbytes", &PackedBooks::bytes);
+    m.def("pack_books", &pack_books);
+    m.def("multiply_books", &multiply_books);
     bind_decoder(m);
     m.def("isas", [] {
         std::vector<std::string> names;

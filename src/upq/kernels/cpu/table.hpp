@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels.hpp"
+#include "lookups.hpp"
 #include "steps.hpp"
 #include "tile.hpp"
 #include "tokens.hpp"
@@ -116,6 +117,11 @@ constexpr Kernels kernels_of(const char* name) {
         widen_token<Isa>,
         w2a8<Isa>,
         w2a16<Isa>,
+        Isa::lanes,
+        book_table<Isa>,
+        book_tables<Isa>,
+        book_sum<Isa>,
+        book_sums<Isa>,
         dense<Isa>,
         rms_norm<Isa>,
         gated<Isa>,
