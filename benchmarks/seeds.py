@@ -63,9 +63,9 @@ class Size:
 @app.command()
 def main(
     draws: Annotated[int, typer.Option(min=1)] = 20,
-    questions: Annotated[int, typer.Option(min=1, help="Of each of 7 subjects of mini_mmlu, a draw.")] = 15,
+    questions: Annotated[int, typer.Option(min=1, help="Of each of 7 subjects of mini_mmlu, a draw.")] = 12,
     requests: Annotated[int, typer.Option(min=1, help="Of mini_ifeval, a draw.")] = 24,
-    rows: Annotated[int, typer.Option(min=1, help="Of 256 tokens of held-out text, a draw.")] = 32,
+    rows: Annotated[int, typer.Option(min=1, help="Of 256 tokens of held-out text, a draw.")] = 8,
     tokens: Annotated[int, typer.Option(min=0, help="Of the training.")] = 30_000,
     set_: Annotated[list[str], typer.Option("--set", help="Of the recipe; repeatable.")] = [],  # noqa: B006
     out: Annotated[Path, typer.Option(help="Artefacts, texts and answers.")] = RUNS,
