@@ -10,16 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: pip install 'upq[export]'")
 
 import upq
 from schemes import fitting
-from tiny import FAMILIES, tiny_artifact
+from tiny import FAMILIES, artifact_of_model, tiny_artifact, tiny_model
+from upq.core.act_scheme import ActScheme
 from upq.core.errors import UPQError
 from upq.core.scheme import QuantScheme
 from upq.exports import export
+from upq.nn.activations import ActQuantiser
+from upq.nn.packed import PackedLinear
 
 pytestmark = pytest.mark.usefixtures("reference")
 
@@ -136,3 +140,51 @@ assert not any(name.split(".")[0] == "upq" for name in sys.modules)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-1000:]
     assert done.stdout.strip() == "10"
+
+
+def theirs(quantiser: ActQuantiser, x: Tensor) -> Tensor:
+    """compressed-tensors' formula: as many steps as there are integers, from end to end of a token's range."""
+    levels = 2.0 ** (quantiser.scheme.bits - 1)
+    scale = x.abs().amax(-1, keepdim=True) / ((2 * levels - 1) / 2)
+    return (x / scale).round().clamp(-levels, levels - 1) * scale
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits", "carrier"),
+    [
+        (QuantScheme(bits=2), 8, "int4"),
+        (QuantScheme(bits=4, grid="sym", group_size=16), 8, "int4"),
+        (QuantScheme(bits=8, grid="sym"), 8, "int8"),
+        (QuantScheme(bits=4, grid="sym"), 4, "int4"),
+    ],
+    ids=["W2A8", "W4A8", "W8A8", "W4A4"],
+)
+def test_rounded_inputs_are_in_the_config_and_read(
+    scheme: QuantScheme, bits: int, carrier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    activations, tiny = ActScheme(bits=bits), tiny_model("llama", vocab_size=300, intermediate_size=48)
+    artifact = artifact_of_model(tmp_path / "artifact", tiny, None, scheme=scheme, activations=activations)
+    report = export(artifact, "compressed-tensors", tmp_path / "out")
+    assert {c.carrier for c in report.carriers} == {carrier, "float32"}
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["format"] == "int-quantized"
+    assert config["config_groups"]["group_0"]["input_activations"]["num_bits"] == bits
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    packed = upq.load(artifact)
+    ours = packed(IDS).logits
+    monkeypatch.setattr(ActQuantiser, "round", theirs)
+    assert torch.allclose(model(IDS).logits, packed(IDS).logits, atol=1e-5)
+    for layer in packed.modules():
+        if isinstance(layer, PackedLinear):
+            layer.input = None
+    assert (packed(IDS).logits - ours).abs().max() > 1e-3 * ours.abs().max()
+
+
+def test_what_is_rounded_and_not_carried_is_in_the_report(tmp_path: Path) -> None:
+    rounded = {"activations": ActScheme(bits=4, symmetric=False), "kv": ActScheme(bits=4)}
+    artifact = artifact_of_model(tmp_path / "artifact", tiny_model("llama", vocab_size=300), None, **rounded)
+    report = export(artifact, "compressed-tensors", tmp_path / "out")
+    assert report.notes[-1] == (
+        "the weights alone are here, not the inputs of linears, which the artefact rounds to int4 per token, with a"
+        " zero point and the keys and values, which the artefact rounds to int4 per token: the engine has its own"
+    )

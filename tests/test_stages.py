@@ -37,6 +37,8 @@ CHAIN: dict[str, dict[str, Any]] = {
         "mixed": True,
         "samples": 8,
         "method": {"name": "block_ap", "scale": "max", "iterations": 2},
+        "activations": {"per": "tensor", "static": True},
+        "kv": {"bits": 4},
     },
     "distill": {**DISTILL, "tokens": 512, "checkpoint_every": 2},
     "on_policy": {**DISTILL, "loss": "rkl", "steps": 2, "prompt_tokens": 8, "max_new_tokens": 8, "off_policy": 0.5},

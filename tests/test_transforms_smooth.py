@@ -14,6 +14,7 @@ from test_transforms import FAMILIES, IDS, logits, uneven
 from tiny import byte_tokenizer, tiny_model
 from upq.artifact.manifest import read_manifest
 from upq.core.errors import UPQError
+from upq.core.outliers import threshold
 from upq.core.progress import Silent
 from upq.data.config import Data
 from upq.model.loading import load_model
@@ -43,12 +44,14 @@ def loud(model: Any) -> Any:
     return model
 
 
-RULES = ["percentile", "smoothquant", "awq"]
+RULES = ["percentile", "smoothquant", "awq", "cfp"]
 # Gemma's norms add one to their weight; two of four stand behind a linear.
 CASES = [*((family, "smoothquant") for family in (*FAMILIES, "gemma3_text")), ("llama", "awq"), ("qwen3_moe", "awq")]
 
 
-@pytest.mark.parametrize(("family", "rule"), [*CASES, ("llama", "percentile"), ("mixtral", "percentile")])
+@pytest.mark.parametrize(
+    ("family", "rule"), [*CASES, ("llama", "percentile"), ("mixtral", "percentile"), ("qwen3_moe", "cfp")]
+)
 def test_smoothing_leaves_the_function(family: str, rule: str, tmp_path: Path) -> None:
     model = loud(random_model(family))
     before, old = logits(model), {name: p.clone() for name, p in model.named_parameters()}
@@ -84,6 +87,11 @@ def test_factors_follow_their_rule(rule: str, tmp_path: Path) -> None:
         channels = len(peak_I)
         baseline = peak_I.sort(descending=True).values[int(0.005 * channels + 1.5)]
         expected_I = (peak_I / baseline).clamp_min(1)
+    elif rule == "cfp":  # tests/test_windows.py compares the threshold with a search
+        limit = threshold(peak_I)
+        assert limit is not None
+        expected_I = (peak_I / limit).clamp_min(1).sqrt()
+        assert expected_I.max() > 1
     elif rule == "smoothquant":
         expected_I = peak_I**0.7 / torch.cat(old[GATE]).abs().amax(0) ** 0.3
     else:

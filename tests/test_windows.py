@@ -11,9 +11,9 @@ import torch
 from test_blockwise import IDS, Counting, Killed, files, make
 from tiny import tiny_model
 from upq.blockwise import METHODS, BlockStore, Order, spans, walk
-from upq.blockwise._cfp import threshold, truncated
 from upq.blockwise._windows import finals
 from upq.core.errors import UPQError
+from upq.core.outliers import threshold, truncated
 from upq.core.scheme import QuantScheme
 from upq.data.config import Data
 from upq.model.source import Source

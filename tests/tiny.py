@@ -117,8 +117,15 @@ def artifact_of(out: Path, source: Path, *, scheme: QuantScheme | None = None, e
 
 
 def artifact_of_model(
-    out: Path, model: Any, tokenizer: Any, *, scheme: QuantScheme | None = None, embeddings_bits: Any = None
+    out: Path,
+    model: Any,
+    tokenizer: Any,
+    *,
+    scheme: QuantScheme | None = None,
+    embeddings_bits: Any = None,
+    **rounded: Any,
 ) -> Path:
+    """`rounded`: how it rounds activations, as write_artifact takes it."""
     scheme = scheme or QuantScheme(bits=2)
     grid, qtensors = GRIDS.get(scheme.grid), {}
     for path, matrix in model_weights(model).items():
@@ -128,5 +135,6 @@ def artifact_of_model(
         qtensors[path] = grid.freeze(weight, search_scale(weight, scheme), scheme)
     out.mkdir(parents=True)
     manifest = Manifest(model=SourceModel(path="org/tiny", digest="0"))
-    write_artifact(out, model, qtensors, manifest=manifest, tokenizer=tokenizer, embeddings_bits=embeddings_bits)
+    bits = embeddings_bits
+    write_artifact(out, model, qtensors, manifest=manifest, tokenizer=tokenizer, embeddings_bits=bits, **rounded)
     return out

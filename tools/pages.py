@@ -148,6 +148,10 @@ def _rows(model: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
             yield from _rows(inner, f"{prefix}{name}.")
             continue
         listed = [each for each in get_args(inner) if isinstance(each, type) and issubclass(each, BaseModel)]
+        if listed and listed[0] is not Plugin and info.default is None:  # a section that may be left out
+            yield f"`{prefix}{name}`", "`section`", "`null`"
+            yield from _rows(listed[0], f"{prefix}{name}.")
+            continue
         if listed and listed[0] is not Plugin:
             yield from _rows(listed[0], f"{prefix}{name}[].")
             continue

@@ -7,6 +7,9 @@
     linears         scheme of the linears in the decoder blocks
     overrides       by module path: another scheme, or null for a linear that stays as it was
     embeddings      null, or the scheme of the embedding and the head (one scale a row)
+    activations     of an artefact that rounds them: the scheme of the linears' inputs (upq.core.act_scheme)
+    input_scales    of static activations: the scale, by module path
+    kv              of an artefact that rounds them: the scheme of keys and values
 """
 
 from __future__ import annotations
@@ -27,18 +30,23 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from upq import decoding
 from upq.artifact.manifest import Layer, Manifest, file_entry
 from upq.artifact.publish import describe
+from upq.core.act_scheme import ActScheme
+from upq.core.config import decode
 from upq.core.errors import UPQError
 from upq.core.paths import local_or_hub
 from upq.core.scheme import QTensor, QuantScheme
 from upq.files.atomic import write_errors, written
 from upq.files.tensors import tensor_shapes
 from upq.grids import GRIDS, check_scheme, search_scale
-from upq.model.layout import layout_of
+from upq.model.layout import block_list, layout_of
 from upq.model.library import library_errors
 from upq.model.loading import auto_class, check_sizes, load_config, load_model
 from upq.model.matrices import Matrix, place
+from upq.model.online import install
+from upq.nn.activations import ActQuantiser
 from upq.nn.blocks import model_weights, of_experts
 from upq.nn.experts import PackedExperts
+from upq.nn.kv import attach_kv
 from upq.nn.packed import PackedEmbedding, PackedLinear, TiedHead, dense_like, pack_like
 from upq.text.tokenizer import write_tokenizer
 
@@ -92,6 +100,9 @@ class UpqConfig(QuantizationConfigMixin):
         linears: Mapping[str, Any] | QuantScheme,
         overrides: Mapping[str, Any] | None = None,
         embeddings: Mapping[str, Any] | QuantScheme | None = None,
+        activations: Mapping[str, Any] | ActScheme | None = None,
+        input_scales: Mapping[str, float] | None = None,
+        kv: Mapping[str, Any] | ActScheme | None = None,
         format_version: int = FORMAT_VERSION,
         dequantize: bool = False,
         quant_method: str = "upq",
@@ -116,6 +127,8 @@ class UpqConfig(QuantizationConfigMixin):
             for path, s in sorted((overrides or {}).items())
         }
         self.embeddings = None if embeddings is None else _scheme(embeddings, "embeddings")
+        self.activations, self.kv = _act_scheme(activations, "activations"), _act_scheme(kv, "kv")
+        self.input_scales = _numbers(input_scales)
         self.dequantize = dequantize
 
     @classmethod
@@ -128,13 +141,29 @@ class UpqConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         overrides = {path: scheme and dataclasses.asdict(scheme) for path, scheme in self.overrides.items()}
+        rounded: dict[str, Any] = {
+            key: scheme.model_dump(mode="json")
+            for key, scheme in (("activations", self.activations), ("kv", self.kv))
+            if scheme is not None
+        }
         return {
             "quant_method": self.quant_method,
             "format_version": self.format_version,
             "linears": dataclasses.asdict(self.linears),
             "overrides": overrides,
             "embeddings": self.embeddings and dataclasses.asdict(self.embeddings),
+            **rounded,
+            **({"input_scales": self.input_scales} if self.input_scales else {}),
         }
+
+    def quantiser(self, path: str) -> ActQuantiser | None:
+        """Of the inputs of a linear."""
+        if self.activations is None:
+            return None
+        scale = self.input_scales.get(path)
+        if self.activations.static and scale is None:
+            raise UPQError(f"quantization_config.input_scales: {path} is missing; {_OURS}")
+        return ActQuantiser(self.activations, scale if self.activations.static else None)
 
     def schemes(self, model: PreTrainedModel) -> dict[str, QuantScheme]:
         """Every module of `model` that is packed, by path."""
@@ -159,6 +188,17 @@ def _scheme(raw: Mapping[str, Any] | QuantScheme, where: str) -> QuantScheme:
         return scheme
     except TypeError as error:
         raise UPQError(f"quantization_config.{where}: not a scheme ({error}); {_OURS}") from None
+
+
+def _act_scheme(raw: Mapping[str, Any] | ActScheme | None, where: str) -> ActScheme | None:
+    return raw if raw is None or isinstance(raw, ActScheme) else decode(ActScheme, raw, f"quantization_config.{where}")
+
+
+def _numbers(raw: Any) -> dict[str, float]:
+    found = {} if raw is None else raw
+    if not isinstance(found, Mapping) or not all(isinstance(each, float | int) for each in found.values()):
+        raise UPQError(f"quantization_config.input_scales: expected numbers by module path; {_OURS}")
+    return {path: float(each) for path, each in sorted(found.items())}
 
 
 class UpqHfQuantizer(HfQuantizer):
@@ -200,6 +240,7 @@ class UpqHfQuantizer(HfQuantizer):
                 experts.register_parameter(leaf, nn.Parameter(weight))
             elif isinstance(layer, TiedHead):
                 model.set_submodule(path, nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta"))
+        install(model, model.config)
         vars(model).pop("_tied_weights_keys", None)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         model.tie_weights()
@@ -231,7 +272,14 @@ def _swap(model: PreTrainedModel, config: UpqConfig, given: Callable[[str], QTen
             place(model, whole, layer.train(model.training))
         else:
             dense = model.get_submodule(path)
-            model.set_submodule(path, pack_like(dense, scheme, q).train(dense.training))
+            packed = pack_like(dense, scheme, q)
+            if isinstance(packed, PackedLinear) and path in weights:
+                packed.input = config.quantiser(path)
+            model.set_submodule(path, packed.train(dense.training))
+    install(model, model.config)
+    if config.kv is not None:
+        for block in block_list(model, layout):
+            attach_kv(block, config.kv)
     if config.embeddings is not None and tied:
         embedding = model.get_submodule(layout.embedding)
         assert isinstance(embedding, PackedEmbedding)
@@ -299,6 +347,9 @@ def write_artifact(
     extra_tensors: Mapping[str, Tensor] | None = None,
     errors: Mapping[str, float] | None = None,
     unreached: Mapping[str, list[int]] | None = None,
+    activations: ActScheme | None = None,
+    input_scales: Mapping[str, float] | None = None,
+    kv: ActScheme | None = None,
 ) -> Manifest:
     """Pack `model` in place (see `pack_model`) and write it with its tokenizer as the new directory `out`, whole.
 
@@ -308,7 +359,15 @@ def write_artifact(
     """
     if out.is_dir() and any(out.iterdir()):
         raise UPQError(f"{out}: exists already; name a new directory, or delete it first")
-    config = pack_model(model, qtensors, embeddings_bits=embeddings_bits, extra_tensors=extra_tensors)
+    config = pack_model(
+        model,
+        qtensors,
+        embeddings_bits=embeddings_bits,
+        extra_tensors=extra_tensors,
+        activations=activations,
+        input_scales=input_scales,
+        kv=kv,
+    )
     layers = [
         _layer(model.get_submodule(path), path, scheme, (errors or {}).get(path), (unreached or {}).get(path, []))
         for path, scheme in config.schemes(model).items()
@@ -343,11 +402,15 @@ def pack_model(
     *,
     embeddings_bits: Literal[4, 8] | None = None,
     extra_tensors: Mapping[str, Tensor] | None = None,
+    activations: ActScheme | None = None,
+    input_scales: Mapping[str, float] | None = None,
+    kv: ActScheme | None = None,
 ) -> UpqConfig:
     """Turn a dense model into the packed one, in place: as if it had been loaded from the artefact.
 
     `qtensors`: path to value; weights of the blocks that are not among them stay dense.
     `extra_tensors`: parameter name to value, for what was trained beside the codes (norms).
+    `activations`, `kv`: how inputs of linears, keys and values are rounded; `input_scales` by path, of static ones.
     """
     for name, value in (extra_tensors or {}).items():
         parameter = dict(model.named_parameters()).get(name)
@@ -365,6 +428,9 @@ def pack_model(
         linears=common,
         overrides={path: cast(Any, scheme) for path, scheme in schemes.items() if scheme != common},
         embeddings=QuantScheme(bits=embeddings_bits) if embeddings_bits else None,
+        activations=activations,
+        input_scales=input_scales,
+        kv=kv,
     )
     tables = embedding_tables(model) if config.embeddings else []
     rows = {path: quantize_rows(_weight(model, path), cast(QuantScheme, config.embeddings)) for path in tables}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upq.core.act_scheme import ActScheme
 from upq.core.levels import Uniform
 from upq.core.scheme import QTensor, QuantScheme
 from upq.files.atomic import write_errors
@@ -36,6 +37,8 @@ class BlockStore:
     scheme: QuantScheme
     latents: bool = True
     widths: tuple[Mapping[str, int], ...] = ()  # by block and name, bits of weights that have another number
+    activations: ActScheme | None = None  # of the linears' inputs
+    kv: ActScheme | None = None  # of keys and values
 
     def widths_of(self, index: int) -> Mapping[str, int]:
         return self.widths[index] if self.widths else {}
@@ -108,6 +111,12 @@ class BlockStore:
         with keys_required(self.path(index)):
             report: Report = load_metadata(self.path(index))["report"]
         return report
+
+    def input_scales(self, index: int) -> dict[str, float]:
+        """By name, the scale of a linear's input, where activations are static."""
+        if self.activations is None or not self.activations.static:
+            return {}
+        return {name: figures["input_scale"] for name, figures in self.report(index).items()}
 
     def massive(self, index: int) -> dict[str, Any] | None:
         """Of a block whose output has massive states (upq.blockwise._sinks): their tokens, weights and error."""

@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from upq.blockwise._base import ORIGINAL, QUANTISED, BlockTask, Method
-from upq.blockwise._cfp import truncated
 from upq.blockwise._finite import watched
 from upq.blockwise._sinks import sinks
 from upq.blockwise._store import BlockStore, Report
 from upq.blockwise._windows import Order, Pending, WindowStep, finals, spans
 from upq.core.errors import UPQError
 from upq.core.memory import trim
+from upq.core.outliers import truncated
 from upq.core.precision import Precision, computes_in_bf16
 from upq.core.processes import ALONE, Processes
 from upq.core.progress import Progress
 from upq.files.metrics import NOWHERE, Metrics
 from upq.grids import SMALLEST_SCALE, Params
-from upq.model.activations import Allocate, allocator
+from upq.model.activations import Allocate, allocator, batches
 from upq.model.matrices import Matrix
 from upq.model.source import Source
 from upq.model.walker import Step
 from upq.model.walker import walk as run_blocks
+from upq.nn.activations import attach_inputs, static_scales
 from upq.nn.fake_quant import Solution
 from upq.nn.fixed_codes import Start
+from upq.nn.kv import attach_kv
 
 _AHEAD = 2  # a third stream: the original's, at the end of a window
 
@@ -76,7 +79,8 @@ def walk(
     with processes.shared_errors():
         metrics.begin("block", done)
     missing = done < len(source)
-    streams = (2 if order.plain else 3) if method.needs_inputs and missing else 0
+    static = store.activations is not None and store.activations.static
+    streams = (2 if order.plain else 3) if (method.needs_inputs or static) and missing else 0
     bf16 = computes_in_bf16(precision, source.device, source.text.hidden_size)
     with activations or allocator(None) as allocate:
         with processes.shared_errors():
@@ -124,6 +128,7 @@ class _Stage:
     processes: Processes
     truncate: bool
     metrics: Metrics
+    input_scales: dict[int, dict[str, float]] = field(default_factory=dict)  # by block, of static activations
 
     def block(self, step: Step, *, solved: bool, apart: bool = False) -> None:
         """Solve one block, or take it `solved` from the store, and go through it. Nothing of the block stays.
@@ -138,6 +143,7 @@ class _Stage:
             if step.states:
                 with self._original(step, block):
                     step.advance(block, stream=ORIGINAL)
+        self._round(step, block, solved=solved)
         if not solved:
             self._begin(step, block)
             task = BlockTask(step, block, self._seed(step.index), self.processes, self.store.widths_of(step.index))
@@ -215,6 +221,7 @@ class _Stage:
                         }
             else:
                 self._begin(step, blocks[place])
+            self._round(step, blocks[place])
             widths |= {f"{place}.{name}": bits for name, bits in self.store.widths_of(step.index).items()}
         joined = WindowStep.of(tuple(steps), targets=_AHEAD, inputs=QUANTISED)
         task = BlockTask(
@@ -247,6 +254,7 @@ class _Stage:
             block = self.source.block(step.index)
             with self._original(step, block):
                 step.advance(block, stream=ORIGINAL)
+        self._round(step, block)
         if not self.processes.of_first(self.store.path(step.index).is_file()):
             if self.given is not None:
                 _put(block, step.matrices, self.given, step.index, self.processes)
@@ -259,6 +267,26 @@ class _Stage:
             self._finish(task, solutions, sinks(task), began)
         self._go_on(step, block, self._at(step))
         step.forget()
+
+    def _round(self, step: Step, block: nn.Module, *, solved: bool = False) -> None:
+        """From here on the block reads what the artefact's will: rounded inputs, keys and values."""
+        attach_kv(block, self.store.kv)
+        scheme, scales = self.store.activations, dict[str, float]()
+        if scheme is None:
+            return
+        names = [matrix.name for matrix in step.matrices]
+        if scheme.static and solved:
+            with self.processes.shared_errors():
+                known = json.dumps(self.store.input_scales(step.index)) if self.processes.first else ""
+            scales = json.loads(self.processes.text_of_first(known))
+        elif scheme.static:
+            here = static_scales(block, names, scheme, lambda: _over_rows(step, block))
+            every = torch.zeros(self.processes.world, len(names), dtype=torch.float64)
+            every[self.processes.rank] = torch.tensor([here[name] for name in names], dtype=torch.float64)
+            self.processes.sum(every)
+            scales = dict(zip(names, every.amax(0).tolist(), strict=True))
+        self.input_scales[step.index] = scales
+        attach_inputs(block, names, scheme, scales)
 
     def _begin(self, step: Step, block: nn.Module) -> None:
         """What is to be solved: the weights of the stage before, or the original's."""
@@ -273,6 +301,8 @@ class _Stage:
     ) -> None:
         index = task.index
         report = _measure(task, solutions, massive, self.store, self.source, self._at(task.step))
+        for name, scale in self.input_scales.get(index, {}).items():
+            report[name]["input_scale"] = scale
         with task.processes.shared_errors():
             if task.processes.first:
                 figures = {**_error_of(report), **task.figures, "seconds": round(time.monotonic() - began, 3)}
@@ -316,6 +346,12 @@ class _Stage:
             f"block {index}: {massive['tokens']} of {massive['of']} tokens get massive states, made by {made}; "
             f"their error is {massive['error']:.2f}"
         )
+
+
+@torch.no_grad()
+def _over_rows(step: Step, block: nn.Module) -> None:
+    for rows in batches(len(step.states[QUANTISED]), step.batch_size):
+        step.run(block, rows, stream=QUANTISED)
 
 
 def _measure(

@@ -16,24 +16,42 @@ def hadamard(width: int) -> Tensor:
 
     2ᵏ by Sylvester; m·2ᵏ with m = q + 1, q a prime of 3 modulo 4, or m = 2(q + 1), q a prime of 1 modulo 4, by Paley.
     """
+    turn: Tensor = _doubled(_paley(width), width) / width**0.5
+    return turn
+
+
+def _paley(width: int) -> Tensor:
+    """The largest of Paley's that `width` is 2ᵏ times as large as."""
     for size in (width >> k for k in range(width.bit_length()) if width % (1 << k) == 0):
-        core = _core(size)
-        if core is not None:
-            break
-    else:
-        raise UPQError(f"no Hadamard matrix of width {width} is known here; use matrix=orthogonal")
-    found = core
+        if (core := _core(size)) is not None:
+            return core
+    raise UPQError(f"no Hadamard matrix of width {width} is known here; use matrix=orthogonal")
+
+
+def _doubled(found: Tensor, width: int) -> Tensor:
+    """Sylvester's construction, from a matrix of ±1."""
     while len(found) < width:
         found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
-    turn: Tensor = found / width**0.5
-    return turn
+    return found
+
+
+def signs(width: int, seed: int) -> Tensor:
+    """(N, 1) of ±1."""
+    return torch.randint(0, 2, (width, 1), generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def randomised(width: int, seed: int) -> Tensor:
     """A Hadamard matrix whose rows have random signs (QuIP#, 2402.04396)."""
-    signs = torch.randint(0, 2, (width, 1), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    turn: Tensor = signs * hadamard(width)
+    turn: Tensor = signs(width, seed) * hadamard(width)
     return turn
+
+
+def factors(width: int) -> tuple[Tensor, Tensor]:
+    """A and B with `hadamard(width) = A ⊗ B`: products with both in turn take N·(A + B) steps and not N²."""
+    left, core = 1, len(_paley(width))
+    while width % (2 * left * core) == 0 and (2 * left) ** 2 <= width:
+        left *= 2
+    return _doubled(torch.ones(1, 1, dtype=torch.float64), left) / left**0.5, hadamard(width // left)
 
 
 def orthogonal(width: int, seed: int) -> Tensor:

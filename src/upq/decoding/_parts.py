@@ -15,11 +15,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, SiLUActivation
 
-from upq.kernels import Weight
+from upq.kernels import Weight, compute
 from upq.kernels.decoder import Activation, Block, Experts, Linear, Mlp, Norm, Parts, Rope
 from upq.model.layout import layout_of
 from upq.model.windows import window
 from upq.nn.experts import PackedExperts
+from upq.nn.kv import KvQuantiser
 from upq.nn.packed import Factor, PackedEmbedding, PackedLinear, TiedHead
 
 
@@ -104,6 +105,8 @@ def _check_state(model: PreTrainedModel) -> None:
     if config._attn_implementation not in ("eager", "sdpa"):
         raise Unsuitable(f"attention by {config._attn_implementation}")
     for name, module in model.named_modules():
+        if isinstance(module, KvQuantiser):
+            raise Unsuitable(f"its keys and values are {module.scheme}")
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             raise Unsuitable(f"{name or 'the model'} has a hook")
 
@@ -229,6 +232,8 @@ def _compiled(weight: Weight) -> Weight:
 # Types are compared exactly: a subclass may compute something else.
 def _linear(module: nn.Module) -> Linear:
     if type(module) is PackedLinear:
+        if module.input is not None and not (module.input.scheme.of_kernel and compute() == "w2a8"):
+            raise Unsuitable(f"its activations are {module.input.scheme}, computed by {compute()}")
         return Linear(_compiled(module.kernel_weight()), module.bias)
     if type(module) is TiedHead:
         return Linear(_compiled(module.embedding.kernel_weight()))

@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from upq.core.act_scheme import ActScheme
 from upq.model.layout import block_list, layout_of, shared_weights
 from upq.model.matrices import matrices, place
+from upq.model.online import install
 from upq.model.source import Source
+from upq.nn.activations import ActQuantiser, attach
 from upq.nn.experts import TrainedExperts
 from upq.nn.fixed_codes import Start
+from upq.nn.kv import KvQuantiser, attach_kv
 from upq.nn.trained import TrainedLinear, full_tensor
 
 Starts = Mapping[str, Start]  # by the path of a linear
@@ -154,6 +158,22 @@ def trained_blocks(student: PreTrainedModel) -> Iterator[tuple[int, dict[str, St
         yield index, {name: layer.solution() for name, layer in trained_linears(block).items()}
 
 
+def round_activations(
+    student: PreTrainedModel,
+    activations: ActScheme | None,
+    kv: ActScheme | None,
+    scales: Callable[[int], Mapping[str, float]],
+) -> None:
+    """From here on the student reads rounded inputs, keys and values. `scales`: of a block's static inputs, by name."""
+    for index, block in enumerate(block_list(student)):
+        attach_kv(block, kv)
+        if activations is None:
+            continue
+        of_block = scales(index)
+        for name, layer in trained_linears(block).items():
+            layer.input = ActQuantiser(activations, of_block.get(name))
+
+
 @torch.no_grad()
 def frozen(student: PreTrainedModel, *, keep: bool = True) -> PreTrainedModel:
     """A plain model of the weights that the student computes with now, each as its codes say. All else is shared.
@@ -183,6 +203,13 @@ def frozen(student: PreTrainedModel, *, keep: bool = True) -> PreTrainedModel:
     for name in [name for name, _ in twin.named_buffers(remove_duplicate=False)]:
         path, _, leaf = name.rpartition(".")
         twin.get_submodule(path)._buffers[leaf] = getattr(student.get_submodule(path), leaf)
+    install(twin, student.config)
+    for path, layer in trained.items():
+        if layer.input is not None:
+            attach(twin.get_submodule(path), layer.input)
+    for path, module in student.named_modules():
+        if isinstance(module, KvQuantiser):
+            attach_kv(twin.get_submodule(path.rpartition(".")[0]), module.scheme)
     return twin.eval()  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -190,6 +217,7 @@ def _skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
     """A second model of the same class that shares every parameter and buffer, with gradients off."""
     with torch.device("meta"):
         twin = type(model)(model.config)
+    install(twin, model.config)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
         twin.get_submodule(owner)._parameters[leaf] = nn.Parameter(parameter.detach(), requires_grad=False)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from upq.core.act_scheme import ActScheme
 from upq.core.config import Strict
 from upq.core.precision import dtype_name
 from upq.core.progress import Progress
@@ -82,6 +83,10 @@ class Exporter(ABC):
     def holds(self, scheme: QuantScheme) -> bool:
         """Whether the format has a place for levels and scales of this kind."""
         return plain(scheme)
+
+    def carries(self, activations: ActScheme) -> bool:
+        """Whether the engine rounds the inputs of linears by such a scheme. The report says where it does not."""
+        return False
 
     @abstractmethod
     def plan(self, source: Source) -> Plan:

@@ -21,6 +21,7 @@ from upq.exports._report import REPORT, Carried, Report, read_report, report_pat
 from upq.exports._source import Source, Weight
 from upq.files.atomic import write_errors, written
 from upq.files.digests import digest_file
+from upq.model.online import online
 
 _FOLDER = "exports"  # of an artefact
 
@@ -52,6 +53,12 @@ def export(
     _check_target(out, form.suffix)
     source = form.view(Source.open(artifact))
     _check_forms(form, name, source)
+    if turned := online(source.config):
+        path = next(iter(turned))
+        raise UPQError(
+            f"{artifact}: {name} has no place for the rotation of a linear's input ({path}); leave the sites `down` and"
+            " `inputs` out of the transform"
+        )
     plan = form.plan(source)
     assert [p.weight.name for p in plan.placements] == list(source.weights)
     losses = {p.weight.name: p.loss for p in plan.placements if p.loss is not None}
@@ -85,7 +92,7 @@ def export(
             bits_per_weight=8 * sum(p.bytes for p in linears) / sum(p.weight.numel for p in linears),
             carriers=carriers,
             losses=losses,
-            notes=list(plan.notes),
+            notes=[*plan.notes, *_not_carried(form, source)],
             engine={package: _version(package) or "?" for package in form.packages},
             checked=form.checked,
             compared_in=dtype_name(plan.compared_in),
@@ -123,6 +130,16 @@ def _check_target(out: Path, suffix: str | None) -> None:
             raise UPQError(f"{out}: this format is one file; name it something{suffix}")
         if out.exists():
             raise UPQError(f"{out}: exists already; name a new file, or delete it first")
+
+
+def _not_carried(form: Exporter, source: Source) -> list[str]:
+    """What the artefact rounds beside its weights, and the engine does not."""
+    lost = []
+    if source.activations is not None and not form.carries(source.activations):
+        lost.append(f"inputs of linears, which the artefact rounds to {source.activations}")
+    if source.kv is not None:
+        lost.append(f"keys and values, which the artefact rounds to {source.kv}")
+    return [f"the weights alone are here, not the {' and the '.join(lost)}: the engine has its own"] if lost else []
 
 
 _FORMS = {"expert": "experts", "stacked": "experts in one tensor", "transposed": "transposed linears"}

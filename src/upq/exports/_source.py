@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from upq import kernels
 from upq.artifact.manifest import Manifest, read_manifest, verify
 from upq.artifact.transformers import empty_model
+from upq.core.act_scheme import ActScheme
 from upq.core.bounded import read_json
 from upq.core.errors import UPQError
 from upq.core.scales import REAL_SCALES
@@ -172,6 +173,8 @@ class Source:
     model: PreTrainedModel  # without memory, packed modules in place
     weights: dict[str, Weight]  # by name, in the order of the model; of tied ones the embedding alone
     linears: frozenset[str]  # names of the weights that multiply in the decoder blocks
+    activations: ActScheme | None = None  # how the artefact rounds their inputs
+    kv: ActScheme | None = None  # and keys and values
 
     @classmethod
     def open(cls, path: Path) -> Source:
@@ -205,6 +208,8 @@ class Source:
             model=model,
             weights=weights,
             linears=frozenset(name for name in weights if {name, name.removesuffix(".weight")} & matrices.keys()),
+            activations=quantization.activations,
+            kv=quantization.kv,
         )
 
     @property

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from upq import kernels
+from upq.core.act_scheme import ActScheme
 from upq.core.errors import UPQError
 from upq.core.precision import dtype_name
 from upq.core.scheme import PER_CHANNEL, QuantScheme
@@ -25,6 +26,8 @@ from upq.exports._source import Source, Weight
 from upq.exports.dense import DTYPES, holds, place
 from upq.files.tensors import TensorPlan
 
+_UNPACKED = "int-quantized"
+
 
 class CompressedTensorsOptions(Options):
     # Of the integers. auto: the least of 2, 4 and 8 that hold the grid's levels.
@@ -36,6 +39,9 @@ class CompressedTensorsOptions(Options):
 
 class CompressedTensors(SafetensorsExporter):
     """The linears of the blocks as integers (`pack-quantized`) or FP4 (`nvfp4-` or `mxfp4-`); all else dense.
+
+    Where the artefact rounds the inputs of its linears to integers a token, integers are `int-quantized`, a byte each
+    in four bits too: what engines multiply in integers from (W4A8, W8A8).
 
     Loaders give scales the type of the model, so float16 scales in a bfloat16 model would lose three bits. That is why
     the export of a bfloat16 model computes in float16, or in float32 where float16 does not hold everything.
@@ -50,6 +56,9 @@ class CompressedTensors(SafetensorsExporter):
     def holds(self, scheme: QuantScheme) -> bool:
         return super().holds(scheme) or fp4(scheme) is not None
 
+    def carries(self, activations: ActScheme) -> bool:
+        return activations == ActScheme(bits=activations.bits)
+
     def view(self, source: Source) -> Source:
         return expert_by_expert(super().view(source))
 
@@ -58,12 +67,16 @@ class CompressedTensors(SafetensorsExporter):
         placements = tuple(self._place(source, weight, dtype) for weight in source.weights.values())
         if not any(p.packed for p in placements):
             raise UPQError(f"{source.path}: compressed-tensors cannot run it: no linear is quantised")
-        if len(formats := {_format(p) for p in placements if p.packed}) > 1:
+        if len(formats := {_format(p, source) for p in placements if p.packed}) > 1:
             raise UPQError(f"{source.path}: compressed-tensors holds one of {' and '.join(sorted(formats))}, not both")
         note = f"it computes in {dtype_name(dtype)}"
         if dtype != source.dtype and dtype == torch.float32:
             note += ", for float16 does not hold everything (--set dtype=fp16 --allow-inexact would round it)"
         notes = [note]
+        if _rounds(source):
+            notes.append(
+                "compressed-tensors' emulation has 2^bits - 1 steps from end to end of a token's range, UPQ one less"
+            )
         if foreign_to_transformers(source):
             notes.append("transformers does not read its experts and would start from random ones: run it with vLLM")
         return Plan(placements=placements, notes=(*notes, *source.vllm_notes()), dtype=dtype)
@@ -82,7 +95,9 @@ class CompressedTensors(SafetensorsExporter):
         scheme = next(group for group in groups if not {"Linear", module}.isdisjoint(group["targets"]))
         codes, scale, *rest = (tensor.name for tensor in p.tensors)
         packed, scales = stored.rows(codes, start, stop), stored.rows(scale, start, stop)
-        if p.carrier.startswith("int"):
+        if config["format"] == _UNPACKED:
+            state = {"weight": packed, "weight_scale": scales.float()}
+        elif p.carrier.startswith("int"):
             state = {
                 "weight_packed": packed,
                 # In float32 the product is exact; it is rounded where the model computes, in whatever type that is.
@@ -120,7 +135,7 @@ class CompressedTensors(SafetensorsExporter):
         if not least <= bits <= 8:
             problem = f"compressed-tensors cannot hold {weight.name} in {bits} bits: its levels take {least}"
             raise UPQError(f"{source.path}: {problem}")
-        tensors = _tensors(weight, bits, dtype)
+        tensors = _unpacked(weight, dtype) if _rounds(source) else _tensors(weight, bits, dtype)
         size, loss = sum(tensor.bytes for tensor in tensors[:2]), _integers.misfit(weight, dtype)
         return Placement(weight=weight, carrier=f"int{bits}", bytes=size, loss=loss, tensors=tensors)
 
@@ -157,8 +172,35 @@ def _fp4_tensors(weight: Weight, kind: Fp4) -> tuple[TensorPlan, ...]:
     return (*tensors, TensorPlan(name=f"{weight.name}_global_scale", dtype=torch.float32, shape=(1,), parts=divisor))
 
 
-def _format(p: Placement) -> str:
-    return "pack-quantized" if p.carrier.startswith("int") else f"{p.carrier}-pack-quantized"
+def _rounds(source: Source) -> bool:
+    """Whether the export says how inputs are rounded."""
+    return source.activations is not None and source.activations == ActScheme(bits=source.activations.bits)
+
+
+def _format(p: Placement, source: Source) -> str:
+    if p.carrier.startswith("int"):
+        return _UNPACKED if _rounds(source) else "pack-quantized"
+    return f"{p.carrier}-pack-quantized"
+
+
+def _scales(weight: Weight, dtype: torch.dtype) -> TensorPlan:
+    assert weight.scheme is not None
+
+    def scales() -> Iterable[Tensor]:
+        scale_OG, zero_OG = weight.scale_zero()
+        return [(scale_OG.float() / _integers.step(zero_OG)).to(dtype)]
+
+    shape = (weight.shape[0], weight.scheme.groups(weight.shape[1]))
+    return TensorPlan(name=f"{weight.name}_scale", dtype=dtype, shape=shape, parts=scales)
+
+
+def _unpacked(weight: Weight, dtype: torch.dtype) -> tuple[TensorPlan, ...]:
+    def integers() -> Iterable[Tensor]:
+        for start, stop in weight.chunks():
+            yield _integers.integers(weight.qtensor(start, stop)).to(torch.int8)
+
+    rows, columns = weight.shape
+    return TensorPlan(name=weight.name, dtype=torch.int8, shape=(rows, columns), parts=integers), _scales(weight, dtype)
 
 
 def _tensors(weight: Weight, bits: int, dtype: torch.dtype) -> tuple[TensorPlan, ...]:
@@ -171,17 +213,13 @@ def _tensors(weight: Weight, bits: int, dtype: torch.dtype) -> tuple[TensorPlan,
         for start, stop in weight.chunks():
             yield pack_to_int32(_integers.integers(weight.qtensor(start, stop)).to(torch.int8), bits)
 
-    def scales() -> Iterable[Tensor]:
-        scale_OG, zero_OG = weight.scale_zero()
-        return [(scale_OG.float() / _integers.step(zero_OG)).to(dtype)]
-
     def shape() -> Iterable[Tensor]:
         return [torch.tensor(weight.shape)]
 
-    words, groups = -(-columns * bits // 32), weight.scheme.groups(columns)
+    words = -(-columns * bits // 32)
     return (
         TensorPlan(name=f"{weight.name}_packed", dtype=torch.int32, shape=(rows, words), parts=packed),
-        TensorPlan(name=f"{weight.name}_scale", dtype=dtype, shape=(rows, groups), parts=scales),
+        _scales(weight, dtype),
         TensorPlan(name=f"{weight.name}_shape", dtype=torch.int64, shape=(2,), parts=shape),
     )
 
@@ -217,6 +255,10 @@ def _config(source: Source, plan: Plan) -> dict[str, Any]:
             "targets": ["Linear"] if len(groups) == 1 else [name.removesuffix(".weight") for name in names],
             "weights": {"num_bits": bits, "type": kind, "symmetric": True, "dynamic": False, **grouped},
         }
+        if kind == "int" and _rounds(source):
+            assert source.activations is not None
+            token = {"type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+            described[group]["input_activations"] = {"num_bits": source.activations.bits, **token}
     # Routers, towers and the like too: engines have them as linears. A name of the model, or of the checkpoint.
     dense = {
         name.removesuffix(".weight")
@@ -227,7 +269,7 @@ def _config(source: Source, plan: Plan) -> dict[str, Any]:
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": next(_format(p) for p in plan.placements if p.packed),
+        "format": next(_format(p, source) for p in plan.placements if p.packed),
         "quantization_status": "compressed",
         "ignore": sorted({source.layout.head, *dense}),
         "config_groups": described,

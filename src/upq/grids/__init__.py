@@ -14,6 +14,7 @@ from upq.grids._base import (
     stretches_of_rows,
 )
 from upq.grids._search import search_scale
+from upq.grids._table import nearest
 
 __all__ = [
     "GRIDS",
@@ -24,6 +25,7 @@ __all__ = [
     "Params",
     "check_scheme",
     "learned",
+    "nearest",
     "scheme_of",
     "search_scale",
     "stored_scale",

@@ -39,6 +39,7 @@ __all__ = [
     "linear",
     "linears",
     "pack",
+    "rounds",
     "rows_of",
     "set_compute",
     "unpack",
@@ -88,12 +89,21 @@ def computing(name: str) -> Iterator[None]:
         set_compute(before)
 
 
-def linear(x: Tensor, weight: Weight, bias_O: Tensor | None = None) -> Tensor:
-    """`x · Ŵᵀ + b` for x (..., I), in the dtype of `x`."""
-    return linears(x, [weight], [bias_O])[0]
+def linear(x: Tensor, weight: Weight, bias_O: Tensor | None = None, *, rounded: bool = False) -> Tensor:
+    """`x · Ŵᵀ + b` for x (..., I), in the dtype of `x`.
+
+    `rounded`: x is on a grid of its own already. w2a8 would round it once more, so w2a16 takes its place.
+    """
+    return linears(x, [weight], [bias_O], rounded=rounded)[0]
 
 
-def linears(x: Tensor, weights: Sequence[Weight], biases_O: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+def linears(
+    x: Tensor,
+    weights: Sequence[Weight],
+    biases_O: Sequence[Tensor | None] | None = None,
+    *,
+    rounded: bool = False,
+) -> list[Tensor]:
     """The products of one x with several weights; on the CPU in one call that quantises x once."""
     biases_O = [None] * len(weights) if biases_O is None else biases_O
     device = "cpu" if x.is_cpu else x.device.type  # the name takes 0.8 µs
@@ -110,7 +120,13 @@ def linears(x: Tensor, weights: Sequence[Weight], biases_O: Sequence[Tensor | No
         ]
     if device == "cuda":
         return cuda.linears(x, [weight.cuda_matrix() for weight in weights], biases_O)
+    how = "w2a16" if rounded else how
     return cpu.linears(x, [weight.matrix() for weight in weights], biases_O, compute=how)
+
+
+def rounds(weight: Weight, x: Tensor) -> bool:
+    """Whether the product of x with this weight rounds x to int8, one scale a token."""
+    return x.is_cpu and weight.compiles_on("cpu") and compute() == "w2a8"
 
 
 def _named(name: str, where: str) -> Compute:

@@ -32,6 +32,7 @@ from upq.files.tensors import INDEX, WEIGHTS, shard_names, tensor_files, tensor_
 from upq.model.checkpoint import Checkpoint
 from upq.model.layout import layout_of
 from upq.model.library import library_errors
+from upq.model.online import install
 from upq.text.tokenizer import as_stored, class_tokens, of_same_kind, tokenizer_files
 
 _AUTOS: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
@@ -97,6 +98,7 @@ def load_model(model: str | Path, *, dtype: torch.dtype | str = "auto", device: 
     _check_settings(path)
     with _one_thread() if torch.device(device).type == "cpu" else nullcontext():  # a GPU's memory is another
         loaded: PreTrainedModel = _read(auto_class(config), path, config=config, dtype=dtype, use_safetensors=True)
+    install(loaded, config)
     loaded.eval()  # type: ignore[no-untyped-call]
     loaded.to(device)  # type: ignore[arg-type]
     return loaded

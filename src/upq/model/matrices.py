@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from upq.model.experts import stand_in
+from upq.model.online import rotate_input, rotation_of
 
 # Of expert modules that `use_experts_implementation` does not decorate, whose tensors are stored (E, I, O).
 _TRANSPOSED = {"Llama4TextExperts"}
@@ -92,6 +93,8 @@ def place(block: nn.Module, matrix: Matrix, layer: nn.Module) -> None:
     if matrix.experts:
         stand_in(block.get_submodule(matrix.module), matrix.name.rpartition(".")[2], layer)
     else:
+        if (rotation := rotation_of(block.get_submodule(matrix.name))) is not None:
+            rotate_input(layer, rotation)
         block.set_submodule(matrix.name, layer)
 
 

@@ -23,6 +23,7 @@ from upq.model.layout import Layout, block_list, layout_of, shared_weights
 from upq.model.library import library_errors
 from upq.model.loading import auto_class, check_sizes, check_types, load_config, text_config
 from upq.model.matrices import Matrix, matrices
+from upq.model.online import install
 from upq.model.tables import Table, put_table
 
 
@@ -152,6 +153,7 @@ class Source:
         with library_errors(doing), init_empty_weights(include_buffers=False), no_init_weights():
             model: PreTrainedModel = auto_class(config).from_config(config, dtype=self.dtype)
         model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
+        install(model, config)
         return model
 
     def _at(self, index: int, name: str) -> str:

@@ -21,6 +21,7 @@ from upq.core.scales import REAL_SCALES
 from upq.core.scheme import QTensor, QuantScheme
 from upq.grids import GRIDS
 from upq.kernels.reference import row_bytes
+from upq.nn.activations import ActQuantiser, attach
 
 
 class Packed(nn.Module):
@@ -189,6 +190,7 @@ class PackedLinear(Packed):
     def __init__(self, in_features: int, out_features: int, scheme: QuantScheme, *, bias: bool = False) -> None:
         super().__init__(out_features, in_features, scheme)
         self.in_features, self.out_features = in_features, out_features
+        self.input: ActQuantiser | None = None  # how what it reads is rounded
         self.transposed = False  # it took the place of a Conv1D, whose weight is (I, O)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
@@ -205,7 +207,10 @@ class PackedLinear(Packed):
         return torch.empty(self.rows, self.columns, device="meta") if self.weight_packed.is_meta else self.dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.kernel_weight(), self.bias)
+        weight = self.kernel_weight()
+        if self.input is None or (self.input.scheme.of_kernel and kernels.rounds(weight, x)):
+            return kernels.linear(x, weight, self.bias)
+        return kernels.linear(self.input(x), weight, self.bias, rounded=True)
 
 
 class Codes(Mapping[str, QTensor]):
@@ -359,4 +364,6 @@ def dense_like(layer: Any, dtype: torch.dtype) -> nn.Linear | nn.Embedding | Con
         if layer.bias is not None:
             dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
     dense.weight = nn.Parameter(weight)
+    if isinstance(layer, PackedLinear) and layer.input is not None:
+        attach(dense, layer.input)
     return dense.train(layer.training)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from upq.core.scheme import QTensor, QuantScheme
 from upq.grids import GRIDS, Params
+from upq.nn.activations import ActQuantiser
 from upq.nn.ms_eden import Backward
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class TrainedLinear(nn.Module):
         own = {k: nn.Parameter(owned(v, device), requires_grad=k not in fixed) for k, v in params.items()}
         self.grid_params = nn.ParameterDict(own)
         self.register_buffer("bias", None if bias_O is None else bias_O.detach())
+        self.input: ActQuantiser | None = None  # how what it reads is rounded
         self.backward: Backward | None = None  # how the products of the backward pass are rounded; None: not at all
 
     @property
@@ -73,6 +75,7 @@ class TrainedLinear(nn.Module):
         return self._weight(self._learned())
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self.input is None else self.input(x)
         return product(x, self.bias, self._weight, self._learned(), self.backward)
 
     def _whole_params(self) -> Params:

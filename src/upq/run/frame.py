@@ -37,6 +37,8 @@ from upq.model.activations import Allocate, allocator
 from upq.model.coverage import coverage
 from upq.model.loading import embedding_rows, generation_config, load_config
 from upq.model.source import Source
+from upq.nn.activations import attach_inputs
+from upq.nn.kv import attach_kv
 from upq.nn.packed import Codes
 from upq.run.directory import RunDirectory
 from upq.run.recipe import Recipe
@@ -116,6 +118,9 @@ class Frame:
             embeddings_bits=self.recipe.embeddings.bits,
             extra_tensors={} if state.norms is None else load_tensors(state.norms)[0],
             errors={path: figures["weight"] for path, figures in reports.items()},
+            activations=store.activations,
+            input_scales=dict(self._by_path(store.input_scales)),
+            kv=store.kv,
             unreached={path: figures["unreached"] for path, figures in reports.items() if "unreached" in figures},
         )
 
@@ -191,7 +196,10 @@ class Frame:
             for q in qtensors.values():
                 weights = q.codes_OI.numel()
                 sizes.append((weights, weights * q.scheme.bits + 8 * q.scale_OG.nbytes))
-            return with_weights(model, index, qtensors)
+            found = with_weights(model, index, qtensors)
+            attach_inputs(found, qtensors, store.activations, store.input_scales(index))
+            attach_kv(found, store.kv)
+            return found
 
         states = streamed(model, data.validation_tokens_NT, block=block, allocate=allocate)
         text = self._measured(states, original, data)

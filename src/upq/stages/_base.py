@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from upq.blockwise import BlockStore
+from upq.core.act_scheme import ActScheme
 from upq.core.config import Strict, fixed, free
 from upq.core.precision import Precision, computes_in_bf16
 from upq.core.processes import Processes
@@ -114,7 +115,8 @@ class ModelState:
 
         def store(raw: Mapping[str, Any]) -> BlockStore:
             scheme, widths = QuantScheme(**raw["scheme"]), tuple(raw.get("widths", ()))
-            return BlockStore(work / raw["folder"], scheme, raw["latents"], widths)
+            rounded = {key: ActScheme(**raw[key]) for key in ("activations", "kv") if key in raw}
+            return BlockStore(work / raw["folder"], scheme, raw["latents"], widths, **rounded)
 
         return cls(
             raw["digest"],
@@ -135,6 +137,8 @@ def _relative(path: str | Path, work: Path) -> str:
 
 def _store(store: BlockStore, work: Path) -> dict[str, Any]:
     plain = {"folder": _relative(store.folder, work), "scheme": asdict(store.scheme), "latents": store.latents}
+    for key, scheme in (("activations", store.activations), ("kv", store.kv)):
+        plain |= {} if scheme is None else {key: scheme.model_dump(mode="json")}
     return plain | ({"widths": [dict(each) for each in store.widths]} if store.widths else {})
 
 

@@ -16,7 +16,15 @@ from upq.data.tokens import TokenSet
 from upq.distill import optimizer, teacher
 from upq.distill.config import TrainingSettings
 from upq.distill.sharding import load_sharded
-from upq.distill.student import load_student, make_student, norm_weight, norms, start_norms, trained_blocks
+from upq.distill.student import (
+    load_student,
+    make_student,
+    norm_weight,
+    norms,
+    round_activations,
+    start_norms,
+    trained_blocks,
+)
 from upq.distill.teacher import CachedTeacher, StreamedTeacher, Teacher
 from upq.distill.trainer import Batches, distill, settled, skipped_steps
 from upq.files.tensors import load_tensors, save_tensors
@@ -92,6 +100,7 @@ class TrainingStage(TrainingSettings, Stage):
         assert state.solved is not None
         assert state.solved.latents or not self.train_weights
         student, original = self._models(job, state.solved)
+        round_activations(student, state.solved.activations, state.solved.kv, state.solved.input_scales)
         before = {} if state.norms is None else load_tensors(state.norms)[0]
         if before and job.sharded:
             raise UPQError(

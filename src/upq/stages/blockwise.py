@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from upq.blockwise import METHODS, BlockStore, Method, Order, spans, walk
+from upq.core.act_scheme import ActScheme
 from upq.core.config import Plugin, neutral
 from upq.core.errors import UPQError
 from upq.core.precision import Precision
@@ -20,7 +21,9 @@ from upq.data.sources import sources_of
 from upq.data.tokens import TokenSet
 from upq.files.tensors import load_tensors, save_tensors
 from upq.grids import GRIDS, scheme_of
+from upq.model.layout import block_list
 from upq.model.source import Source
+from upq.nn.kv import attentions, check_kv
 from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, register
 from upq.stages._need import blockwise_need
 from upq.stages._rows import check_length, own_rows
@@ -48,6 +51,8 @@ class Blockwise(Stage):
     annealing: float = neutral(0.0, ge=0, le=1)  # share of the steps in which inputs go from original to quantised
     mixed: bool = neutral(False)  # each weight has the bits that a stage `widths` has chosen for it
     truncate: bool = neutral(False)  # cut outliers of the weights off before they are solved
+    activations: ActScheme | None = neutral(None)  # how the inputs of the linears are rounded, from here on
+    kv: ActScheme | None = neutral(None)  # how keys and values are rounded
 
     solves: ClassVar[bool] = True
 
@@ -102,6 +107,32 @@ class Blockwise(Stage):
                         f"{name}: {matrix.name} of block {index} holds experts, and grid {self.grid} has one set of"
                         f" books a matrix; set {name}.grid=seq"
                     )
+        self._check_activations(name, model)
+
+    def _check_activations(self, name: str, model: Source) -> None:
+        matrices = [matrix for index in range(len(model)) for matrix in model.matrices(index)]
+        if self.activations is not None:
+            size = self.activations.group_size or 1
+            for matrix in matrices:
+                if matrix.experts:
+                    raise UPQError(
+                        f"{name}.activations: inputs of experts ({matrix.name}) are not rounded yet; leave it out"
+                    )
+                if matrix.inputs % size:
+                    raise UPQError(
+                        f"{name}.activations: {matrix.name} has {matrix.inputs} inputs, no multiple of"
+                        f" group_size={size}; set another"
+                    )
+            if self.activations.static and not (self.order.plain and not self.order.apart):
+                raise UPQError(f"{name}.activations: static scales need window=1, grow=0 and inputs=quantised")
+        if self.kv is not None:
+            check_kv(self.kv, f"{name}.kv")
+            blocks = list(block_list(model.outline, model.layout))
+            if not any(attentions(block) for block in blocks):
+                raise UPQError(
+                    f"{name}.kv: {type(blocks[0]).__name__} does not call transformers' attention interface, so its"
+                    " keys and values are out of reach; leave it out"
+                )
 
     def demands(self, data: Data) -> Demands:
         return Demands(rows=self.samples, start="codes", widths=self.mixed)
@@ -119,7 +150,7 @@ class Blockwise(Stage):
     def run(self, job: Job, state: ModelState) -> ModelState:
         widths = state.widths if self.mixed else ()
         latents = job.keep == "latents" and not GRIDS.get(self.grid).vectors  # a search has no latents
-        store = BlockStore(job.folder, self.scheme(), latents=latents, widths=widths)
+        store = BlockStore(job.folder, self.scheme(), latents, widths, self.activations, self.kv)
         model = job.source()
         job.progress.start(job.name, done=store.done(len(model)))
         walk(

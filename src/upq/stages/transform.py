@@ -35,7 +35,9 @@ class Transformed(Stage):
 
     def line(self, name: str) -> str:
         options = "".join(f" {key}={value}" for key, value in (self.method.model_extra or {}).items())
-        return f"{name}: {self.method.name}{options}, folded into the weights"
+        stays = self.transform().stays
+        rest = f", but for {stays}, turned while the model runs" if stays else ""
+        return f"{name}: {self.method.name}{options}, folded into the weights{rest}"
 
     def check(self, name: str, model: Source, data: Data) -> None:
         self.transform().check(name, model)
@@ -45,7 +47,7 @@ class Transformed(Stage):
 
     @property
     def needs_inputs(self) -> bool:
-        return TRANSFORMS.get(self.method.name).needs_inputs
+        return self.transform().needs_inputs
 
     def cost(self, name: str, blocks: int, reading: Reading) -> dict[str, tuple[int, float]]:
         passes = 2.0 * self.samples * reading.seq_len if self.needs_inputs else 0.0

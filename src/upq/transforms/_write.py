@@ -18,11 +18,13 @@ from upq.core.progress import Progress
 from upq.files.atomic import atomic_write, written
 from upq.files.tensors import INDEX, save_tensors, tensor_shapes
 from upq.model.activations import Allocate, batches, in_memory
+from upq.model.online import KEY
 from upq.model.source import Source
 from upq.model.walker import Replay, Step, hidden_states, walk
 from upq.transforms._base import Run, Transform
 
 _OTHERS = ("generation_config.json", "*processor_config.json", "*.jinja", "*token*", "merges.txt", "vocab.*")
+_CHOICE = "choice.json"  # what a transform has decided before it changed anything
 _BESIDE = "beside.safetensors"  # all tensors that are in no decoder block
 
 
@@ -43,9 +45,16 @@ def write_transformed(
     folder.mkdir(parents=True, exist_ok=True)
     replay, places = Replay(source), dict[str, str]()
     files = [folder / f"block-{index:04}.safetensors" for index in range(len(source))]
-    streams = int(transform.needs_inputs and not all(file.is_file() for file in files))
-    assert rows_NT is not None or not streams
+    assert rows_NT is not None or not transform.needs_inputs
     tokens_NT = torch.zeros(0, 0, dtype=torch.long) if rows_NT is None else rows_NT
+    choice = folder / _CHOICE
+    if not choice.is_file():
+        streams = int(transform.needs_inputs)
+        found = transform.choose(source, walk(source, tokens_NT, streams=streams, allocate=allocate, replay=replay))
+        atomic_write(choice, json.dumps(found, indent=2) + "\n")
+    if (chosen := read_json(choice, remedy="delete its folder")) is not None:
+        transform = transform.settled(chosen)
+    streams = int(transform.needs_inputs and not all(file.is_file() for file in files))
     for step, file in zip(
         walk(source, tokens_NT, streams=streams, allocate=allocate, replay=replay), files, strict=True
     ):
@@ -102,6 +111,9 @@ def _config(source: Source, transform: Transform) -> dict[str, Any]:
     raw: dict[str, Any] = read_json(source.path / "config.json", remedy="is it a model?")
     raw.pop("torch_dtype", None)
     raw["dtype"] = dtype_name(Source(source.path, dtype="auto").dtype)
+    if rotations := transform.online(source):
+        named = {path: rotation.model_dump(exclude_none=True) for path, rotation in rotations.items()}
+        raw[KEY] = raw.get(KEY, {}) | named
     if transform.unties(source):
         raw["tie_word_embeddings"] = False
         for part in raw.values():  # of a model for images, the language model's own configuration

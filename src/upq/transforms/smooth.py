@@ -1,13 +1,14 @@
 """Smoothing: a factor for each channel moves large values of an activation into the weights that read it.
 
 What writes the channel is divided by its factor: the weight of an RMS norm, or the rows of a linear whose outputs reach
-the next linear in proportion (`up` to `down`). What reads it is multiplied. The factors follow one of three rules:
+the next linear in proportion (`up` to `down`). What reads it is multiplied. The factors follow one of four rules:
 
 - `percentile` (DGQ, 2310.04836): max(1, m / q), m the channel's largest value and q that at the 99.5th percentile of
   the channels;
 - `smoothquant` (2211.10438, equation 4): m^α / w^(1 - α), w the largest weight that reads the channel;
 - `awq` (2306.00978, equation 4): the mean magnitude to a power between 0 and 1, that of 20 under which the rounded
-  weights lose least in the outputs of the calibration rows.
+  weights lose least in the outputs of the calibration rows;
+- `cfp` (CBQ, 2312.07950, section 3.3): √(m / t) of channels whose m is an outlier's, t the largest that is none's.
 
 Shape suffixes: E experts, H hidden size, O out, I in.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 
 from upq.core.config import Strict
 from upq.core.errors import UPQError
+from upq.core.outliers import threshold
 from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.grids import GRIDS, check_scheme
 from upq.model.matrices import Matrix, products
@@ -41,7 +43,7 @@ _LEAST, _POWERS = 1e-4, 20  # of a channel's largest value, and of AWQ's powers
 @TRANSFORMS.register("smooth")
 class Smooth(Transform):
     class Config(Strict):
-        rule: Literal["percentile", "smoothquant", "awq"] = "smoothquant"
+        rule: Literal["percentile", "smoothquant", "awq", "cfp"] = "smoothquant"
         sites: tuple[Literal["norm", "linear"], ...] = ("norm", "linear")
         alpha: float = Field(0.5, ge=0, le=1)  # of smoothquant: 0 leaves all to the activations
         bits: int = 4  # of the weights that awq judges by, on `affine`
@@ -49,8 +51,6 @@ class Smooth(Transform):
 
         def scheme(self) -> QuantScheme:
             return QuantScheme(bits=self.bits, group_size=self.group_size, grid="affine")
-
-    needs_inputs: ClassVar[bool] = True
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -60,6 +60,10 @@ class Smooth(Transform):
             check_scheme(self.config.scheme())
             for matrix in (matrix for index in range(len(source)) for matrix in source.matrices(index)):
                 self.config.scheme().groups(matrix.inputs)
+
+    @property
+    def needs_inputs(self) -> bool:
+        return True
 
     def unties(self, source: Source) -> bool:
         return False
@@ -105,6 +109,10 @@ class Smooth(Transform):
             order_EI = peak_EI.sort(-1, descending=True).values
             baseline_E1 = order_EI[:, [min(int(0.005 * channels + 1.5), channels - 1)]]
             return (peak_EI / baseline_E1.clamp_min(torch.finfo(torch.float32).tiny)).clamp_min(1.0)
+        if rule == "cfp":
+            limits = [threshold(each) for each in peak_EI]
+            limit_E1 = torch.stack([each.max() if t is None else t for each, t in zip(peak_EI, limits, strict=True)])
+            return (peak_EI / limit_E1[:, None].clamp_min(_LEAST)).clamp_min(1.0).sqrt()
         if rule == "smoothquant":
             weights = [abs(weight_EOI).amax(1) for weight_EOI in site.readers(block).values()]
             weight_EI = torch.stack([each.amax(0, keepdim=True) if site.joint else each for each in weights]).amax(0)

@@ -1,8 +1,8 @@
-"""Coarse-to-fine truncation of outliers among a matrix's weights (CFP of CBQ, arXiv 2312.07950, section 3.3).
+"""Coarse-to-fine outliers among magnitudes (CFP of CBQ, arXiv 2312.07950, section 3.3).
 
 Coarse: magnitudes above Q3 + 1.5 (Q3 - Q1) are candidates. Fine: they are cut in two where the squared distance of the
 means of the two sets, less the variances within them, is largest; the upper set is cut down to the largest magnitude
-below it. The paper's scaling of activation channels is not done here.
+below it. Weights are truncated; channels of an activation are scaled down (transform `smooth`, rule `cfp`).
 """
 
 from __future__ import annotations
