@@ -81,13 +81,13 @@ def main(
         Measured(name, m.path, m.scores, m.items) for name, m in zip(seeds, measured, strict=True)
     )
     console, figures, lines = make_console(), list[Figure](), list[tuple[str, ...]]()
-    for a, b, alike in ((first, second, True), (nearest, first, False)):
+    for a, b, seeded in ((first, second, True), (nearest, first, False)):
         tries = [_verdicts([size.slice(a, draw), size.slice(b, draw)]) for draw in range(draws)]
         coins = random.Random(0)
         swapped = [
             _verdicts(_swapped(size.slice(a, draw), size.slice(b, draw), coins))
             for draw in range(draws)
-            for _ in range(SWAPS * alike)
+            for _ in range(SWAPS * seeded)
         ]
         whole = {pair["measure"]: pair for pair in together([a, b], Request())["pairs"]}
         for measure, pair in whole.items():
@@ -106,7 +106,7 @@ def main(
             )
         tasks = sum(any(shown for name, shown in found.items() if name.startswith(_TASKS)) for found in tries)
         unit, same = f"of {draws}", draws - tasks
-        if alike:
+        if seeded:
             ok, by_chance = same >= LEAST * draws, sum(any(found.values()) for found in swapped) / len(swapped)
             name = "two seeds, tries on both tests without a difference"
             figures.append(Figure(name, same, unit, f">= {LEAST * draws:g}", ok))
