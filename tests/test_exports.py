@@ -269,7 +269,7 @@ def test_rows_are_read_in_parts(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_an_unknown_format_lists_the_known_ones() -> None:
-    with pytest.raises(UPQError, match=r"unknown export format 'zip': choose one of .*dense, gguf"):
+    with pytest.raises(UPQError, match=r"unknown export format 'zip': choose one of .*dense, executorch, gguf"):
         exporter("zip")
 
 
