@@ -47,7 +47,7 @@ def online(config: Any) -> dict[str, OnlineRotation]:
 
 
 def install(model: nn.Module, config: Any) -> None:
-    """Let the linears of `model` turn their inputs, those that do not yet. Raises UPQError for what cannot be turned."""
+    """Let the linears of `model` turn their inputs, those that do not yet. Raises UPQError where one cannot."""
     rotations = online(config)
     modules = dict(model.named_modules()) if rotations else {}
     for path, rotation in rotations.items():
@@ -87,6 +87,7 @@ class _Hook:
 
 @cache
 def _parts(block: int, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    left_AA, right_BB = factors(block)
-    of_rows = torch.ones(block, 1) if seed is None else signs(block, seed)
-    return of_rows[:, 0].float(), left_AA.float(), right_BB.float()
+    with torch.device("cpu"):  # models without memory are built in a context of another
+        left_AA, right_BB = factors(block)
+        of_rows = torch.ones(block, 1) if seed is None else signs(block, seed)
+        return of_rows[:, 0].float(), left_AA.float(), right_BB.float()
