@@ -1,8 +1,8 @@
 """What each stage of `default` brings on a real model: `python benchmarks/stages.py --subject gemma3`
 
-Nearest rounding, the blocks alone, and the blocks with each budget of training, on text alone and cut down to what a
-processor does in an evening; perplexity and KL to the original on held-out text. The blocks are solved once. A finished
-run is not repeated.
+Nearest rounding, the blocks alone, and the blocks with each budget of training, cut down to what a processor does in an
+evening; perplexity and KL to the original on held-out text. They learn from text, and with `--conversations` from as
+many tokens of the subject's conversations. The blocks are solved once. A finished run is not repeated.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def main(
     iterations: Annotated[int, typer.Option(min=1, help="Of each block.")] = 50,
     tokens: Annotated[str, typer.Option(help="Budgets of the training, by commas.")] = "100_352",
     rows: Annotated[int, typer.Option(min=1, help="Held out, of each text.")] = 32,
+    conversations: Annotated[bool, typer.Option(help="Half of what is read are the subject's conversations.")] = False,
     set_: Annotated[list[str], typer.Option("--set", help="Of the recipe; repeatable.")] = [],  # noqa: B006
     out: Annotated[Path, typer.Option(help="Artefacts, the stages that they share, and the table.")] = RUNS,
     json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
@@ -38,13 +39,17 @@ def main(
 
     folder, budgets = out / subject, [0, *map(int, tokens.split(","))]
     chosen, train, texts = prepared(subject, folder, tokens=max(budgets), rows=rows)
-    shared = ["generate=null", *chosen.overrides, "data.validation=32", *set_]
+    talks = chosen.train.get("conversations") if conversations else None
+    if conversations and talks is None:
+        raise SystemExit(f"{subject} has no conversations of its own; leave --conversations out")
+    sources = [{"path": str(path), "weight": 1} for path in (train, talks) if path is not None]
+    shared = ["generate=null", *chosen.overrides, "data.validation=32", f"data.sources={json.dumps(sources)}", *set_]
     blocks = [f"int2.samples={samples}", f"int2.method.iterations={iterations}"]
     made: dict[str, list[str]] = {"nearest": ["distill=null", "int2.method=rtn"]}
     made |= {str(budget): [*blocks, f"distill.tokens={budget}"] for budget in budgets}
     lines = list[dict[str, Any]]()
     for name, own in made.items():
-        quantize(chosen.model, folder / name, Recipe.load("default", [*shared, *own]), data=train, work=folder / "work")
+        quantize(chosen.model, folder / name, Recipe.load("default", [*shared, *own]), work=folder / "work")
         said = json.loads((folder / name / "upq.json").read_text())
         figures = judge(folder / name, chosen.model, texts, None, device="cpu")
         learns = name != "nearest"
@@ -52,7 +57,7 @@ def main(
             {
                 "row": name,
                 "rows": rows,
-                "settings": " ".join(set_),
+                "settings": " ".join([*["conversations"] * conversations, *set_]),
                 "samples": samples if learns else None,
                 "iterations": iterations if learns else None,
                 "tokens": int(name) if learns else None,

@@ -219,6 +219,71 @@ double gate_error(Random& random, const Kernels& kernels) {
     return error_of(out, exact);
 }
 
+// Fake weights of SEQ and the gradients of w and Δ, one after the other.
+double seq_error(Random& random, const Kernels& kernels) {
+    const int groups = random.between(1, 5), size = random.between(1, 300), n = 1 << random.between(1, 7);
+    const std::vector<float> w = normals(random, groups * size, 2.0f), grad = normals(random, groups * size);
+    std::vector<float> scale, found(w.size()), d_w(w.size()), d_delta(static_cast<std::size_t>(groups));
+    for (int g = 0; g < groups; ++g) scale.push_back(0.1f + std::abs(random.normal()));
+    const float bound = static_cast<float>(n) - 0.02f;
+    const int half = random.between(0, groups);
+    for (const Range part : {Range{0, half}, Range{half, groups}}) {
+        kernels.fake_seq(w.data(), scale.data(), part, size, static_cast<float>(n), found.data());
+        kernels.seq_gradient(
+            grad.data(), w.data(), scale.data(), part, size, static_cast<float>(n), bound, 0.5f, d_w.data(), d_delta.data()
+        );
+    }
+    std::vector<double> exact, of_w, of_delta(d_delta.size());
+    for (std::size_t i = 0; i < w.size(); ++i) {
+        const std::size_t g = i / static_cast<std::size_t>(size);
+        const float u = w[i] / scale[g];
+        const double level = std::clamp<double>(std::floor(u), -n, n - 1) + 0.5;
+        const bool inside = std::abs(u) < bound;
+        exact.push_back(level * scale[g]);
+        of_w.push_back(inside ? grad[i] : 0.0);
+        of_delta[g] += 0.5 * grad[i] * (level - (inside ? u : 0.0)) / n;
+    }
+    for (const auto& [more, of] : {std::pair{&d_w, &of_w}, std::pair{&d_delta, &of_delta}}) {
+        found.insert(found.end(), more->begin(), more->end());
+        exact.insert(exact.end(), of->begin(), of->end());
+    }
+    return error_of(found, exact);
+}
+
+// Value and gradient of the generalised Jensen-Shannon divergence.
+double gjs_error(Random& random, const Kernels& kernels) {
+    const Real own = random.one_of({Real::f32, Real::bf16}), its = random.one_of({Real::f32, Real::bf16});
+    const int tokens = random.between(1, 3), n = random.between(2, 5000);
+    const float beta = 0.1f * static_cast<float>(random.between(1, 9));
+    const std::vector<std::uint8_t> student = stored(normals(random, tokens * n, 3.0f), own);
+    const std::vector<std::uint8_t> teacher = stored(normals(random, tokens * n, 3.0f), its);
+    std::vector<float> value(static_cast<std::size_t>(tokens)), found(static_cast<std::size_t>(tokens * n));
+    const Rows rows{student.data(), own, tokens, n}, expected{teacher.data(), its, tokens, n};
+    kernels.gjs(rows, expected, {0, tokens}, beta, value.data(), found.data());
+    std::vector<double> exact, values;
+    for (int t = 0; t < tokens; ++t) {
+        const auto softmax = [&](const std::vector<std::uint8_t>& z, Real real) {
+            std::vector<double> p;
+            double sum = 0;
+            for (int i = 0; i < n; ++i) p.push_back(std::exp(static_cast<double>(widen(z.data(), real, t * n + i))));
+            for (const double each : p) sum += each;
+            for (double& each : p) each /= sum;
+            return p;
+        };
+        const std::vector<double> q = softmax(student, own), p = softmax(teacher, its);
+        double kl_q = 0, kl_p = 0;
+        for (std::size_t i = 0; i < q.size(); ++i) {
+            const double m = beta * p[i] + (1.0 - beta) * q[i];
+            kl_q += q[i] * std::log(q[i] / m);
+            kl_p += p[i] * std::log(p[i] / m);
+        }
+        for (std::size_t i = 0; i < q.size(); ++i)
+            exact.push_back((1.0 - beta) * q[i] * (std::log(q[i] / (beta * p[i] + (1.0 - beta) * q[i])) - kl_q));
+        values.push_back(beta * kl_p + (1.0 - beta) * kl_q);
+    }
+    return std::max(error_of(found, exact), error_of(value, values));
+}
+
 // Keys and values of a head in the blocks of a cache, behind those of another head; what no position fills is NaN.
 struct Cache {
     std::int64_t dim;
@@ -366,7 +431,8 @@ bool decoder_case(unsigned seed, const Kernels& kernels) {
     bool good = decodes_alike(random, kernels);
     if (!good) std::printf("%s seed %u: the decoder depends on portions\n", kernels.name, seed);
     const std::pair<const char*, double (*)(Random&, const Kernels&)> steps[] = {
-        {"dense", dense_error}, {"norm", norm_error}, {"gate", gate_error}, {"attention", attention_error}
+        {"dense", dense_error}, {"norm", norm_error}, {"gate", gate_error}, {"attention", attention_error},
+        {"seq", seq_error}, {"gjs", gjs_error}
     };
     for (const auto& [name, error_of_step] : steps) {
         const double error = error_of_step(random, kernels);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -251,6 +251,15 @@ def test_second_moments_are_those_of_the_inputs(make_task: MakeTask) -> None:
         expected_II = x_TI.T @ x_TI / len(x_TI)
         torch.testing.assert_close(full[linear].double(), expected_II, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(diagonal[linear].double(), expected_II.diagonal(), rtol=1e-4, atol=1e-5)
+
+
+def test_second_moments_under_autocast_are_positive_definite(make_task: MakeTask) -> None:
+    """Products of a block may be in bfloat16; the moments of its inputs, rounded so, could not be factored."""
+    task = make_task()
+    step = replace(task.step, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    for name, h_II in replace(task, step=step).second_moments(tuple(task.matrices), full=True).items():
+        values = torch.linalg.eigvalsh(h_II.double())
+        assert values[0] > -1e-6 * values[-1], name
 
 
 def test_batches_are_epochs() -> None:

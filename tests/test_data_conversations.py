@@ -86,6 +86,22 @@ def test_the_mask_is_the_assistants_words_and_end_of_turn(template: str, ends: l
     assert texts == [answer + end for answer, end in zip(ANSWERS, ends, strict=True)]
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED, NO_PROMPT, LLAMA2, BARE, LINES])
+def test_nothing_ends_an_answer_that_was_cut_off(template: str) -> None:
+    """Its tokens and its mask are those of the whole conversation up to the last word."""
+    tokenizer = byte_tokenizer(bos="<s>", eos="</s>", chat_template=template)
+    cut = (*CHAT[:-1], Message("assistant", ANSWERS[-1], {"cut": True}))
+    found, whole = encode(tokenizer, cut), encode(tokenizer)
+    length = len(found.tokens_L)
+    assert length < len(whole.tokens_L)
+    assert found.tokens_L.tolist() == whole.tokens_L[:length].tolist()
+    assert tokenizer.decode(found.tokens_L).endswith(str(ANSWERS[-1]))
+    assert found.mask_L is not None
+    assert whole.mask_L is not None
+    assert found.mask_L.tolist() == whole.mask_L[:length].tolist()
+    assert encode(tokenizer, cut, loss_on="all").tokens_L.tolist() == found.tokens_L.tolist()
+
+
 def test_a_template_that_changes_the_words() -> None:
     tokenizer = byte_tokenizer(chat_template=CHANGING)
     assert marked_texts(tokenizer, encode(tokenizer)) == ["Fine.\nMe? Zoë!<|im_end|>", "Fine.<|im_end|>"]

@@ -23,7 +23,7 @@ from upq.core.processes import ALONE, Processes
 from upq.core.progress import Silent
 from upq.data import generated
 from upq.data.config import Generated, TextSource
-from upq.data.generated import sample, write_conversations
+from upq.data.generated import Words, sample, write_conversations
 from upq.decoding import batch
 from upq.model.loading import check_finite, generation_config, load_model
 from upq.model.sharding import load_original, make_mesh
@@ -133,6 +133,23 @@ def test_side_by_side_they_are_those_of_batches(tmp_path: Path) -> None:
     assert read(side_by_side(tmp_path / "resumed", model, size=3)) == alone
 
 
+def test_answers_that_were_cut_off_are_kept_where_a_run_asks_for_it(tmp_path: Path) -> None:
+    """Beside those that ended, which are the same; by the compiled decoder and by transformers."""
+    model, keep = various(), SECTION.model_copy(update={"max_new_tokens": 12, "cut": "keep"})
+    texts = batch(model, size=3)
+    kept = read(write_conversations(tmp_path / "a", model, TOKENIZER, keep, seed=1, progress=Silent(), texts=texts))
+    alone = read(write_conversations(tmp_path / "b", model, TOKENIZER, keep, seed=1, progress=Silent()))
+    assert alone == kept
+    drop = keep.model_copy(update={"cut": "drop"})
+    whole = read(write_conversations(tmp_path / "c", model, TOKENIZER, drop, seed=1, progress=Silent()))
+    lines = {name: [json.loads(line)["messages"] for line in text.splitlines()] for name, text in kept.items()}
+    assert any(talk[-1].get("cut") for talks in lines.values() for talk in talks)
+    for name, talks in lines.items():
+        ended = [talk for talk in talks if "cut" not in talk[-1]]
+        expected = [json.loads(line)["messages"] for line in whole.get(name, "").splitlines()]
+        assert ended == expected, name
+
+
 def test_side_by_side_an_error_is_that_of_its_batch(tmp_path: Path) -> None:
     """Not of a later one that has begun, and with the files of those before."""
     found = []
@@ -172,8 +189,10 @@ def test_samples_follow_the_models_own_distribution() -> None:
     """With the end token at weight 20 among 257 others of weight 1, an answer is empty with probability 20/277."""
     drawn = [Sampling(1.0, seed) for seed in range(4000)]
     answers = sample(tiny(20), TOKENIZER, [[5, 6]] * 4000, drawn, 1)
-    assert set(answers) == {""}  # one token: the end, or cut off
-    lengths = [len(a) for a in sample(tiny(20), TOKENIZER, [[5, 6, 7], [5]] * 1000, drawn[:2000], 200) if a]
+    assert {answer.text for answer in answers if answer.ended} == {""}
+    assert sum(answer.ended for answer in answers) / 4000 == pytest.approx(20 / 277, rel=0.2)
+    found = sample(tiny(20), TOKENIZER, [[5, 6, 7], [5]] * 1000, drawn[:2000], 200)
+    lengths = [len(answer.text) for answer in found if answer.ended and answer.text]
     assert sum(lengths) / len(lengths) == pytest.approx(276 / 20, rel=0.15)  # geometric, without the empty ones
 
 
@@ -188,7 +207,10 @@ def test_at_temperature_0_it_is_the_likeliest_token_each_time() -> None:
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     model.generation_config.eos_token_id = next(token for token in ids[6:] if token not in ids[2:6])
     end = ids.index(model.generation_config.eos_token_id, 2)
-    assert sample(model, TOKENIZER, [[5, 6]] * 2, [Sampling()] * 2, 40) == [TOKENIZER.decode(ids[2:end]).strip()] * 2
+    assert (
+        sample(model, TOKENIZER, [[5, 6]] * 2, [Sampling()] * 2, 40)
+        == [Words(TOKENIZER.decode(ids[2:end]).strip(), ended=True)] * 2
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import upq
 SRC = Path(upq.__file__).parent
 FLOORS = (
     ("core",),
-    ("files", "grids", "losses", "kernels"),
+    ("files", "kernels"),
+    ("grids", "losses"),
     ("text",),
     ("model", "data", "world"),
     ("nn",),

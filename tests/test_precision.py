@@ -36,7 +36,7 @@ def faster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 def test_auto_asks_the_device_and_on_a_cpu_width_and_speed(faster: torch.dtype) -> None:
     assert computes_in_bf16("auto", CUDA, 64)
-    assert not computes_in_bf16("auto", CPU, 512)
+    assert not computes_in_bf16("auto", CPU, 384)
     assert computes_in_bf16("auto", CPU, 2048) == (faster == torch.bfloat16)
     for began in (torch.float32, torch.bfloat16):  # what a run began with counts, on whatever CPU it goes on
         assert computes_in_bf16("auto", CPU, 2048, began) == (began == torch.bfloat16)

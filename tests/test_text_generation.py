@@ -15,7 +15,7 @@ from upq import decoding
 from upq.core.errors import UPQError
 from upq.core.scramble import uniform
 from upq.data.conversations import ChatTemplate
-from upq.data.generated import Frame, sample
+from upq.data.generated import Frame, Words, sample
 from upq.data.rows import Message
 from upq.text.date import TODAY, fixed_date
 from upq.text.generation import Sampling, end_tokens, next_tokens
@@ -177,8 +177,8 @@ def test_what_is_written_behind_the_closing_text_is_left_out(special: bool) -> N
             return rows
 
     model: Any = Model()
-    assert sample(model, tokenizer, [[1], [1]], HOW[0], 99, closing="[/INST]") == ["Write a poem."] * 2
+    written = sample(model, tokenizer, [[1], [1]], HOW[0], 99, closing="[/INST]")
+    assert written == [Words("Write a poem.", ended=True)] * 2
     assert model.length == tokenizer(" Write a poem. [/INST]", return_length=True)["length"][0]
-    assert sample(model, tokenizer, [[1]], [Sampling()], 99) == [
-        "Write a poem.  Roses are red." if special else "Write a poem. [/INST] Roses are red."
-    ]
+    (found,) = sample(model, tokenizer, [[1]], [Sampling()], 99)
+    assert found.text == ("Write a poem.  Roses are red." if special else "Write a poem. [/INST] Roses are red.")

@@ -196,7 +196,10 @@ class BlockTask:
             x_TI = x.reshape(-1, x.shape[-1]).float()
             if weights_T1 is not None and not matrix.experts:
                 x_TI = x_TI * weights_T1
-            moments[matrix.name][expert] += x_TI.T @ x_TI if full else x_TI.square().sum(0)
+            # The block runs under autocast. Rounded to bfloat16, E[x xᵀ] has negative eigenvalues: block 0 of
+            # SmolLM2-135M could not be solved.
+            with torch.autocast(x.device.type, enabled=False):
+                moments[matrix.name][expert] += x_TI.T @ x_TI if full else x_TI.square().sum(0)
 
         with seen(self.block, wanted, see):
             for rows in batches(len(self.inputs_NTH), batch_size):

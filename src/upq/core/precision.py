@@ -14,9 +14,9 @@ M = TypeVar("M", bound=nn.Module)
 Precision = Literal["auto", "bf16", "fp32"]
 
 # With AVX512-BF16 a step of one block takes half the time: 2.4 s against 4.8 at width 2,048, 0.68 against 1.3 at 1,024
-# (docs/log/cost.md). At width 64 it was slower. Narrow models stay in float32, so that the machine does not
-# change their results.
-_WIDE = 1024
+# and 0.22 against 0.40 at 512 (docs/log/cost.md); blocks of SmolLM2-135M (576) end with the same errors. At width 64 it
+# was slower. Narrow models stay in float32, so that the machine does not change their results.
+_WIDE = 512
 _SIDE = 128  # of the matrices that are timed
 
 

@@ -61,6 +61,7 @@ class Generated(Strict):
     batch_size: int = Field(default=128, ge=1)  # conversations written at a time
     # Of whom: the model itself, or the users of the run's own conversations, whose answers are then not read here.
     questions: Literal["own", "data"] = neutral("own")
+    cut: Literal["drop", "keep"] = neutral("drop")  # answers that do not end within max_new_tokens
 
 
 class Data(Strict):

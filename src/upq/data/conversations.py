@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from upq.core.errors import UPQError
-from upq.data.rows import CALLS, BadRow, Message
+from upq.data.rows import CALLS, CUT, BadRow, Message
 from upq.text.date import fixed_date
 
 Span = tuple[int, int]  # characters, the end excluded
@@ -50,9 +50,12 @@ class ChatTemplate:
     def render(self, messages: tuple[Message, ...], where: str, *, prompt: bool = False) -> str:
         """The conversation as one text; with `prompt`, up to where the assistant's next answer begins.
 
-        Tool calls that the template does not write are a BadRow: nothing would stand in their place.
+        Tool calls that the template does not write are a BadRow: nothing would stand in their place. A last message
+        that was cut off ends with its words: nothing says that its author stopped there.
         """
         text = self._written(_plain(messages), where, prompt=prompt)
+        if messages[-1].cut:
+            text = text[: self._one(messages, len(messages) - 1, text, where)[1]]
         for n, message in enumerate(messages):
             if message.calls:
                 self._check_calls(messages, n, where, prompt=prompt)
@@ -93,6 +96,10 @@ class ChatTemplate:
         The end of turn is what the template writes after a last assistant message, without the white space after it:
         `<|im_end|>`, ` </s>`; a template that ends a turn with nothing but white space has that.
         """
+        if messages[-1].cut:
+            whole = _whole(messages)
+            spans = self.assistant_spans(whole, self.render(whole, where), where)
+            return [(a, min(b, len(text))) for a, b in spans]
         turns = [n for n, message in enumerate(messages) if message.role == "assistant"]
         contents = self._in_one_pass(messages, turns, text, where)
         if contents is None:
@@ -169,6 +176,12 @@ def refusals(where: str) -> Iterator[None]:
 
 def _plain(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
     return [{"role": message.role, "content": message.content, **message.extra} for message in messages]
+
+
+def _whole(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """As if the last message had been all."""
+    *before, last = messages
+    return (*before, replace(last, extra={key: value for key, value in last.extra.items() if key != CUT}))
 
 
 def _replaced(messages: tuple[Message, ...], turns: list[int]) -> tuple[Message, ...]:

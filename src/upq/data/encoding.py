@@ -38,6 +38,7 @@ class _Marked:
     spans: list[Span] | None = None  # characters that the assistant wrote
     ids: Tokens | None = None
     mask: Mask | None = None
+    cut: bool = False  # its author had more to say, so nothing ends it
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Encoder:
             one.ids = np.array(out["input_ids"][n], np.int32)
             if one.spans is not None:
                 one.mask = _overlap(np.array(out["offset_mapping"][n], np.int64).reshape(-1, 2), one.spans)
-        return [self._framed(one.ids, one.mask, one.text) for one in kept if one.ids is not None and len(one.ids)]
+        return [self._framed(one, one.ids) for one in kept if one.ids is not None and len(one.ids)]
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -113,23 +114,25 @@ class Encoder:
     def _marked(self, document: Document) -> _Marked:
         """A document's text, and where in it or in its tokens the assistant's part is. Raises BadRow."""
         content, where = document.content, document.where
+        cut = not isinstance(content, str) and content[-1].cut
         if self.loss_on == "all":
-            return _Marked(self._text(document))
+            return _Marked(self._text(document), cut=cut)
         if isinstance(content, str):
             raise BadRow(
                 f"{where}: plain text has no assistant, so data.loss_on=assistant would train nothing in"
                 " it; give conversations (`messages`) or set data.loss_on=all"
             )
         text = self._text(document)
-        if not self.template.marks_assistant:
-            return _Marked(text, spans=self.template.assistant_spans(content, text, where))
+        if cut or not self.template.marks_assistant:
+            return _Marked(text, spans=self.template.assistant_spans(content, text, where), cut=cut)
         ids, mask = self.template.encode_marked(content, where)
         return _Marked(text, ids=np.array(ids, np.int32), mask=np.array(mask, np.uint8))
 
-    def _framed(self, tokens_L: Tokens, mask_L: Mask | None, text: str) -> Encoded:
+    def _framed(self, document: _Marked, tokens_L: Tokens) -> Encoded:
         """Add the BOS and the EOS that are missing; an EOS is the assistant's where it alone ends its turn."""
+        mask_L, text = document.mask, document.text
         front = self.bos is not None and not self._begins(tokens_L, text)
-        back = self.eos is not None and not self._ends(tokens_L, text)
+        back = self.eos is not None and not document.cut and not self._ends(tokens_L, text)
         if mask_L is not None:
             # Open: the assistant wrote last and the template gave it no token that ends the turn.
             is_open = len(mask_L) > 0 and mask_L[-1] == 1 and int(tokens_L[-1]) not in self._special

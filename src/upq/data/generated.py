@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from upq.core.progress import Progress
 from upq.core.scramble import scramble
 from upq.data.config import Generated
 from upq.data.conversations import ChatTemplate
-from upq.data.rows import Message
+from upq.data.rows import CUT, Message
 from upq.data.tokens import permutation
 from upq.files.atomic import atomic_write, write_errors
 from upq.text.generation import Chosen, Over, Request, Sampling, end_tokens, own_distribution, written
@@ -50,7 +50,14 @@ _WITHOUT = "leave them out with --set data.generated=null"
 _EMPTY_IN_A_ROW = 8  # batches without a single finished conversation, after which the model is given up
 _CALLS = 2  # of the model for a batch: prompts, then answers
 
-Conversation = list[dict[str, str]]
+Conversation = list[dict[str, Any]]
+
+
+class Words(NamedTuple):
+    """What a model has written, and whether it ended it."""
+
+    text: str
+    ended: bool
 
 
 class Texts(Protocol):
@@ -145,7 +152,7 @@ class _Sampler:
         self._model, self._tokenizer, self._company = model, tokenizer, company
         self._max_new_tokens, self._calls = max_new_tokens, 0
 
-    def __call__(self, prompts: list[list[int]], samplings: list[Sampling], *, closing: str = "") -> list[str]:
+    def __call__(self, prompts: list[list[int]], samplings: list[Sampling], *, closing: str = "") -> list[Words]:
         self._calls += 1
         model, tokenizer, limit = self._model, self._tokenizer, self._max_new_tokens
         return sample(model, tokenizer, prompts, samplings, limit, closing=closing, company=self._company)
@@ -185,7 +192,7 @@ def _conversations(
     questions: Sequence[Conversation],
     number: int,
 ) -> Iterator[Conversation]:
-    """One batch by transformers. What was cut off is left out: the template would end it where the model did not."""
+    """One batch by transformers. A prompt that was cut off is left out, an answer as `_answered` says."""
     frame, batch = Frame.of(tokenizer), range(section.batch_size)
     asking, answering = zip(*(_samplings(section, seed, number, i) for i in batch), strict=True)
     turns: list[Conversation]
@@ -193,13 +200,23 @@ def _conversations(
         turns = [_question(questions, section, seed, number, i) for i in batch]
     else:
         asked = sampler([_header(tokenizer, frame)] * section.batch_size, list(asking), closing=frame.closing)
-        turns = [[{"role": "user", "content": prompt}] if prompt else [] for prompt in asked]
+        turns = [[{"role": "user", "content": prompt.text}] if prompt.ended and prompt.text else [] for prompt in asked]
     how = [sampling for sampling, turn in zip(answering, turns, strict=True) if turn]
     turns = [turn for turn in turns if turn]
     answers = sampler([_tokens(tokenizer, turn, prompt=True) for turn in turns], how, closing=frame.ending)
     for turn, answer in zip(turns, answers, strict=True):
-        if answer:
-            yield [*turn, {"role": "assistant", "content": answer}]
+        if talk := _answered(turn, answer, section):
+            yield talk
+
+
+def _answered(turn: Conversation, answer: Words, section: Generated) -> Conversation:
+    """The conversation with its answer; empty without one. An answer that was cut off is left out, or says that it is.
+
+    Without that, the template would end it where the model did not.
+    """
+    if not answer.text or not (answer.ended or section.cut == "keep"):
+        return []
+    return [*turn, {"role": "assistant", "content": answer.text} | ({} if answer.ended else {CUT: True})]
 
 
 def _question(questions: Sequence[Conversation], section: Generated, seed: int, number: int, i: int) -> Conversation:
@@ -294,20 +311,20 @@ class _Stream:
         return Request(turn, tuple(ids), self._section.max_new_tokens, over, sampling)
 
     def _ended(self, turn: _Turn, ids: list[int]) -> None:
-        """A prompt gets its answer. What was cut off, or cannot be a conversation, ends it."""
+        """A prompt gets its answer. One that was cut off, or cannot be a conversation, ends it."""
         batch = self._open[turn.batch]
         closing = self._ending if turn.asked else self._closing
         try:
-            words = _finished(self._tokenizer, ids, set(self._ends), closing)
-            if words and not turn.asked:
-                self._answers.append(self._answer(turn.batch, turn.i, [{"role": "user", "content": words}]))
+            words = _words(self._tokenizer, ids, set(self._ends), closing)
+            if words.text and words.ended and not turn.asked:
+                self._answers.append(self._answer(turn.batch, turn.i, [{"role": "user", "content": words.text}]))
                 return
         except UPQError as error:
             batch.errors[turn.i] = error
-            words = ""
+            words = Words("", ended=False)
         batch.left -= 1
-        if words and turn.asked:
-            batch.talks[turn.i] = [*turn.asked, {"role": "assistant", "content": words}]
+        if turn.asked and (talk := _answered([*turn.asked], words, self._section)):
+            batch.talks[turn.i] = talk
 
 
 @dataclass(frozen=True)
@@ -365,7 +382,7 @@ def check(tokenizer: PreTrainedTokenizerBase, ends: list[int], rows: int) -> Non
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, talk: Conversation, *, prompt: bool = False) -> list[int]:
-    messages = tuple(Message(turn["role"], turn["content"]) for turn in talk)
+    messages = tuple(Message(turn["role"], turn["content"], {CUT: True} if turn.get(CUT) else {}) for turn in talk)
     text = ChatTemplate(tokenizer).render(messages, "data.generated", prompt=prompt)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
@@ -380,8 +397,8 @@ def sample(
     *,
     closing: str = "",
     company: Processes = ALONE,
-) -> list[str]:
-    """What the model writes after each prompt up to an end token; empty where none came within `max_new_tokens`.
+) -> list[Words]:
+    """What the model writes after each prompt, up to an end token or to `max_new_tokens`.
 
     `closing`: a text that ends what is written as an end token does. `company` are those that hold a part of the model
     each: all of them have to call, and run it as often as the one that writes longest, on a single token where they
@@ -396,7 +413,7 @@ def sample(
     found = continued(
         model, tokenizer, asked, samplings or [Sampling()], limit, ends, closing, together=company.world > 1
     )
-    return [_finished(tokenizer, ids, set(ends), closing) for ids in found[: len(prompts)]]
+    return [_words(tokenizer, ids, set(ends), closing) for ids in found[: len(prompts)]]
 
 
 @torch.inference_mode()
@@ -447,13 +464,11 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
-def _finished(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: set[int], closing: str) -> str:
+def _words(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: set[int], closing: str) -> Words:
     length = next((i for i, token in enumerate(ids) if token in ends), None)
     ids, finished = ids[:length], length is not None
     if closing and closing in _text(tokenizer, ids):
         closed = bisect_left(range(len(ids)), True, key=lambda n: closing in _text(tokenizer, ids[:n]))
         ids, finished = ids[:closed], True
-    if not finished:
-        return ""
     words = str(tokenizer.decode(ids, skip_special_tokens=True))
-    return (words.partition(closing)[0] if closing else words).strip()
+    return Words((words.partition(closing)[0] if closing else words).strip(), finished)

@@ -20,6 +20,7 @@ ROLES = ("system", "user", "assistant", "tool")
 # Other names in wide use: ShareGPT's, and the one that OpenAI's newer models have for `system`.
 ALIASES = {"human": "user", "gpt": "assistant", "developer": "system"}
 CALLS = ("tool_calls", "function_call")  # keys of a message; the second is OpenAI's former spelling
+CUT = "cut"  # key of a conversation's last message: true where its author had more to say
 FIRST = 100  # rows in which a bad one ends the run, for it shows a wrong file or a wrong setting
 PERCENT = 1  # of the rows read may be bad after that
 
@@ -39,6 +40,10 @@ class Message:
     @property
     def calls(self) -> bool:
         return any(self.extra.get(key) for key in CALLS)
+
+    @property
+    def cut(self) -> bool:
+        return self.extra.get(CUT) is True
 
 
 @dataclass(frozen=True, slots=True)

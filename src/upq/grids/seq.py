@@ -17,6 +17,7 @@ from torch import Tensor
 from upq.core.scheme import QuantScheme, to_groups
 from upq.grids._base import GRIDS, SMALLEST_SCALE, Params, stored_scale, stretches_of_rows
 from upq.grids._least_squares import Stepped
+from upq.kernels import training
 
 
 class _FakeSeq(torch.autograd.Function):
@@ -26,6 +27,9 @@ class _FakeSeq(torch.autograd.Function):
     def forward(ctx: Any, w_OGS: Tensor, delta_OG: Tensor, n: int) -> Tensor:
         ctx.save_for_backward(w_OGS, delta_OG)
         ctx.n = n
+        scale_OG = delta_OG / n
+        if training.takes(w_OGS, scale_OG):
+            return training.fake_seq(w_OGS, scale_OG, n)
         fake_OGS = torch.empty_like(w_OGS)
         for rows in stretches_of_rows(w_OGS):
             delta = delta_OG[rows, :, None]
@@ -38,11 +42,16 @@ class _FakeSeq(torch.autograd.Function):
         w_OGS, delta_OG = ctx.saved_tensors
         # LSQ's gradient scale over the group (ParetoQ's released code takes the whole matrix instead).
         scale = 1 / math.sqrt(w_OGS.shape[-1] * max(ctx.n - 1, 1))
+        # ParetoQ's clip at 0.99 for 2 bits; scaled with the level spacing so that 8 bits keep their outer levels.
+        bound, scale_OG = 1 - 0.02 / ctx.n, delta_OG / ctx.n
+        if training.takes(g_OGS, w_OGS, scale_OG):
+            # In steps; a power of two, so exact.
+            of_steps = float(torch.tensor(bound) * ctx.n)
+            return *training.seq_gradient(g_OGS, w_OGS, scale_OG, ctx.n, bound=of_steps, factor=scale), None
         d_w_OGS, d_delta_OG = torch.empty_like(w_OGS), torch.empty_like(delta_OG)
         for rows in stretches_of_rows(w_OGS):
             g, u = g_OGS[rows], w_OGS[rows] / delta_OG[rows, :, None]
-            # ParetoQ's clip at 0.99 for 2 bits; scaled with the level spacing so that 8 bits keep their outer levels.
-            inside, q = u.abs() < 1 - 0.02 / ctx.n, _q(u, ctx.n)
+            inside, q = u.abs() < bound, _q(u, ctx.n)
             d_delta_OG[rows] = scale * (g * torch.where(inside, q - u, q)).sum(-1)
             torch.mul(g, inside, out=d_w_OGS[rows])
         return d_w_OGS, d_delta_OG, None

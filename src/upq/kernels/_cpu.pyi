@@ -51,6 +51,36 @@ def multiply(
     isa: int,
     /,
 ) -> None: ...
+def fake_seq(w: int, scale: int, groups: int, size: int, n: float, fake: int, threads: int, isa: int, /) -> None: ...
+def seq_gradient(
+    grad: int,
+    w: int,
+    scale: int,
+    groups: int,
+    size: int,
+    n: float,
+    bound: float,
+    factor: float,
+    d_w: int,
+    d_delta: int,
+    threads: int,
+    isa: int,
+    /,
+) -> None: ...
+def gjs(
+    student: int,
+    student_real: Real,
+    teacher: int,
+    teacher_real: Real,
+    tokens: int,
+    vocabulary: int,
+    beta: float,
+    value: int,
+    grad: int,
+    threads: int,
+    isa: int,
+    /,
+) -> None: ...
 
 class PackedBooks:
     @property

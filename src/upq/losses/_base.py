@@ -58,18 +58,21 @@ class Divergence(Loss):
         assert teacher is not None
         everything = bool(mask_T.all())
         student, teacher = (student_TV, teacher) if everything else (student_TV[mask_T], teacher[mask_T])
-        logq_TV = log_softmax(student)
         if isinstance(teacher, TopK):
-            coarse = Coarse.of(logq_TV, teacher.index_TK)
+            coarse = Coarse.of(log_softmax(student), teacher.index_TK)
             value_T, grad_TR = self.per_token(coarse.logq_TR, teacher.logp_TR())
             grad_TV = coarse.spread(grad_TR)
         else:
-            value_T, grad_TV = self.per_token(logq_TV, log_softmax(teacher))
+            value_T, grad_TV = self.of_logits(student, teacher)
         if everything:
             return ValueAndGrad(value_T.sum(), grad_TV)
         scattered_TV = torch.zeros(student_TV.shape, dtype=grad_TV.dtype, device=grad_TV.device)
         scattered_TV[mask_T] = grad_TV
         return ValueAndGrad(value_T.sum(), scattered_TV)
+
+    def of_logits(self, student_TV: Tensor, teacher_TV: Tensor) -> tuple[Tensor, Tensor]:
+        """`per_token` of two tensors of logits."""
+        return self.per_token(log_softmax(student_TV), log_softmax(teacher_TV))
 
     @abstractmethod
     def per_token(self, logq_TV: Tensor, logp_TV: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from upq.core.config import Strict
+from upq.kernels import training
 from upq.losses._base import LOSSES, Divergence
 
 
@@ -22,6 +23,11 @@ class Gjs(Divergence):
 
     def __init__(self, config: Config) -> None:
         self.beta = config.beta
+
+    def of_logits(self, student_TV: Tensor, teacher_TV: Tensor) -> tuple[Tensor, Tensor]:
+        if training.takes_logits(student_TV, teacher_TV):
+            return training.gjs(student_TV, teacher_TV, self.beta)
+        return super().of_logits(student_TV, teacher_TV)
 
     def per_token(self, logq_TV: Tensor, logp_TV: Tensor) -> tuple[Tensor, Tensor]:
         p_TV, q_TV = logp_TV.exp(), logq_TV.exp()

@@ -9,6 +9,14 @@
 namespace upq::cpu {
 namespace {
 
+// The sums over the lanes of four vectors, halves added to halves: (0 + 2) + (1 + 3).
+inline void sum_quarters(__m128 a, __m128 b, __m128 c, __m128 d, float* out) {
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(a, c), _mm_add_ps(b, d)));
+}
+
+inline __m128 fold_half(__m256 v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
+
 struct Avx256 {
     static constexpr int lanes = 8, tile_tokens = 4;
     using Bytes = __m256i;
@@ -52,6 +60,9 @@ struct Avx256 {
 
     static Floats load(const float* p) { return _mm256_loadu_ps(p); }
     static void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+    static void sum_lanes(const Floats (&v)[4], float* out) {
+        sum_quarters(fold_half(v[0]), fold_half(v[1]), fold_half(v[2]), fold_half(v[3]), out);
+    }
 
     static __m128i halves(const std::uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
     static Floats load_f16(const std::uint16_t* p) { return _mm256_cvtph_ps(halves(p)); }

@@ -2,7 +2,7 @@
 
 #include <immintrin.h>
 
-#include "table.hpp"
+#include "avx256.hpp"
 
 namespace upq::cpu {
 
@@ -67,6 +67,13 @@ struct Avx512Vnni {
 
     static Floats load(const float* p) { return _mm512_loadu_ps(p); }
     static void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+    static void sum_lanes(const Floats (&v)[4], float* out) {
+        sum_quarters(fold(v[0]), fold(v[1]), fold(v[2]), fold(v[3]), out);
+    }
+    static __m128 fold(Floats v) {
+        const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+        return fold_half(_mm256_add_ps(_mm512_castps512_ps256(v), high));
+    }
 
     static __m256i halves(const std::uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
     static Floats load_f16(const std::uint16_t* p) { return _mm512_cvtph_ps(halves(p)); }

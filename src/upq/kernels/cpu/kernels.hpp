@@ -37,6 +37,14 @@ struct Kernels {
     void (*attend)(
         const Cached& cache, const float* queries, std::int64_t count, Range seen, float scaling, float* scores, float* out
     );
+
+    // What a training does between its products (training.hpp).
+    void (*fake_seq)(const float* w, const float* scale, Range groups, std::int64_t size, float n, float* out);
+    void (*seq_gradient)(
+        const float* grad, const float* w, const float* scale, Range groups, std::int64_t size, float n, float bound,
+        float factor, float* d_w, float* d_delta
+    );
+    void (*gjs)(const Rows& student, const Rows& teacher, Range tokens, float beta, float* value, float* grad);
 };
 
 // Each defined in the source file of its name, where the compiler could build it.

@@ -14,6 +14,7 @@
 #include "decoder_module.hpp"
 #include "dispatch.hpp"
 #include "linears.hpp"
+#include "threads.hpp"
 
 namespace nb = nanobind;
 using namespace upq::cpu;
@@ -74,6 +75,45 @@ void multiply(
     linears(*available().at(isa), rows, products, compute, threads);
 }
 
+const float* floats(std::uintptr_t address) { return reinterpret_cast<const float*>(address); }
+float* out(std::uintptr_t address) { return reinterpret_cast<float*>(address); }
+
+void fake_seq(
+    std::uintptr_t w, std::uintptr_t scale, std::int64_t groups, std::int64_t size, float n, std::uintptr_t fake,
+    int threads, std::size_t isa
+) {
+    nb::gil_scoped_release release;
+    const Kernels& kernels = *available().at(isa);
+    parallel(useful_threads(groups * size, threads), [&](int thread, int team) {
+        kernels.fake_seq(floats(w), floats(scale), share(groups, thread, team), size, n, out(fake));
+    });
+}
+
+void seq_gradient(
+    std::uintptr_t grad, std::uintptr_t w, std::uintptr_t scale, std::int64_t groups, std::int64_t size, float n,
+    float bound, float factor, std::uintptr_t d_w, std::uintptr_t d_delta, int threads, std::size_t isa
+) {
+    nb::gil_scoped_release release;
+    const Kernels& kernels = *available().at(isa);
+    parallel(useful_threads(groups * size, threads), [&](int thread, int team) {
+        const Range mine = share(groups, thread, team);
+        kernels.seq_gradient(floats(grad), floats(w), floats(scale), mine, size, n, bound, factor, out(d_w), out(d_delta));
+    });
+}
+
+void gjs(
+    std::uintptr_t student, Real student_real, std::uintptr_t teacher, Real teacher_real, std::int64_t tokens,
+    std::int64_t vocabulary, float beta, std::uintptr_t value, std::uintptr_t grad, int threads, std::size_t isa
+) {
+    nb::gil_scoped_release release;
+    const Kernels& kernels = *available().at(isa);
+    const Rows own{reinterpret_cast<const void*>(student), student_real, tokens, vocabulary};
+    const Rows its{reinterpret_cast<const void*>(teacher), teacher_real, tokens, vocabulary};
+    parallel(useful_threads(tokens * vocabulary, threads), [&](int thread, int team) {
+        kernels.gjs(own, its, share(tokens, thread, team), beta, out(value), out(grad));
+    });
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -85,6 +125,9 @@ NB_MODULE(_cpu, m) {
         .def_prop_ro("nbytes", &PackedMatrix::bytes);
     m.def("pack", &pack, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
     m.def("multiply", &multiply);
+    m.def("fake_seq", &fake_seq);
+    m.def("seq_gradient", &seq_gradient);
+    m.def("gjs", &gjs);
     nb::class_<PackedBooks>(m, "PackedBooks")
         .def_prop_ro("rows", [](const PackedBooks& w) { return w.view().rows; })
         .def_prop_ro("columns", [](const PackedBooks& w) { return w.view().vectors * book_vector; })

@@ -7,6 +7,7 @@
 #include "steps.hpp"
 #include "tile.hpp"
 #include "tokens.hpp"
+#include "training.hpp"
 
 namespace upq::cpu {
 namespace {
@@ -126,6 +127,9 @@ constexpr Kernels kernels_of(const char* name) {
         rms_norm<Isa>,
         gated<Isa>,
         attend<Isa>,
+        fake_seq,
+        seq_gradient,
+        gjs,
     };
 }
 
