@@ -223,7 +223,7 @@ def test_the_recipe_of_roste_runs(tmp_path: Path) -> None:
         ({"model.layers.0.mlp.down_proj": {"block": 32}}, "has 48 inputs, no multiple of block=32"),
         ({"model.layers.0.mlp.down_proj": {"block": -16}}, "no multiple of block=-16"),
         ({"model.layers.0.mlp.down_proj": {"block": 6}}, "no Hadamard matrix of width 6"),
-        ({"model.layers.0.mlp.down_proj": {"blocks": 6}}, "unknown key 'blocks'"),
+        ({"model.layers.0.mlp.down_proj": {"block": 16, "blocks": 6}}, "unknown key"),
         ([1], "expected rotations by module path"),
     ],
 )
