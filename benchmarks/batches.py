@@ -30,6 +30,7 @@ from transformers import GenerationMixin
 import upq
 from _table import Figure, Table, make_console, show_figures, write_figures
 from upq import decoding, kernels
+from upq.core.precision import to_compute_dtype
 from upq.core.processes import ALONE
 from upq.core.progress import Silent
 from upq.data.config import Generated
@@ -141,7 +142,7 @@ def answers(
     clock = _prepare(threads)
     speed, said = dict[str, float](), dict[str, dict[str, str]]()
     for name in ("upq", "transformers"):
-        loaded = upq.load(model) if (model / "upq.json").is_file() else load_model(str(model), dtype=torch.float32)
+        loaded = to_compute_dtype(load_model(str(model)))  # as `upq eval` has it
         with kernels.computing(compute), TemporaryDirectory() as folder:
             options = {"batch_size": batch_size, "progress": Silent()}
             kept, tokenizer = Path(folder) / "answers.jsonl", load_tokenizer(str(model))

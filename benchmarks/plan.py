@@ -2,8 +2,9 @@
 
 Random models of several sizes go the whole way, each in a process of its own; the peak of memory is taken anew for each
 stage (Linux). Rows, iterations and steps are few, since memory does not depend on how many there are; the time is
-compared for those few. Conversations are left out: a random model ends none. The size 2048 is Llama 3.2 1B, 4096 is
-Llama 3.1 8B; with `--memory` a run has the settings that are planned for so much.
+compared for those few. Conversations are left out: a random model ends none. `--model DIR --set generate.tokens=20000`
+takes a real model in the place of random ones, with conversations. The size 2048 is Llama 3.2 1B, 4096 is Llama 3.1 8B;
+with `--memory` a run has the settings that are planned for so much.
 """
 
 from __future__ import annotations
@@ -43,22 +44,29 @@ def main(
     sizes: Annotated[list[int], typer.Option(min=64, help="A multiple of 64; repeatable.")] = [*SIZES],  # noqa: B006
     set_: Annotated[list[str], typer.Option("--set", help="Of the recipe; repeatable.")] = [],  # noqa: B006
     memory: Annotated[float | None, typer.Option(min=1, help="GB that a run is to fit; default: any.")] = None,
+    real: Annotated[
+        Path | None, typer.Option("--model", help="A model that ends its answers, not random ones.")
+    ] = None,
     blocks: Annotated[int, typer.Option(min=0, help="Of each model; 0: those of its size.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Figures with their targets.")] = None,
     work: Annotated[Path | None, typer.Option(help="Where the files go for the time being.")] = None,
 ) -> None:
     console, rows, figures = make_console(), [], []
     with tempfile.TemporaryDirectory(dir=work) as folder:
-        for size in sizes:
+        for size in sizes if real is None else [real.name]:
             model = Path(folder) / f"model-{size}"
-            run_alone(__file__, "make", model, size, blocks)
+            if real is None:
+                run_alone(__file__, "make", model, size, blocks)
+            else:
+                link(real, model)
             planned = run_alone(__file__, "planned", model, memory or 10**6, *set_)
             settings = planned.pop("settings")
             console.print(" ".join(["settings:", *settings]), highlight=False, soft_wrap=True)
             measured = run_alone(__file__, "measured", model, Path(folder) / f"out-{size}", *set_, *settings)
+            name_of = "hidden size {}" if real is None else "{}"
             if memory is not None:
                 peak = max(found for found, _ in measured.values()) / 1e9
-                name = f"peak of the run, hidden size {size}"
+                name = f"peak of the run, {name_of.format(size)}"
                 figures.append(Figure(name, peak, "GB", f"<= {memory:g}", peak <= memory))
             for stage, (held, seconds) in measured.items():
                 expected, estimate = planned[stage]
@@ -68,7 +76,7 @@ def main(
                 rows.append((f"{size}, {stage}", *sizes_shown, *times))
                 target, ok = f"{1 - OFF:.2f} to {1 + OFF:.2f}", abs(ratio - 1) <= OFF
                 figures.append(
-                    Figure(f"memory of {stage}, hidden size {size}, planned over measured", ratio, "", target, ok)
+                    Figure(f"memory of {stage}, {name_of.format(size)}, planned over measured", ratio, "", target, ok)
                 )
     head = ("hidden size, stage", "planned, MB", "peak, MB", "ratio", "planned, s", "took, s", "ratio")
     Table("What was planned and what was measured", head, tuple(rows)).show(console)
@@ -95,6 +103,18 @@ def make(folder: Path, hidden: int, blocks: int) -> None:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
+    write_text(folder)
+
+
+def link(model: Path, folder: Path) -> None:
+    """A model's files and, beside them, the text."""
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    write_text(folder)
+
+
+def write_text(folder: Path) -> None:
     letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz  ", k=200_000)
     lines = ("".join(letters[i : i + 200]) for i in range(0, len(letters), 200))
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
@@ -104,7 +124,10 @@ def load_recipe(model: Path, overrides: list[str]) -> Any:
     from upq.run.recipe import Recipe
 
     source = f"data.sources=[{{path: {model / 'text.jsonl'}}}]"
-    raw = Recipe.load("default", [source, *SETTINGS]).model_dump(mode="json")
+    writes = any(override.startswith("generate.") for override in overrides)
+    raw = Recipe.load(
+        "default", [source, *(each for each in SETTINGS if not (writes and each == "generate=null"))]
+    ).model_dump(mode="json")
     return Recipe.of({**raw, "stages": {"int4": INT4, **raw["stages"]}}, "benchmark").changed(overrides)
 
 

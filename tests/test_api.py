@@ -119,6 +119,42 @@ def test_plan_is_the_command(model: Path, tmp_path: Path, command: Command) -> N
     assert [stage["memory"] for stage in shown["stages"]] == [stage.memory for stage in made.stages]
 
 
+def test_report_is_the_command(artifact: Path, tmp_path: Path, command: Command) -> None:
+    pytest.importorskip("vl_convert", reason="vl-convert-python is not installed: pip install 'upq[report]'")
+    command("report", artifact, "--out", tmp_path / "a.html", "--json", tmp_path / "figures.json")
+    page = upq.report(artifact, out=tmp_path / "b.html", progress=None)
+    assert page.path == tmp_path / "b.html"
+    assert page.bytes == page.path.stat().st_size
+    shown = json.loads((tmp_path / "figures.json").read_text())
+    measured = {"speed", "environment"}  # of the moment
+    assert shown.keys() == page.figures.keys()
+    found = json.loads(json.dumps(dict(page.figures)))
+    assert {k: v for k, v in found.items() if k not in measured} == {
+        k: v for k, v in shown.items() if k not in measured
+    }
+
+
+def test_compare_is_the_command(model: Path, text: Path, artifact: Path, tmp_path: Path, command: Command) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install 'upq[report]'")
+    options = ["--text", text, "--against", model, "--json", tmp_path / "figures.json", "--out", tmp_path / "a.html"]
+    command("compare", artifact, model, *options)
+    page = tmp_path / "b.html"
+    found = upq.compare(artifact, model, text=text, against=model, out=page, progress=None)
+    assert found == json.loads((tmp_path / "figures.json").read_text())
+    assert found["pairs"][1]["verdict"] == f"{model.name} is better"
+    assert page.read_text() == (tmp_path / "a.html").read_text()
+
+
+def test_bad_comparisons_and_reports_are_the_commands_one_line(artifact: Path, tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install 'upq[report]'")
+    with pytest.raises(UPQError, match="two models or more"):
+        upq.compare(artifact, text=artifact, progress=None)
+    with pytest.raises(UPQError, match="absent: no such directory"):
+        upq.report(tmp_path / "absent", progress=None)
+    with pytest.raises(UPQError, match=r"--out .*: no such directory"):
+        upq.report(artifact, out=tmp_path / "absent" / "page.html", progress=None)
+
+
 def test_a_recipe_is_a_name_a_file_or_a_value(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(Recipe.load("paper").dump())

@@ -15,6 +15,7 @@ from upq.core.config import digest
 from upq.core.errors import UPQError
 from upq.data.config import MIXED, Data, TextSource, of_domain
 from upq.data.held import HeldOut
+from upq.files.metrics import METRICS, read_metrics
 from upq.files.tensors import load_tensors
 from upq.model.source import Source
 from upq.run.recipe import Recipe
@@ -111,3 +112,47 @@ def test_what_is_not_there_is_one_line(victim: Victim, calibration: Any, message
     with pytest.raises(UPQError, match=message) as caught:
         stage.check("int2", Source(victim.model), Data(sources=(CODE,)))
     assert "\n" not in str(caught.value)
+
+
+LENGTHS: dict[str, Any] = {
+    "int2": {"stage": "blockwise", "bits": 2, "samples": 5, "method": {"name": "rtn", "scale": "hessian"}},
+    "distill": {"loss": "gjs", "tokens": 256, "batch_size": 2, "micro_batch_size": 2, "scale_lr": 1e-3},
+}
+
+
+def of_lengths(victim: Victim, out: Path, **lengths: int) -> Path:
+    stages = {
+        name: {**each, **({"seq_len": lengths[name]} if name in lengths else {})} for name, each in LENGTHS.items()
+    }
+    sources = victim.recipe().data.model_dump(mode="json")["sources"]
+    recipe = Recipe.of({"data": {"seq_len": 32, "validation": 4, "sources": sources}, "stages": stages}, "here")
+    quantize(victim.model, recipe, out, keep_work=True)
+    return out
+
+
+def test_a_stage_has_rows_of_its_own_length(victim: Victim, tmp_path: Path) -> None:
+    """Longer or shorter than the run's; of the same text, without what the run holds out; as many tokens trained."""
+    out = of_lengths(victim, tmp_path / "out", int2=48, distill=16)
+    work = out / ".work"
+    assert load_tensors(work / "int2" / "calibration.safetensors")[0]["tokens"].shape == (5, 48)
+    rows_NT = load_tensors(work / "distill" / "text.safetensors")[0]["tokens"]
+    assert rows_NT.shape == (16, 16)
+    held_NT = load_tensors(work / "tokens.safetensors")[0]["validation_tokens"]
+    assert held_NT.shape[1] == 32  # what all stages and the last check are measured on
+    assert not {tuple(row) for row in held_NT[:, 1:16].tolist()} & {tuple(row) for row in rows_NT[:, 1:].tolist()}
+    steps = [line["tokens"] for line in read_metrics(out / METRICS) if line["kind"] == "step"]
+    assert steps == [32 * (n + 1) for n in range(8)]
+
+
+def test_the_runs_own_length_changes_no_byte(victim: Victim, tmp_path: Path) -> None:
+    plain, same = (
+        of_lengths(victim, tmp_path / str(n), **own) for n, own in enumerate(({}, {"int2": 32, "distill": 32}))
+    )
+    assert (plain / "model.safetensors").read_bytes() == (same / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("stage", list(LENGTHS))
+def test_rows_longer_than_the_context_are_one_line(victim: Victim, tmp_path: Path, stage: str) -> None:
+    with pytest.raises(UPQError, match=rf"^{stage}\.seq_len=100000 is more than the model's \d+; lower it$"):
+        of_lengths(victim, tmp_path / "out", **{stage: 100_000})
+    assert not (tmp_path / "out").exists()

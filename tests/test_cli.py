@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import upq.cli
 from tiny import byte_tokenizer
 from upq.cli.chat import _Talk
-from upq.cli.json_file import Target
 from upq.core.errors import UPQError
+from upq.files.target import Target
 from upq.run.console import console
 
 CHAT = (

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 import upq
+from upq.cli.compare import _differences
 from upq.cli.console import size, table
 from upq.run.console import console, styled
 from upq.run.reporter import Estimate, LiveBars, PlainLines, duration, loading, reporter
@@ -122,3 +123,20 @@ def test_no_cell_is_cut_at_80_columns(monkeypatch, capsys):
     assert "…" not in out
     assert all(cell in out for row in rows for cell in row)
     assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_differences_are_whole_at_any_width(width: int) -> None:
+    """No cell is cut, and words have room to be read: where a table is too wide, a measure has its figures below it."""
+    columns = ["models", "measure", "change", "95 % interval", "alone", "odds ratio", "p", "p (Holm)", "verdict"]
+    rows = [
+        ["a → b", "mini_mmlu acc", "+0.2%", "-0.5% to +0.9%", "13 / 25", "1.9 (0.94 to 4.1)", "0.073", "0.15", "no"],
+        ["a → b", "t.txt: KL to the original", "-0.1290", "-0.1378 to -0.1200", *"––––", "b is better"],
+    ]
+    out = io.StringIO()
+    Console(file=out, width=width).print(_differences({"columns": columns, "rows": rows}, width))
+    lines = out.getvalue().splitlines()
+    assert max(len(line) for line in lines) <= width
+    flat = " ".join(" ".join(lines).replace("│", " ").split())
+    assert "…" not in flat
+    assert all(cell in flat for row in rows for cell in row if cell not in ("–", rows[1][1]))

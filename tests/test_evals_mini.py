@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ pytest.importorskip("langdetect", reason="langdetect is not installed: pip insta
 from lm_eval.api.model import LM
 
 from upq.evals import evaluate_tasks, mini
-from upq.world import AREAS
+from upq.world import AREAS, World, choose
 
 from tiny import byte_tokenizer  # isort: skip
 
@@ -51,6 +52,16 @@ def scores(answer: Callable[[str], str], *tasks: str) -> dict[str, dict[str, flo
 def test_six_hundred_items_each_and_more() -> None:
     assert sum(len(mini.mmlu_docs(area=area, split="test")["test"]) for area in AREAS) >= 600
     assert len(mini.ifeval_docs(split="test")["test"]) >= 600
+
+
+def test_items_are_found_once_a_process() -> None:
+    """And are the same ones; what is given out is nobody else's to change."""
+    first, again = mini.ifeval_docs(split="validation"), mini.ifeval_docs(split="validation")
+    assert first["test"] is not again["test"]
+    assert list(first["test"]) == list(again["test"])
+    assert mini._requests("validation", 630) is mini._requests("validation", 630)
+    world, rng = World(), Random("mini_mmlu/sums/test")
+    assert mini._choices("sums", "test", 4) == mini._different(lambda: choose(world, rng, "test", area="sums"), 4)
 
 
 @pytest.mark.parametrize("suffix", ["", "_validation"])

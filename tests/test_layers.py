@@ -25,7 +25,7 @@ FLOORS = (
     ("evals",),
     ("stages",),
     ("run",),
-    ("report",),
+    ("reports",),
     ("cli",),
     ("__main__",),
 )

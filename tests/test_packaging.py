@@ -86,7 +86,7 @@ def test_a_wheel_has_what_it_needs_and_no_sources(built: Path) -> None:
     assert "stray" not in str(compiled)
     assert names - compiled == expected
     # What a release cannot do without, whatever git says.
-    assert {"upq/py.typed", "upq/run/recipes/default.yaml", "upq/report/templates/report.html"} <= names
+    assert {"upq/py.typed", "upq/run/recipes/default.yaml", "upq/reports/templates/report.html"} <= names
     assert "upq/world/reference/model.safetensors" in names
 
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import upq.cli
 from counted import counted
 from tiny import byte_tokenizer, tiny_model
+from upq import decoding
 from upq.blockwise import METHODS, BlockStore, walk
 from upq.core.progress import Silent
 from upq.core.signals import Stop
@@ -34,10 +35,10 @@ from upq.run import run as pipeline
 from upq.run.frame import Frame
 from upq.run.plan import needs, plan
 from upq.run.recipe import Recipe
-from upq.stages._need import writing_need
+from upq.stages._need import generate_need, writing_need
 from upq.stages._sizes import Machine, Need, Speed
 from upq.stages.on_policy import OnPolicy
-from upq.text.generation import Sampling
+from upq.text.generation import Request, Sampling
 
 T = 32
 LAW = 0.15  # of what is counted
@@ -258,8 +259,29 @@ def test_conversations(sizes: dict[str, int]) -> None:
             prompts_BT, attention_mask=torch.ones_like(prompts_BT), do_sample=True, max_new_tokens=limit,
             min_new_tokens=limit, top_k=0, pad_token_id=0,
         )  # fmt: skip
-    need = needed(shape, recipe(*settings))["generate"]
+    stage: Any = recipe(*settings).stages["generate"]
+    need = generate_need(stage, sizes_of(shape), CPU, tokens=rows * limit, sharded=False)
     assert need.memory == pytest.approx(tally.peak, rel=LAW)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"vocab_size": 6000}, {"num_key_value_heads": 4}])
+def test_conversations_of_the_compiled_decoder(sizes: dict[str, int]) -> None:
+    """Its own memory is not torch's: weights, and the cache as it says it is when all texts are at their longest."""
+    rows, limit, shape = 16, 256, config(6, **{"max_position_embeddings": 1024, **sizes})
+    settings = f"generate.tokens={rows * limit}", f"generate.batch_size={rows}", f"generate.max_new_tokens={limit}"
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval()
+    texts = decoding.batch(model, size=rows)
+    weights = sum(p.numel() for p in model.parameters()) * 4
+    for n in range(rows):
+        texts.add(Request(n, tuple(range(2 * limit - 1)), 1, lambda _: False))
+    with counted() as tally:
+        while texts.busy:
+            list(texts.step())
+    need = needed(shape, recipe(*settings))["generate"]
+    assert need.memory == pytest.approx(weights + texts.cached_bytes + tally.peak, rel=LAW)
+    small = needed(shape, recipe(*settings, "generate.batch_size=1"))["generate"]
+    assert small.flops == need.flops  # the same tokens
+    assert small.moved > 4 * need.moved  # but each reads all weights for itself
 
 
 def test_answers_of_a_student() -> None:

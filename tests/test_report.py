@@ -19,10 +19,10 @@ from tiny import tiny_artifact
 from upq.cli import app
 from upq.core.errors import UPQError
 from upq.core.progress import Silent
-from upq.report import charts, page
-from upq.report.comparison import Request, compare
-from upq.report.facts import engines, facts
-from upq.report.make import make
+from upq.reports import charts, page
+from upq.reports.comparison import Request, compare
+from upq.reports.facts import engines, facts
+from upq.reports.make import make
 from upq.run.run import quantize
 from victim import STEPS, Victim, make_victim
 

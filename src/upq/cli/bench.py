@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from upq.cli.json_file import Target
 from upq.core.errors import UPQError
 from upq.core.paths import local_or_hub
+from upq.files.target import Target
 
 if TYPE_CHECKING:
     from upq.evals.speed import Speed

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from upq.cli.json_file import Target
-from upq.core.paths import local, local_or_hub
+from upq.files.target import Target
 
 if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.padding import Padding
     from rich.table import Table
+    from rich.text import Text
 
 
 def compare(
@@ -43,52 +45,74 @@ def compare(
     target, page = Target.of(json_file), Target.of(out, "--out")
 
     from upq.cli.console import table
+    from upq.reports.api import compare
+    from upq.reports.page import check_packages, comparison
     from upq.run.console import console, styled
-    from upq.run.reporter import loading, reporter
 
-    with loading():
-        from upq.evals.code import Samples
-        from upq.report import page as pages
-        from upq.report.comparison import Request, compare
-        from upq.run.api import device_of
-        from upq.run.quiet import quiet_libraries
-
-    quiet_libraries()
-    if out is not None:
-        pages.check_packages()
-    request = Request(
-        tasks=tuple(name.strip() for name in (tasks or "").split(",") if name.strip()),
-        texts=tuple(local(each) for each in text or ()),
-        against=None if against is None else local_or_hub(against),
-        data_dir=None if data_dir is None else local(data_dir),
+    if page.path is not None:
+        check_packages()
+    found = compare(
+        *models,
+        tasks=tasks or (),
+        text=text or (),
+        against=against,
+        data_dir=data_dir,
         limit=limit,
+        samples=samples,
+        temperature=temperature,
         batch_size=batch_size,
-        answers=None if answers is None else local(answers),
-        device=device_of(device),
-        samples=Samples.of(samples, temperature),
-    )
-    with reporter(console(stderr=True)) as progress:
-        found = compare([local_or_hub(model) for model in models], request, progress)
+        answers=answers,
+        device=device,
+    )  # without the page: where it cannot be written, the tables are shown all the same
     shown = console()
     shown.print(table("scores", found["scores"]["columns"], found["scores"]["rows"]))
-    shown.print(_differences(found["differences"]))
-    if request.tasks:
+    shown.print(_differences(found["differences"], shown.width))
+    if found["asked_tasks"]:
         shown.print(f"{found['changed_all']} answers changed between right and wrong")
     if page.path is not None:
-        page.write_text(pages.comparison(found))
+        page.write_text(comparison(dict(found)))
         shown.print(styled((str(page.path), "bold"), " is ready"), soft_wrap=True)
     target.write(found)
 
 
-def _differences(found: dict[str, Any]) -> Table:
-    """Words wrap where the terminal is narrow, numbers do not."""
+_WORDS = ("models", "measure", "verdict")
+_NONE = "–"
+_NARROW = 20  # characters that words need, or a table is hard to read
+
+
+def _differences(found: dict[str, Any], width: int) -> Table | Group:
+    """A table without the columns that no row has a figure for; where that is too wide, a measure and then its figures.
+
+    Words wrap in a table, numbers do not.
+    """
+    from rich.cells import cell_len
     from rich.table import Table
 
-    made = Table(title="differences, the later model minus the earlier", title_justify="left", header_style="bold")
-    made.title_style = "bold"
-    for column in found["columns"]:
-        words = column in ("models", "measure", "verdict")
-        made.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+    title = "differences, the later model minus the earlier"
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    used = [i for i in range(len(found["columns"])) if any(row[i] != _NONE for row in found["rows"])]
+    needed = 1
+    for i in used:
+        name, words = found["columns"][i], found["columns"][i] in _WORDS
+        widest = max(cell_len(cell) for cell in (name, *(row[i] for row in found["rows"])))
+        least = min(widest, _NARROW) if words else widest
+        made.add_column(name, justify="left" if words else "right", no_wrap=not words, min_width=least)
+        needed += least + 3
     for row in found["rows"]:
-        made.add_row(*row)
-    return made
+        made.add_row(*(row[i] for i in used))
+    return made if needed <= width else _lines(title, found)
+
+
+def _lines(title: str, found: dict[str, Any]) -> Group:
+    from rich.console import Group
+    from rich.padding import Padding
+
+    from upq.run.console import styled
+
+    lines: list[Text | Padding] = [styled((title, "bold"))]
+    for row in found["rows"]:
+        cells = dict(zip(found["columns"], row, strict=True))
+        about = ": ".join(cells[name] for name in _WORDS[:2] if name in cells)
+        figures = [f"{name} {cell}" for name, cell in cells.items() if name not in _WORDS and cell != _NONE]
+        lines += [styled(f"{about}: ", (cells["verdict"], "bold")), Padding(styled(", ".join(figures)), (0, 0, 0, 4))]
+    return Group(*lines)

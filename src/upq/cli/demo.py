@@ -42,9 +42,9 @@ def demo(
         from upq.files.atomic import atomic_write, write_errors
         from upq.kernels import computing
         from upq.model.loading import load_model, load_tokenizer
-        from upq.report.facts import EVALS
-        from upq.report.make import make
-        from upq.report.page import check_packages
+        from upq.reports.facts import EVALS
+        from upq.reports.make import make
+        from upq.reports.page import check_packages
         from upq.run.api import quantize
         from upq.run.quiet import quiet_libraries
         from upq.run.recipe import Recipe

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upq.cli.json_file import Target
+from upq.files.target import Target
 
 if TYPE_CHECKING:
     from upq.run.api import Figures

@@ -8,9 +8,7 @@ from typing import Annotated
 
 import typer
 
-from upq.cli.json_file import Target
-from upq.core.errors import UPQError
-from upq.core.paths import local, local_or_hub
+from upq.files.target import Target
 
 
 def report(
@@ -32,30 +30,12 @@ def report(
 ) -> None:
     """Write one HTML file about DIR: size, quality, errors of layers, training, where answers differ, how to use it."""
     target = Target.of(json_file)
-    folder = local(directory)
-    if not folder.is_dir():
-        raise UPQError(f"{directory}: no such directory; name the --out of upq quantize")
-    page = Target.of(out or folder / "report.html", "--out")
 
+    from upq.reports.api import report
     from upq.run.console import console, styled
-    from upq.run.reporter import loading, reporter
 
-    with loading():
-        from upq.report.make import make
-        from upq.run.quiet import quiet_libraries
-
-    quiet_libraries()
-    with reporter(console(stderr=True)) as progress:
-        facts, html = make(
-            folder,
-            against=None if against is None else local_or_hub(against),
-            prompts=None if prompts is None else local(prompts),
-            texts=[local(each) for each in text or ()],
-            progress=progress,
-        )
-    page.write_text(html)
-    target.write(facts)
-    assert page.path is not None
-    console().print(styled((str(page.path), "bold"), f" is ready ({len(html.encode()) / 1e6:.1f} MB)"), soft_wrap=True)
+    page = report(directory, against=against, prompts=prompts, text=text or (), out=out)
+    target.write(page.figures)
+    console().print(styled((str(page.path), "bold"), f" is ready ({page.bytes / 1e6:.1f} MB)"), soft_wrap=True)
     if open_:
         webbrowser.open(page.path.resolve().as_uri())

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from upq.core.errors import UPQError
-from upq.decoding._parts import Unsuitable, parts
+from upq.decoding._parts import COMPILED, Unsuitable, parts
 from upq.decoding._session import shared
 from upq.kernels import compute, cpu
 from upq.kernels.decoder import Decoder, Parts, Stored
@@ -135,6 +135,15 @@ class Batch(Generic[K]):
                 else:
                     self.add(request)
             yield from self.step()
+
+
+def takes(family: str) -> bool:
+    """Whether `batch` takes a model of this `model_type` on a processor, as far as its configuration shows."""
+    try:
+        cpu.extension()
+    except UPQError:
+        return False
+    return family in COMPILED
 
 
 def batch(model: Any, *, size: int, context: int | None = None, cache: Stored = "float32") -> Batch[Any]:

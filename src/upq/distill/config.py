@@ -54,3 +54,4 @@ class Distill(TrainingSettings):
 
     teacher_top_k: int = Field(64, ge=1)  # cached: tokens kept a position; the rest counts as one
     tokens: int = Field(ge=0)  # budget; 0 skips the training
+    seq_len: int | None = neutral(None, ge=8)  # tokens of a row; None: data.seq_len

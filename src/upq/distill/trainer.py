@@ -57,8 +57,8 @@ class Batches(Protocol):
 
 
 def steps(config: Distill, seq_len: int) -> int:
-    """Optimiser steps that the token budget pays for."""
-    return config.tokens // (config.batch_size * seq_len)
+    """Optimiser steps that the token budget pays for; `seq_len` is the run's, where the training has no own."""
+    return config.tokens // (config.batch_size * (config.seq_len or seq_len))
 
 
 def learning_rate_factor(step: int, total: int, config: TrainingSettings) -> float:

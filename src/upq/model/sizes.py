@@ -81,6 +81,7 @@ class Sizes:
     Where blocks differ, what is said of a block is said of the largest.
     """
 
+    family: str  # transformers' model_type
     blocks: int
     hidden: int
     vocabulary: int
@@ -156,6 +157,7 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
     own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     (fp32, groups), (bf16, _) = (_probe(source, at, bf16=precision) for precision in (False, True))
     return Sizes(
+        family=config.model_type,
         blocks=len(source),
         hidden=source.text.hidden_size,
         vocabulary=source.text.vocab_size,

@@ -32,8 +32,26 @@ _LOGITS = 7  # tensors (T, V) in float32 within a divergence, beside student's a
 _REUSED = 0.4
 
 
+def compiled_need(section: Generated, sizes: Sizes, *, tokens: int) -> Need:
+    """By the compiled decoder on a processor. Memory for texts that are all as long as they may be at one time.
+
+    Time for questions and answers half as long, on average. An answer goes on in its question's place, so that no token
+    is read twice; where a text ends another begins, so that every step has `batch_size` of them.
+    """
+    rows, limit = section.batch_size, section.max_new_tokens
+    of_a_token = FP32 * sizes.fp32.cache * sizes.blocks
+    # The cache grows by a quarter of itself, so that an eighth is free on average.
+    held = Bytes(FP32 * sizes.all + 1.125 * of_a_token * rows * 2 * limit)
+    # A token's place is at half of question and answer, on average: what attention reads and multiplies there.
+    flops = sizes.fp32.flops(1, 1) * sizes.blocks + 2.0 * sizes.head + sizes.fp32.flops_square * limit * sizes.blocks
+    read = FP32 * (sizes.block * sizes.blocks + sizes.head) / rows  # the weights, by all texts of a step
+    moved = read + of_a_token * limit / 2 + 12.0 * sizes.vocabulary
+    peak = held + tensors(3, FP32 * rows * sizes.vocabulary)
+    return need(tokens, peak, 6 * tokens, flops=flops * tokens, moved=moved * tokens)
+
+
 def generate_need(section: Generated, sizes: Sizes, machine: Machine, *, tokens: int, sharded: bool) -> Need:
-    """Memory for a prompt and an answer as long as they may be. Time for answers half as long, on average."""
+    """By transformers. Memory for a prompt and an answer as long as they may be, time for answers half as long."""
     rows, limit, gpu = section.batch_size, section.max_new_tokens, machine.gpus > 0
     size = sizes.dtype.itemsize if gpu and sizes.dtype != torch.float16 else FP32
     weights = Bytes(size * sizes.all)

@@ -17,18 +17,16 @@ from upq.core.precision import Precision
 from upq.core.scales import REAL_SCALES
 from upq.core.scheme import PER_CHANNEL, QuantScheme
 from upq.data.config import Data, TextSource, of_domain
-from upq.data.held import HeldOut
-from upq.data.packing import prepare
 from upq.data.sources import sources_of
 from upq.data.tokens import TokenSet
 from upq.files.tensors import load_tensors, save_tensors
 from upq.grids import GRIDS, scheme_of
 from upq.model.layout import block_list
-from upq.model.loading import load_tokenizer
 from upq.model.source import Source
 from upq.nn.kv import attentions, check_kv
 from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, register
 from upq.stages._need import blockwise_need
+from upq.stages._rows import check_length, own_rows
 from upq.stages._sizes import Machine, Need, Sizes
 
 
@@ -41,7 +39,8 @@ class Blockwise(Stage):
     group_size: int = PER_CHANNEL
     scale_dtype: str | None = neutral(None)  # of the stored scales; None: the grid's usual type
     method: Plugin
-    samples: int = Field(128, ge=1)  # calibration sequences of data.seq_len tokens
+    samples: int = Field(128, ge=1)  # calibration rows
+    seq_len: int | None = neutral(None, ge=8)  # their tokens; None: data.seq_len
     # What it calibrates on: the run's text, its sources of one domain, or sources of its own.
     calibration: str | tuple[TextSource, ...] | None = neutral(None)
     precision: Precision = "auto"  # of the products; weights and hidden states are float32
@@ -70,6 +69,7 @@ class Blockwise(Stage):
 
     def check(self, name: str, model: Source, data: Data) -> None:
         method, order = self.solver(), self.order
+        check_length(name, self.seq_len, model)
         if self.calibration is not None and not self._sources(name, data):
             raise UPQError(f"{name}.calibration: no sources; list some, or leave it out for the run's text")
         try:
@@ -140,11 +140,11 @@ class Blockwise(Stage):
     def cost(self, name: str, blocks: int, reading: Reading) -> dict[str, tuple[int, float]]:
         solved = sum(len(span) for span in spans(blocks, self.order)) / blocks
         passes = 3.0 * self.samples + self.solver().cost * solved
-        return {name: (blocks, blocks * reading.seq_len * passes)}
+        return {name: (blocks, blocks * (self.seq_len or reading.seq_len) * passes)}
 
     def need(self, name: str, sizes: Sizes, machine: Machine, planned: Planned) -> dict[str, Need]:
         on_disk, latents = planned.memory.activations == "disk", planned.keep == "latents"
-        seq_len = planned.reading.seq_len
+        seq_len = self.seq_len or planned.reading.seq_len
         return {name: blockwise_need(self, sizes, machine, seq_len=seq_len, on_disk=on_disk, latents=latents)}
 
     def run(self, job: Job, state: ModelState) -> ModelState:
@@ -155,7 +155,7 @@ class Blockwise(Stage):
         job.progress.start(job.name, done=store.done(len(model)))
         walk(
             model,
-            self._calibration(job),
+            self._calibration(job, state),
             self.solver(),
             store,
             given=state.solved,
@@ -171,12 +171,13 @@ class Blockwise(Stage):
         built_on = state.built_on if state.solved is None else (*state.built_on, state.solved)
         return replace(state, solved=store, built_on=built_on, norms=None)
 
-    def _calibration(self, job: Job) -> Tensor:
+    def _calibration(self, job: Job, state: ModelState) -> Tensor:
         """The rows (N, T) that the stage began with: the text may have been packed anew since, for a larger budget."""
         path = job.folder / "calibration.safetensors"
+        of_the_run = self.calibration is None and self.seq_len in (None, job.reading.seq_len)
         with job.processes.shared_errors():
             if job.processes.first and not path.is_file():
-                rows = job.rows() if self.calibration is None else self._own(job)
+                rows = job.rows() if of_the_run else self._own(job, state)
                 save_tensors(path, {"tokens": rows.calibration(self.samples).to(torch.int32)})
         with job.processes.shared_errors():
             rows_NT = load_tensors(path)[0]["tokens"].long()
@@ -187,14 +188,11 @@ class Blockwise(Stage):
             return of_domain(sources_of(data), self.calibration, f"{name}.calibration")
         return sources_of(data) if self.calibration is None else self.calibration
 
-    def _own(self, job: Job) -> TokenSet:
-        """Rows of the stage's own sources, without what the run holds out."""
-        section = job.data.model_copy(
-            update={"sources": self._sources(job.name, job.data), "loss_on": "all", "validation": 1}
-        )
-        path, held = job.folder / "text.safetensors", HeldOut(job.rows().validation_tokens_NT)
-        tokenizer = load_tokenizer(job.model)
-        found = prepare(section, tokenizer, path, sequences=self.samples, seed=job.seed, without=held)
+    def _own(self, job: Job, state: ModelState) -> TokenSet:
+        """Rows of the stage's own sources or length, without what the run holds out."""
+        sources = self._sources(job.name, job.data) + (state.text if self.calibration is None else ())
+        path = job.folder / "text.safetensors"
+        found = own_rows(job, path, sources, rows=self.samples, seq_len=self.seq_len)
         if len(found.tokens_NT) < self.samples:
             job.progress.note(
                 f"{job.name}: {len(found.tokens_NT)} rows to calibrate on, {self.samples} are asked for; add text"

@@ -14,13 +14,13 @@ from upq.core.errors import UPQError
 from upq.data.config import Data, Generated, TextSource
 from upq.data.generated import check, write_conversations
 from upq.data.prompts import questions
-from upq.decoding import Batch, Unsuitable, batch
+from upq.decoding import Batch, Unsuitable, batch, takes
 from upq.files.atomic import atomic_write
 from upq.model.loading import check_finite, context_of, generation_config, load_model, load_tokenizer
 from upq.model.sharding import load_original, make_mesh
 from upq.model.source import Source
 from upq.stages._base import Demands, Job, ModelState, Planned, Reading, Stage, register
-from upq.stages._need import generate_need
+from upq.stages._need import compiled_need, generate_need
 from upq.stages._sizes import Machine, Need, Saving, Sizes
 
 
@@ -58,6 +58,8 @@ class Generate(Generated, Stage):
 
     def need(self, name: str, sizes: Sizes, machine: Machine, planned: Planned) -> dict[str, Need]:
         tokens = self.amount(planned.reading)
+        if not (machine.gpus or planned.sharded) and takes(sizes.family):
+            return {name: compiled_need(self, sizes, tokens=tokens)}
         return {name: generate_need(self, sizes, machine, tokens=tokens, sharded=planned.sharded)}
 
     def run(self, job: Job, state: ModelState) -> ModelState:

@@ -8,9 +8,9 @@ from pathlib import Path
 from upq.artifact.manifest import MANIFEST
 from upq.core.errors import UPQError
 from upq.core.progress import Progress
-from upq.report import page
-from upq.report.facts import Facts, facts
-from upq.report.measured import Pair, of_prompts, of_speed, of_text, read_prompts, text_rows
+from upq.reports import page
+from upq.reports.facts import Facts, facts
+from upq.reports.measured import Pair, of_prompts, of_speed, of_text, read_prompts, text_rows
 
 
 def make(

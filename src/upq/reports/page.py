@@ -13,7 +13,7 @@ from typing import Any
 import upq
 from upq.core.errors import UPQError
 from upq.core.sizes import size
-from upq.report.charts import Z95, charts, differences
+from upq.reports.charts import Z95, charts, differences
 from upq.run.reporter import duration
 
 LIMIT = 3_000_000  # bytes of a page
@@ -100,7 +100,7 @@ def _page(template: str, **values: Any) -> str:
     import vl_convert
     from markupsafe import Markup
 
-    folder = resources.files("upq.report").joinpath("templates")
+    folder = resources.files("upq.reports").joinpath("templates")
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
         autoescape=True,

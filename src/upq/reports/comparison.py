@@ -27,7 +27,7 @@ from upq.evals.text import ByToken, evaluate_text
 from upq.files.digests import digest_model_dir
 from upq.kernels import computing
 from upq.model.loading import context_of, load_model, load_tokenizer
-from upq.report.measured import LENGTH
+from upq.reports.measured import LENGTH
 
 SHOWN = 60  # items that changed, on a page and in the JSON file
 _CUT = 2000  # characters of a question or an answer that are shown
@@ -51,8 +51,8 @@ class Request:
 
 
 @dataclass
-class _Measured:
-    """Of one model: by measure the scores of items, in the same order for all."""
+class Measured:
+    """Of one model: by measure the scores of items, in the same order for all. `items` are those of tasks."""
 
     name: str
     path: str
@@ -62,10 +62,15 @@ class _Measured:
 
 
 def compare(models: Sequence[str], request: Request, progress: Progress) -> dict[str, Any]:
-    """Everything that the table and the page show, as JSON types. One model is in memory at a time.
+    """Everything that the table and the page show, as JSON types.
 
     Raises UPQError for bad input: before a model is loaded, where that can be seen.
     """
+    return together(measure(models, request, progress), request)
+
+
+def measure(models: Sequence[str], request: Request, progress: Progress) -> list[Measured]:
+    """The scores of every item, model by model. One model is in memory at a time. Raises UPQError as `compare` does."""
     _check(models, request)
     names = _names(models)
     rows: dict[Path, Tensor] = {}
@@ -81,7 +86,7 @@ def compare(models: Sequence[str], request: Request, progress: Progress) -> dict
             if (Path(path) / MANIFEST).is_file():
                 verify(Path(path), read_manifest(Path(path)))
             model, tokenizer = to_compute_dtype(load_model(path, device=request.device)), load_tokenizer(path)
-            measured = _Measured(name, path)
+            measured = Measured(name, path)
             for text in request.texts:
                 _on_text(measured, text, rows, model, original, tokenizer, request)
             if request.tasks:
@@ -89,7 +94,7 @@ def compare(models: Sequence[str], request: Request, progress: Progress) -> dict
             found.append(measured)
             del model
             give_back()
-    return _together(found, request)
+    return found
 
 
 def _check(models: Sequence[str], request: Request) -> None:
@@ -119,7 +124,7 @@ def _names(models: Sequence[str]) -> list[str]:
 
 
 def _on_text(
-    measured: _Measured,
+    measured: Measured,
     text: Path,
     rows: dict[Path, Tensor],
     model: PreTrainedModel,
@@ -143,7 +148,7 @@ def _on_text(
 
 
 def _on_tasks(
-    measured: _Measured,
+    measured: Measured,
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -170,7 +175,8 @@ def _on_tasks(
         measured.scores.setdefault(f"{item.asked} {item.measure}", []).append(item.score)
 
 
-def _together(found: Sequence[_Measured], request: Request) -> dict[str, Any]:
+def together(found: Sequence[Measured], request: Request) -> dict[str, Any]:
+    """What `compare` returns, of models that were measured on the same items."""
     first = found[0]
     for other in found[1:]:
         assert [item.key for item in other.items] == [item.key for item in first.items]
@@ -193,7 +199,7 @@ def _together(found: Sequence[_Measured], request: Request) -> dict[str, Any]:
     }
 
 
-def _pair(a: _Measured, b: _Measured, measure: str, *, named: bool) -> dict[str, Any]:
+def _pair(a: Measured, b: Measured, measure: str, *, named: bool) -> dict[str, Any]:
     result = paired(a.scores[measure], b.scores[measure])
     better = b if (result.difference < 0) == _less_is_better(measure) else a
     verdict = f"{better.name} is better" if result.shown else NO_DIFFERENCE
@@ -215,7 +221,7 @@ def _less_is_better(measure: str) -> bool:
     return measure.endswith(("nats a token", "KL to the original")) or "perplexity" in measure
 
 
-def _scores(found: Sequence[_Measured]) -> dict[str, Any]:
+def _scores(found: Sequence[Measured]) -> dict[str, Any]:
     """A row a measure; then how many answers loop or are cut."""
     rows = [
         [measure, f"{len(scores):,}", *(_mean(each.scores[measure], scores) for each in found)]
@@ -256,7 +262,7 @@ def _odds(pair: Mapping[str, Any]) -> str:
     return f"{ratio} ({pair['odds_low']:.2g} to {high})"
 
 
-def _changed(found: Sequence[_Measured]) -> list[dict[str, Any]]:
+def _changed(found: Sequence[Measured]) -> list[dict[str, Any]]:
     """Items that are right for one and wrong for another, a task and an item once."""
     changed: dict[tuple[str, int], dict[str, Any]] = {}
     for of_models in zip(*(each.items for each in found), strict=True):
