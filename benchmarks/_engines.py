@@ -123,10 +123,45 @@ def _mnn(out: Path, texts: list[list[int]]) -> Run:
     return Run([logits(ids) for ids in texts], torch.float32)
 
 
+def _executorch(out: Path, texts: list[list[int]]) -> Run:
+    from executorch.extension.llm.custom_ops import custom_ops
+    from executorch.runtime import Runtime
+
+    assert custom_ops is not None  # imported for the operations that it registers
+    forward = Runtime.get().load_program(out / "model.pte").load_method("forward")
+
+    def logits(ids: list[int]) -> Tensor:  # the program gives those of the last token
+        steps = ((torch.tensor([[token]]), torch.tensor([i])) for i, token in enumerate(ids))
+        return torch.cat([forward.execute(step)[0].clone() for step in steps])
+
+    return Run([logits(ids) for ids in texts], torch.float32)
+
+
+def _litert(out: Path, texts: list[list[int]]) -> Run:
+    import numpy as np
+    from ai_edge_litert.interpreter import Interpreter
+
+    decode = Interpreter(str(out / "model.tflite"), num_threads=1).get_signature_runner("decode")
+    shapes = {name: each["shape"] for name, each in decode.get_input_details().items() if name.startswith("kv_cache")}
+
+    def logits(ids: list[int]) -> Tensor:
+        caches = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        found = []
+        for i, token in enumerate(ids):
+            made = decode(tokens=np.array([[token]], np.int32), input_pos=np.array([i], np.int32), **caches)
+            caches = {name: made[name] for name in caches}
+            found.append(torch.from_numpy(made["logits"].copy())[0])
+        return torch.cat(found)
+
+    return Run([logits(ids) for ids in texts], torch.float32)
+
+
 _ENGINES: dict[str, Callable[[Path, list[list[int]]], Run]] = {
     "compressed-tensors": _transformers,
     "dense": _transformers,
+    "executorch": _executorch,
     "gguf": _llama_cpp,
+    "litert": _litert,
     "mlx": _mlx,
     "mnn": _mnn,
     "onnx": _onnxruntime,
@@ -136,7 +171,9 @@ _ENGINES: dict[str, Callable[[Path, list[list[int]]], Run]] = {
 _PACKAGES = {
     "compressed-tensors": ("transformers",),
     "dense": ("transformers",),
+    "executorch": ("executorch",),
     "gguf": ("llama-cpp-python",),
+    "litert": ("ai-edge-litert",),
     "mlx": ("mlx", "mlx-lm"),
     "mnn": ("MNN",),
     "onnx": ("onnxruntime",),

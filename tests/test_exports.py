@@ -269,11 +269,11 @@ def test_rows_are_read_in_parts(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_an_unknown_format_lists_the_known_ones() -> None:
-    with pytest.raises(UPQError, match=r"unknown export format 'zip': choose one of .*dense, gguf"):
+    with pytest.raises(UPQError, match=r"unknown export format 'zip': choose one of .*dense, executorch, gguf"):
         exporter("zip")
 
 
-@pytest.mark.parametrize("name", ["coreml", "mnn", "onnx", "openvino"])
+@pytest.mark.parametrize("name", ["coreml", "executorch", "litert", "mnn", "onnx", "openvino"])
 def test_a_graph_of_another_block_is_refused(make: Make, name: str) -> None:
     source = Source.open(make())
     source.config.model_type = "gemma3_text"

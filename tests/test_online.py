@@ -214,3 +214,23 @@ def test_the_recipe_of_roste_runs(tmp_path: Path) -> None:
     assert config["quantization_config"]["activations"] == config["quantization_config"]["kv"]
     assert read_manifest(path).metrics["artifact"]["kld"] >= 0
     assert read_manifest(path).transforms
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"model.layers.9.mlp.down_proj": {"block": 16}}, "model.layers.9.mlp.down_proj: is no linear"),
+        ({"model.layers.0.mlp.down_proj": {"block": 32}}, "has 48 inputs, no multiple of block=32"),
+        ({"model.layers.0.mlp.down_proj": {"block": -16}}, "no multiple of block=-16"),
+        ({"model.layers.0.mlp.down_proj": {"block": 6}}, "no Hadamard matrix of width 6"),
+        ({"model.layers.0.mlp.down_proj": {"block": 16, "blocks": 6}}, "unknown key"),
+        ([1], "expected rotations by module path"),
+    ],
+)
+def test_a_foreign_configuration_is_refused(raw: Any, said: str, tmp_path: Path) -> None:
+    random_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"upq_online": raw}))
+    for read in (load_model, Source):
+        with pytest.raises(UPQError, match=said):
+            read(tmp_path)

@@ -70,7 +70,7 @@ def walk(
 
     Each block that is solved has a line of `metrics`; with `order.apart` those of the first process.
 
-    `truncate` cuts outliers of the weights off before a block is solved (upq.blockwise._cfp).
+    `truncate` cuts outliers of the weights off before a block is solved (upq.core.outliers).
 
     Raises UPQError, in all processes, where a block writes NaN or infinity: it names block and linear, and such a block
     is not stored.

@@ -21,7 +21,10 @@ EXTRAS = {
         "upq export",
         ("compressed_tensors", "gguf", "onnx", "onnxruntime", "openvino", "openvino_tokenizers", "torchao"),
     ),
-    "phones": ("upq export --to mnn, coreml", ("MNN", "coremltools")),
+    "phones": (
+        "upq export --to mnn, coreml, executorch, litert",
+        ("MNN", "coremltools", "executorch", "ai_edge_litert", "litert_lm_builder"),
+    ),
     "serve": ("upq serve --engine transformers", ("fastapi", "uvicorn", "openai")),
     "train": ("distill.optimizer=adamw8bit", ("torchao",)),
     "dev": ("tests", ("pytest", "hypothesis", "ruff", "mypy")),

@@ -140,6 +140,17 @@ def check(source: Source) -> None:
         raise UPQError(f"{source.path}: the graph has no rotary positions on a part of the head")
 
 
+def frequencies(config: PretrainedConfig) -> tuple[Tensor, float]:
+    """The angle of each feature at position 1, float32 (D,), and what cos and sin are multiplied with."""
+    dim, rope = Shape.of(config).head_dim, config.rope_parameters
+    kind, scaling = rope.get("rope_type", "default"), 1.0
+    if kind == "default":
+        frequency = rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / -dim)
+    else:
+        frequency, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    return torch.cat([frequency, frequency]).float(), float(scaling)
+
+
 def decoder(graph: Graph[V], source: Source, inputs: Inputs[V]) -> Outputs[V]:
     """The whole model, from ids to logits."""
     return Decoder(graph, source, inputs).run()
@@ -232,16 +243,14 @@ class Decoder(Generic[V]):
 
     def _rotation(self) -> tuple[V, V]:
         """cos and sin of every position and feature, (N, 1, 1, T, D)."""
-        g, dim, rope = self.g, self.shape.head_dim, self.source.config.rope_parameters
-        kind, scaling = rope.get("rope_type", "default"), 1.0
-        if kind == "default":
-            frequency = rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / -dim)
-        else:
-            frequency, scaling = ROPE_INIT_FUNCTIONS[kind](self.source.config, torch.device("cpu"))
+        g, (frequency_D, scaling) = self.g, self.frequencies()
         position = g.reshape(g.to_float(self.inputs.positions_NT), (0, 1, 1, -1, 1))
-        angle = g.multiply(position, g.constant(torch.cat([frequency, frequency]).float()))
-        scale = g.constant(torch.tensor([float(scaling)]))
+        angle = g.multiply(position, g.constant(frequency_D))
+        scale = g.constant(torch.tensor([scaling]))
         return g.multiply(g.cos(angle), scale), g.multiply(g.sin(angle), scale)
+
+    def frequencies(self) -> tuple[Tensor, float]:
+        return frequencies(self.source.config)
 
     def mask(self, block: int) -> V:
         """What is added to the scores of a block, (N, 1, 1, T, S)."""

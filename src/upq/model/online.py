@@ -7,16 +7,20 @@ the model's function is the original's. What builds the model from its configura
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from upq.core.config import Strict, decode
+from upq.core.errors import UPQError
 from upq.core.hadamard import factors, signs
 
 KEY = "upq_online"  # of config.json
+_OURS = "is config.json from this upq?"
 
 
 class OnlineRotation(Strict):
@@ -37,13 +41,29 @@ class OnlineRotation(Strict):
 def online(config: Any) -> dict[str, OnlineRotation]:
     """What a configuration names, by path of a linear."""
     raw = getattr(config, KEY, None) or {}
+    if not isinstance(raw, Mapping):
+        raise UPQError(f"config.json: {KEY}: expected rotations by module path, got {raw!r}; {_OURS}")
     return {path: decode(OnlineRotation, each, f"config.json: {KEY}.{path}") for path, each in raw.items()}
 
 
 def install(model: nn.Module, config: Any) -> None:
-    """Let the linears of `model` turn their inputs, those that do not yet."""
-    for path, rotation in online(config).items():
-        rotate_input(model.get_submodule(path), rotation)
+    """Let the linears of `model` turn their inputs, those that do not yet. Raises UPQError where one cannot."""
+    rotations = online(config)
+    modules = dict(model.named_modules()) if rotations else {}
+    for path, rotation in rotations.items():
+        width = _inputs(modules.get(path))
+        if width is None or not 2 <= rotation.block <= width or width % rotation.block:
+            what = "is no linear" if width is None else f"has {width} inputs, no multiple of block={rotation.block}"
+            raise UPQError(f"config.json: {KEY}.{path}: {what}; {_OURS}")
+        _parts(rotation.block, rotation.seed)  # raises where no such matrix is known
+        rotate_input(modules[path], rotation)
+
+
+def _inputs(module: nn.Module | None) -> int | None:
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0])
+    found = getattr(module, "in_features", getattr(module, "columns", None))
+    return found if isinstance(found, int) else None
 
 
 def rotate_input(linear: nn.Module, rotation: OnlineRotation) -> None:
@@ -67,6 +87,7 @@ class _Hook:
 
 @cache
 def _parts(block: int, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    left_AA, right_BB = factors(block)
-    of_rows = torch.ones(block, 1) if seed is None else signs(block, seed)
-    return of_rows[:, 0].float(), left_AA.float(), right_BB.float()
+    with torch.device("cpu"):  # models without memory are built in a context of another
+        left_AA, right_BB = factors(block)
+        of_rows = torch.ones(block, 1) if seed is None else signs(block, seed)
+        return of_rows[:, 0].float(), left_AA.float(), right_BB.float()

@@ -204,6 +204,8 @@ _RUNS = {
     "openvino": ("OpenVINO, openvino-genai", "python: openvino_genai.LLMPipeline('{out}', 'CPU')"),
     "mnn": ("MNN on phones and processors", "python: MNN.llm.create('{out}/config.json')"),
     "coreml": ("iPhones and Macs (not run on a device)", "Xcode: {out}/model.mlpackage"),
+    "executorch": ("ExecuTorch on phones and processors (XNNPACK)", "python: TextLLMRunner('{out}/model.pte', …)"),
+    "litert": ("LiteRT-LM on phones and processors", "python: litert_lm.Engine('{out}/model.litertlm')"),
     "mlx": ("mlx-lm on Macs", "mlx_lm.chat --model {out}"),
     "torchao": ("torchao, ExecuTorch", "upq chat {out}"),
     "gptq": ("GPTQModel, AutoRound, vLLM", "vllm serve {out}"),
