@@ -209,6 +209,7 @@ _RUNS = {
     "mlx": ("mlx-lm on Macs", "mlx_lm.chat --model {out}"),
     "torchao": ("torchao, ExecuTorch", "upq chat {out}"),
     "gptq": ("GPTQModel, AutoRound, vLLM", "vllm serve {out}"),
+    "aqlm": ("transformers with aqlm", "python: AutoModelForCausalLM.from_pretrained('{out}')"),
     "dense": ("everything else", "upq chat {out}"),
 }
 
