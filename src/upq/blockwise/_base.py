@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol
@@ -198,7 +199,7 @@ class BlockTask:
                 x_TI = x_TI * weights_T1
             # The block runs under autocast. Rounded to bfloat16, E[x xᵀ] has negative eigenvalues: block 0 of
             # SmolLM2-135M could not be solved.
-            with torch.autocast(x.device.type, enabled=False):
+            with _float32(x.device):
                 moments[matrix.name][expert] += x_TI.T @ x_TI if full else x_TI.square().sum(0)
 
         with seen(self.block, wanted, see):
@@ -219,6 +220,12 @@ class BlockTask:
         moments = self.second_moments(names, full=False) if names else {}
         found = {name: (~moment_EI.any(-1)).nonzero()[:, 0].tolist() for name, moment_EI in moments.items()}
         return {name: tuple(experts) for name, experts in found.items() if experts}
+
+
+def _float32(device: torch.device) -> AbstractContextManager[object]:
+    """Products within are not rounded, whatever autocast is around."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,12 +23,12 @@ from upq.kernels import compute, cpu
 
 def takes(*tensors: Tensor) -> bool:
     """Whether the compiled functions take them: plain contiguous float32 on the CPU."""
-    return all(_plain(tensor, torch.float32) for tensor in tensors) and _compiled()
+    return all(_plain(tensor, torch.float32) for tensor in tensors) and available()
 
 
 def takes_logits(*logits_TV: Tensor) -> bool:
     """The same of logits, which may be bfloat16."""
-    return all(_plain(each, torch.float32, torch.bfloat16) for each in logits_TV) and _compiled()
+    return all(_plain(each, torch.float32, torch.bfloat16) for each in logits_TV) and available()
 
 
 def _plain(tensor: Tensor, *dtypes: torch.dtype) -> bool:
@@ -40,7 +40,8 @@ def _plain(tensor: Tensor, *dtypes: torch.dtype) -> bool:
     )
 
 
-def _compiled() -> bool:
+def available() -> bool:
+    """Whether there are compiled functions, and they are wanted."""
     return compute() != "reference" and _there()
 
 

@@ -17,6 +17,7 @@ from upq.data.config import Generated
 from upq.distill.config import Distill, TrainingSettings
 from upq.distill.teacher import ROWS_A_SHARD
 from upq.distill.trainer import steps
+from upq.kernels import training
 from upq.losses import LOSSES
 from upq.model.sizes import FP32, Bytes, Sizes, largest, tensors
 from upq.stages._sizes import Machine, Need, need
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 _BATCH = 4  # rows that the check takes at a time
 _CHUNK = 1024  # positions whose logits the check has at a time
-_LOGITS = 7  # tensors (T, V) in float32 within a divergence, beside student's and teacher's logits
+# Tensors (T, V) in float32 within a divergence, beside student's and teacher's logits: in torch, and compiled (gjs).
+_LOGITS, _COMPILED_LOGITS = 7, 2
 # After a training, glibc puts tensors of any size where its small ones have been, and keeps what is freed there. At
 # width 1024, 0.1 to 0.4 of a check's tensors came to it in six runs.
 _REUSED = 0.4
@@ -157,7 +159,9 @@ def distill_need(
     own = -(-config.batch_size // machine.processes)
     micro = min(config.micro_batch_size, own)
     learned, moments, fixed = _fixed(config, sizes, scheme)
-    step, gradients = _step(config, sizes, micro, seq_len, bf16=bf16, many=own > micro)
+    compiled = not machine.gpus and config.loss.name == "gjs" and training.available()
+    inside = _COMPILED_LOGITS if compiled else _LOGITS
+    step, gradients = _step(config, sizes, micro, seq_len, bf16=bf16, many=own > micro, inside=inside)
     solutions = FP32 * sizes.coded if config.train_weights else coded
     built = FP32 * sizes.rest + solutions + (FP32 * sizes.block if config.teacher != "resident" else 0)
     if config.teacher == "resident":
@@ -214,9 +218,12 @@ def _fixed(config: TrainingSettings, sizes: Sizes, scheme: QuantScheme) -> tuple
 
 
 def _step(
-    config: TrainingSettings, sizes: Sizes, micro: int, seq_len: int, *, bf16: bool, many: bool
+    config: TrainingSettings, sizes: Sizes, micro: int, seq_len: int, *, bf16: bool, many: bool, inside: int
 ) -> tuple[Bytes, Bytes]:
-    """What comes and goes in a step: all but the gradients, and the gradients that are there at its peak."""
+    """What comes and goes in a step: all but the gradients, and the gradients that are there at its peak.
+
+    `inside`: tensors of logits within a divergence.
+    """
     loss, size = LOSSES.get(config.loss.name), 2 if bf16 else FP32
     streamed, cached = config.teacher == "offloaded", config.teacher == "cached"
     taught = (loss.uses_teacher or config.hidden > 0) and not cached
@@ -231,7 +238,7 @@ def _step(
     if config.gradient_checkpointing:
         kept += tensors(sizes.blocks, FP32 * micro * seq_len * sizes.hidden)
     chunk = min(config.chunk_tokens, micro * (seq_len - 1)) * sizes.vocabulary
-    logits = tensors(_LOGITS if loss.uses_teacher and not cached else 3, FP32 * chunk)
+    logits = tensors(inside if loss.uses_teacher and not cached else 3, FP32 * chunk)
     logits += tensors(2 if loss.uses_teacher and not cached else 1, size * chunk)
     if bf16:
         logits += tensors(1, 2 * sizes.head)  # the head that the product reads
