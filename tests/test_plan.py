@@ -460,7 +460,7 @@ def test_what_is_suggested_fits_without_more(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(planning, "resident_bytes", lambda: 0)
     wide, chosen = (
         config(3, vocab_size=50_000, intermediate_size=1536),
-        recipe("distill.chunk_tokens=1024", "data.seq_len=64"),
+        recipe("distill.chunk_tokens=1024", "data.seq_len=64", "distill.loss=fkl"),
     )
     plain = plan(wide, chosen, Machine(10**12))
     assert plain.settings == ()
