@@ -45,14 +45,15 @@ def load_recipe(name: str, overrides: Sequence[str]) -> Recipe:
 def run_again(arguments: Sequence[str], *, log: Path, jobs: int) -> bool:
     """Run this benchmark's own file once more with `arguments`, what it says in `log`; True if it failed.
 
-    A process of its own has a peak memory of its own. The cores are shared out among `jobs` such processes.
+    A process of its own has a peak memory of its own. The cores are shared out among `jobs` such processes, unless
+    OMP_NUM_THREADS says how many threads each has.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         done = subprocess.run(
             [sys.executable, sys.argv[0], *arguments],
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            env={"OMP_NUM_THREADS": str(threads), **os.environ},
             stdout=file,
             stderr=file,
             check=False,

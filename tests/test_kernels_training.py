@@ -89,6 +89,18 @@ def test_a_student_that_is_the_teacher(isa: str) -> None:
     assert grad_TV.abs().max() < 1e-7
 
 
+def test_instruction_sets_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    w_OGS, scale_OG, grad = torch.randn(5, 2, 333), torch.rand(5, 2) + 0.1, torch.randn(5, 2, 333)
+    logits, found = (3 * torch.randn(4, 4097), 3 * torch.randn(4, 4097)), list[tuple[Tensor, ...]]()
+    for name in ISAS:
+        monkeypatch.setattr(cpu, "instruction_set", lambda name=name: name)
+        gradients = training.seq_gradient(grad, w_OGS, scale_OG, 2, bound=1.98, factor=1.0)
+        found.append((training.fake_seq(w_OGS, scale_OG, 2), *gradients, *training.gjs(*logits, 0.5)))
+    for name, other in zip(ISAS[1:], found[1:], strict=True):
+        assert all(map(torch.equal, found[0], other)), name
+
+
 def test_threads_change_no_bit() -> None:
     torch.manual_seed(2)
     w_OGS, scale_OG, grad = torch.randn(64, 3, 4096), torch.rand(64, 3) + 0.1, torch.randn(64, 3, 4096)

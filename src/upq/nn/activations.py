@@ -52,9 +52,7 @@ class ActQuantiser(nn.Module):
             return groups.new_tensor(self.scale)
         every = None if self.scheme.per == "tensor" else -1
         peak = groups.abs().amax() if every is None else groups.abs().amax(every, keepdim=True)
-        scale = (
-            peak * self.scheme.clip / _largest(self.scheme) if self.scheme.clip < 1 else peak / _largest(self.scheme)
-        )
+        scale = peak * self.scheme.clip / _largest(self.scheme)
         if self.scheme.scale_dtype == "e8m0":
             kind = SCALE_TYPES["e8m0"]
             above = scale.clamp_min(_LEAST).log2().ceil().exp2()  # nothing is cut off
